@@ -1,0 +1,57 @@
+"""Callbacks of a window's Trainer: its learning rate, the start of its curves, the guard against divergence."""
+
+import math
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class LearningRate(Callback):
+    """Logs the learning rate as `lr`, and scales it by `factor`, for any module and optimizer.
+
+    Args:
+        factor: 1, or less after a fit that diverged.
+    """
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scale the rate of every parameter group, and what the schedulers start from."""
+        if self.factor == 1.0:
+            return
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.factor
+                group["initial_lr"] = group.get("initial_lr", group["lr"] / self.factor) * self.factor
+        for config in trainer.lr_scheduler_configs:
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the rate with which this batch will be used."""
+        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+
+
+class FirstHeldOut(Callback):
+    """Starts the held-out curve at step 0: what Lightning's sanity check measures before training, it does not log."""
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the metrics of the pruned window."""
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({name: float(value) for name, value in trainer.callback_metrics.items()}, 0)
+
+
+class FiniteLoss(Callback):
+    """Ends a fit whose loss is not finite; `diverged` tells the driver."""
+
+    def __init__(self) -> None:
+        self.diverged = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss of each step that is logged: reading it makes a GPU wait."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is not None and batch_idx % trainer.log_every_n_steps == 0 and not math.isfinite(float(loss)):
+            self.diverged = trainer.should_stop = True

@@ -1,0 +1,50 @@
+"""Where and how precisely a run computes: the device and the precision that every pass of a run shares."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from lightning import Trainer
+
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bf16 run on instructions made for them, rather than emulated ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # AVX512 alone is not enough: without the BF16 extension, mkldnn converts to float32 and back.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device of a run and Lightning's name of its precision; weights are float32 masters in each of them."""
+
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def choose(cls, trainer: Callable[..., Trainer], precision: str) -> "Compute":
+        """The device that Lightning picks for `trainer`, and the precision, "auto" resolved by the hardware.
+
+        Raises:
+            ValueError: A precision other than "auto", "32-true", "bf16-mixed" or "16-mixed".
+        """
+        if precision not in ("auto", *_AUTOCAST):
+            raise ValueError(
+                f"trainer.precision={precision!r}: expected one of auto, {', '.join(_AUTOCAST)} "
+                "(weights kept in 16 bits do not learn at the rates of reconstruction)."
+            )
+        device = trainer(precision="32-true", logger=False).strategy.root_device
+        if precision == "auto":
+            precision = "bf16-mixed" if bf16_is_fast(device) else "32-true"
+        return cls(device, precision)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which Lightning runs a training step, for the passes outside of it."""
+        dtype = _AUTOCAST[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)

@@ -1,0 +1,184 @@
+"""Text of the Hugging Face Hub, or of a data set folder in the Hub's layout, read by `datasets`.
+
+By default a split is streamed: only its start travels, as far as samples need it. All parts may come from one split,
+whose documents are then dealt out in turn, or evaluation has a split or a data set of its own.
+"""
+
+import dataclasses
+import itertools
+import logging
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+
+from lit_recon.data.source import Part, TextSource
+
+# Its readers log an error before they raise it; users get the exception's text alone.
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+
+DOCUMENT_CHARACTERS = 1 << 21  # the longest document that rows are joined to: a tokenizer holds one at a time
+BLOCK_CHARACTERS = 20_000  # joined rows that go to one part together: enough for context, few enough for fair shares
+# Whose turn it is, over and over, when one split serves all parts; spread, so that short splits serve them too.
+TURNS: tuple[Part, ...] = (
+    *("calibration", "calibration", "calibration", "evaluation", "calibration"),
+    *("calibration", "held_out", "calibration", "evaluation", "calibration"),
+)
+_SHARED = {field.name for field in dataclasses.fields(TextSource)} | {"evaluation"}  # not settings of one split
+ALTERNATIVE = "or use text on this machine: data=files data.paths=[...]"
+
+
+@dataclass(kw_only=True)
+class Hub(TextSource):
+    """A data set of the Hub, or a folder laid out like one.
+
+    One split may serve all parts: of every ten documents seven are for calibration, one is held out and two are for
+    evaluation. With `evaluation`, all nine others are for calibration.
+
+    Attributes:
+        name: Hub id or folder.
+        config: The data set's configuration, where it has several.
+        split: Name of the split.
+        field: Name of the rows' text.
+        data_files: Files of the data set to read instead of all of them.
+        separator: What stands between rows that continue each other, such as the lines of WikiText; None: each row is
+            a document of its own.
+        streaming: Read rows as they are needed. False downloads the split once and keeps it, also for use without
+            network.
+        evaluation: The settings above that differ for the evaluation part, such as {split: test}; None takes it from
+            the same split.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    data_files: str | Iterable[str] | None = None
+    separator: str | None = None
+    streaming: bool = True
+    evaluation: Mapping[str, Any] | None = None
+
+    def documents(self, part: Part) -> Iterator[str]:
+        """The documents whose turn is the part's, or all of the split that evaluation has for itself."""
+        if part == "evaluation" and self.evaluation:
+            return self._evaluation.all_documents(DOCUMENT_CHARACTERS)
+        turns = TURNS
+        if self.evaluation:
+            turns = tuple("held_out" if turn == "held_out" else "calibration" for turn in TURNS)
+        documents = self.all_documents(BLOCK_CHARACTERS)
+        return (text for turn, text in zip(itertools.cycle(turns), documents, strict=False) if turn == part)
+
+    def all_documents(self, at_most: int) -> Iterator[str]:
+        """Rows that are not blank; with a separator all rows, joined to documents of about `at_most` characters."""
+        if self.separator is None:
+            return (text for text in self._rows() if text.strip())
+        return joined(self._rows(), self.separator, at_most=at_most)
+
+    def describe(self, part: Part) -> str:
+        """Name, configuration and split that the part is taken from."""
+        source = self._evaluation if part == "evaluation" and self.evaluation else self
+        return " ".join(word for word in (source.name, source.config, source.split) if word)
+
+    def check(self) -> None:
+        """Find what is wrong with the settings, then read the first row of each split.
+
+        Raises:
+            ValueError: With what is wrong, and what to do about it.
+        """
+        super().check()
+        for source in (self, self._evaluation) if self.evaluation else (self,):
+            if next(source._rows(), None) is None:
+                raise ValueError(f"data set {source.describe('calibration')} has no rows")
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        own = [field.name for field in dataclasses.fields(self) if field.name not in _SHARED]
+        unknown = [str(key) for key in self.evaluation or {} if key not in own]
+        if unknown:
+            problems.append(f"data.evaluation has {', '.join(unknown)}; it may have {', '.join(own)}")
+        for name in dict.fromkeys((self.name, (self.evaluation or {}).get("name", self.name))):
+            try:
+                if not Path(name).expanduser().is_dir():
+                    validate_repo_id(name)
+            except hub_errors.HFValidationError:
+                problems.append(f"data.name={name!r} is neither a folder here nor a Hub id ('owner/name')")
+        return problems
+
+    def _rows(self) -> Iterator[str]:
+        return read_rows(lambda: self._dataset, self.field, origin=f"data set {self.describe('calibration')}")
+
+    @cached_property
+    def _evaluation(self) -> "Hub":
+        return dataclasses.replace(self, **{"evaluation": None, **(self.evaluation or {})})
+
+    @cached_property
+    def _dataset(self) -> Any:
+        folder = Path(self.name).expanduser()
+        arguments: dict[str, Any] = {"split": self.split, "streaming": self.streaming}
+        if self.data_files is not None:
+            arguments["data_files"] = self.data_files if isinstance(self.data_files, str) else list(self.data_files)
+            arguments["verification_mode"] = "no_checks"  # the sizes it would check are those of all files
+        if folder.is_dir():
+            return load_dataset(str(folder), self.config, **arguments)
+        if self.streaming:  # says at once what load_dataset says after half a minute of attempts
+            HfApi().repo_info(self.name, repo_type="dataset", timeout=10)
+        return load_dataset(self.name, self.config, **arguments)
+
+
+def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, origin: str) -> Iterator[str]:
+    """The text of each row of a data set; empty where a row has none.
+
+    Args:
+        load: Opens the data set.
+        field: Name of the rows' text.
+        origin: What the data set is called in messages.
+
+    Raises:
+        ValueError: The data set cannot be reached or read, or has no such field.
+    """
+    try:
+        for row in load():
+            if field not in row:
+                raise ValueError(f"no field {field!r}; choose data.field from {', '.join(sorted(row))}")
+            text = row[field]
+            if not isinstance(text, str | None):
+                raise ValueError(f"field {field!r} holds {type(text).__name__}, not text")
+            yield text or ""
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, hub_errors.HTTPError) as error:
+        raise ValueError(f"{origin}: {_explanation(error)}") from error
+
+
+def joined(texts: Iterable[str], separator: str, *, at_most: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
+    """Consecutive texts joined to documents that end with the text that makes them longer than `at_most` characters."""
+    run: list[str] = []
+    size = 0
+    for text in texts:
+        run.append(text)
+        size += len(text) + len(separator)
+        if size > at_most:
+            yield separator.join(run)
+            run, size = [], 0
+    if run:
+        yield separator.join(run)
+
+
+def _explanation(error: Exception) -> str:
+    """What `datasets` or the Hub means, on one line."""
+    said = textwrap.shorten(str(error), 500)
+    if isinstance(error, (hub_errors.RepositoryNotFoundError, DatasetNotFoundError)):
+        return (
+            "neither a folder here nor a data set that the Hub shows you; if it is private or needs approval, log in "
+            f"with hf auth login, {ALTERNATIVE}"
+        )
+    answered = isinstance(error, hub_errors.HfHubHTTPError)
+    if isinstance(error, (ConnectionError, hub_errors.HTTPError)) and not answered:
+        return f"the Hub cannot be reached ({said}); check the network, HF_HUB_OFFLINE and HF_ENDPOINT, {ALTERNATIVE}"
+    return said

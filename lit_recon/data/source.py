@@ -1,0 +1,182 @@
+"""TextSource: what all sources of text share. A source names its documents; here they become samples of tokens.
+
+Three parts share no text: calibration samples train the windows, held-out samples decide whether a window's training
+is accepted, evaluation samples give the perplexity. The seed draws calibration and held-out samples; the evaluation
+samples are always the same, so that perplexities of different seeds compare.
+
+Shapes: P pieces, S samples, T tokens.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_recon.data.packing import draw, pack
+
+log = logging.getLogger(__name__)
+
+Part = Literal["calibration", "held_out", "evaluation"]
+
+CHARACTERS_PER_TOKEN = 32
+AT_LEAST_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Tokens, int64, and where they are from.
+
+    Attributes:
+        calibration_ST: (num_samples, length), to train windows on.
+        held_out_ST: (num_held_out, length), to judge windows by.
+        evaluation_ST: (evaluation_samples, evaluation_length), for perplexity.
+        description: The data set, for plan, protocol and model card.
+    """
+
+    calibration_ST: Tensor
+    held_out_ST: Tensor
+    evaluation_ST: Tensor
+    description: str
+
+
+@dataclass(kw_only=True)
+class TextSource(ABC):
+    """Text for calibration and evaluation, and how many samples of how many tokens to take of it.
+
+    A source of your own names its documents. A document that two parts name is kept in one of them only, evaluation
+    before held-out before calibration. With this in `mine.py`, `data=custom data._target_=mine.Poems` uses it:
+
+        from pathlib import Path
+        from lit_recon.data.source import TextSource
+
+        class Poems(TextSource):
+            def documents(self, part):
+                folder = {"calibration": "train", "held_out": "validation", "evaluation": "test"}[part]
+                return (path.read_text() for path in sorted(Path("poems", folder).glob("*.txt")))
+
+    Documents are read until there are 32 characters for each token asked for, a mebibyte at least: in English about
+    eight times what is needed, so that the seed has a choice, without reading all of a large data set.
+
+    Attributes:
+        num_samples: Calibration samples.
+        length: Tokens of each calibration and held-out sample.
+        batch_size: Samples of a batch.
+        num_held_out: Held-out samples.
+        evaluation_samples: Sequences for perplexity, the first of the evaluation part; None takes all.
+        evaluation_length: Tokens of each.
+    """
+
+    num_samples: int = 32
+    length: int = 256
+    batch_size: int = 2
+    num_held_out: int = 4
+    evaluation_samples: int | None = 16
+    evaluation_length: int = 512
+
+    @abstractmethod
+    def documents(self, part: Part) -> Iterable[str]:
+        """The texts of a part, in an order that does not depend on a seed; read only as far as needed.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+
+    def describe(self, part: Part) -> str:
+        """The data set that a part is taken from, for people."""
+        return type(self).__name__
+
+    def check(self) -> None:
+        """Find what is wrong with the settings, without reading more than the start of the text.
+
+        Raises:
+            ValueError: With all problems that can be found together.
+        """
+        problems = self._problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache: Path) -> Samples:
+        """Read, tokenize and pack the three parts, and draw the samples.
+
+        Args:
+            tokenizer: Of the model that will see the samples.
+            seed: Chooses among calibration and held-out text.
+            cache: Folder in which `tokens/` keeps what was tokenized before.
+
+        Raises:
+            ValueError: The text cannot be read, or there is too little of it.
+        """
+        taken: set[str] = set()
+        evaluation_PT = pack(self._read("evaluation", taken), tokenizer, length=self.evaluation_length, cache=cache)
+        held_out_PT = pack(self._read("held_out", taken), tokenizer, length=self.length, cache=cache)
+        calibration_PT = pack(self._read("calibration", taken), tokenizer, length=self.length, cache=cache)
+        problems = [
+            *self._shortage("calibration", calibration_PT),
+            *self._shortage("held_out", held_out_PT),
+            *self._shortage("evaluation", evaluation_PT),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        calibration, evaluation = self.describe("calibration"), self.describe("evaluation")
+        return Samples(
+            calibration_ST=draw(calibration_PT, self.num_samples, seed=seed),
+            held_out_ST=draw(held_out_PT, self.num_held_out, seed=seed),
+            evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
+            description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
+        )
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the settings; a source with settings of its own adds to it."""
+        smallest = {"num_samples": 1, "length": 2, "batch_size": 1, "num_held_out": 1, "evaluation_length": 2}
+        if self.evaluation_samples is not None:
+            smallest["evaluation_samples"] = 1
+        return [
+            f"data.{name}={getattr(self, name)!r}: give a whole number, {least} or more"
+            for name, least in smallest.items()
+            if type(getattr(self, name)) is not int or getattr(self, name) < least
+        ]
+
+    def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
+        """Setting and value: how many samples of a part, and of how many tokens."""
+        if part == "evaluation":
+            return "evaluation_samples", self.evaluation_samples, "evaluation_length", self.evaluation_length
+        if part == "held_out":
+            return "num_held_out", self.num_held_out, "length", self.length
+        return "num_samples", self.num_samples, "length", self.length
+
+    def _read(self, part: Part, taken: set[str]) -> list[str]:
+        """Enough documents of a part, none of which is `taken`; adds them to `taken`."""
+        _, number, _, length = self._asked(part)
+        enough = math.inf if number is None else max(AT_LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * number * length)
+        texts: list[str] = []
+        size, repeated = 0, 0
+        for text in self.documents(part):
+            if text in taken:
+                repeated += 1
+            elif text:
+                texts.append(text)
+                size += len(text)
+                if size >= enough:
+                    break
+        if repeated:
+            log.warning("%d documents of the %s part are left out: another part has them too", repeated, part)
+        taken.update(texts)
+        return texts
+
+    def _shortage(self, part: Part, pieces_PT: Tensor) -> list[str]:
+        """The problem, if there are fewer pieces than asked for."""
+        setting, number, length_setting, length = self._asked(part)
+        needed = 1 if number is None else number
+        if len(pieces_PT) >= needed:
+            return []
+        return [
+            f"{self.describe(part)}: the {part} part has {len(pieces_PT)} samples of {length} tokens "
+            f"({len(pieces_PT) * length} tokens), asked for are {needed} ({needed * length} tokens); "
+            f"lower data.{setting} or data.{length_setting}, or give more text"
+        ]

@@ -1,0 +1,92 @@
+"""Perplexity of a model, computed one layer at a time.
+
+exp of the mean negative log-likelihood of every token but the first of each sequence. The hidden states of all
+sequences step through the layers together, so that a device needs one layer and a slice of logits, not the model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+
+from lit_recon.blocks import Decoder, call_layer
+from lit_recon.compute import Compute
+
+LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How perplexity is measured; printed and stored with every number.
+
+    Attributes:
+        dataset: Name of the text.
+        split: Part of it.
+        context: Tokens per sequence.
+        windows: Number of sequences, which do not overlap.
+        tokens: Number of predicted tokens.
+        precision: Lightning's name of the precision.
+    """
+
+    dataset: str
+    split: str
+    context: int
+    windows: int
+    tokens: int
+    precision: str
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens, "
+            f"{self.tokens} predicted, {self.precision}"
+        )
+
+    def as_dict(self) -> dict[str, str | int]:
+        """For results.json."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute) -> float:
+    """Perplexity of `model`, resident on the CPU, on S sequences of T tokens.
+
+    Args:
+        model: The model; its layers visit the device one at a time.
+        tokens_ST: Token ids.
+        batch_size: Sequences per pass.
+        compute: Device and precision.
+    """
+    decoder = Decoder(model, compute.device)
+    batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
+    hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0] for rows in batches])
+    for index, layer in enumerate(decoder.layers):
+        layer.to(compute.device, torch.float32)
+        for rows in batches:
+            call = decoder.calls(tokens_ST[rows])[index]
+            inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
+            with compute.autocast():
+                hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+        layer.to("cpu", model.dtype)
+    metric = Perplexity().to(compute.device)
+    for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
+        metric.update(logits_BCV, targets_BC)
+    return metric.compute().item()
+
+
+def _slices(
+    decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (1, C, V) and the tokens (1, C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
+    vocabulary = decoder.model.config.get_text_config().vocab_size
+    width = max(1, LOGITS_BYTES // (4 * vocabulary))
+    with decoder.ends_on(compute.device):
+        for hidden_TD, tokens_T in zip(hidden_STD, tokens_ST, strict=True):
+            for start in range(0, len(tokens_T) - 1, width):
+                stop = min(start + width, len(tokens_T) - 1)
+                with compute.autocast():
+                    logits_BCV = decoder.logits(hidden_TD[None, start:stop].to(compute.device)).float()
+                yield logits_BCV, tokens_T[None, start + 1 : stop + 1].to(compute.device)

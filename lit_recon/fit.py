@@ -1,0 +1,150 @@
+"""python -m lit_recon.fit: prune a language model and reconstruct it window by window. --help explains.
+
+    prepare: the configuration becomes objects, and everything that can be wrong is found     -> exit status 2
+    run:     load, plan, walk, save, read back, evaluate, report
+
+The only file that sees the configuration.
+"""
+
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lit_recon.cache import cache_folder
+from lit_recon.compute import Compute
+from lit_recon.criteria import Criterion
+from lit_recon.data.source import Samples
+from lit_recon.job import Job, run
+from lit_recon.masks import Pattern
+from lit_recon.plan import Workload
+from lit_recon.startup import Problems, check_output, check_windows, explain_override, quiet
+
+log = logging.getLogger(__name__)
+CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
+CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def prepare(cfg: DictConfig) -> Job:
+    """Build what a run needs and check it all, before any weight is loaded or any file written.
+
+    Raises:
+        ValueError: With every problem that could be found at once.
+    """
+    problems = Problems()
+    names = ("model", "data", "criterion", "pattern", "windows", "module", "trainer")
+    model, source, criterion, pattern, make_windows, module, trainer = (
+        problems.instantiate(cfg[name], name) for name in names
+    )
+    output = Path(cfg.output_dir)
+    problems.check(check_output, output, overwrite=cfg.overwrite)
+    if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
+        problems.add(
+            f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
+            f"{pattern.sparsity:g}; leave one of them out."
+        )
+    if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
+        problems.check(module.keywords["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
+    compute = problems.check(Compute.choose, trainer, cfg.trainer.precision) if trainer else None
+    if source:
+        problems.check(source.check)
+    problems.raise_all()
+    assert compute is not None
+    model.check()
+    windows = make_windows(model.skeleton())
+    check_windows(windows, pattern, allow_unscored=cfg.allow_unscored)
+    tokenizer = model.tokenizer()
+    samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
+    return Job(
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        samples=samples,
+        criterion=criterion,
+        pattern=pattern,
+        windows=make_windows,
+        module=module,
+        trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),
+        compute=compute,
+        workload=_workload(cfg, samples),
+        recipe=_recipe(cfg, criterion, pattern),
+        output=output,
+        config=OmegaConf.to_yaml(cfg, resolve=True),
+        seed=cfg.seed,
+        plan_only=cfg.plan,
+    )
+
+
+def _given() -> set[str]:
+    """The settings that the command line gives."""
+    return {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
+
+
+def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern) -> dict[str, str]:
+    """What was done, in the words of the settings."""
+    recipe = {
+        "criterion": type(criterion).__name__,
+        "pattern": pattern.describe(),
+        "windows": cfg.windows.by + (f" of {cfg.windows.size}" if "size" in cfg.windows else ""),
+        "module": cfg.module._target_.rpartition(".")[2],
+        "inputs": "dense",
+        "targets": "dense",
+        "epochs": str(cfg.trainer.max_epochs),
+        "batch_size": str(cfg.data.batch_size),
+    }
+    rate = OmegaConf.select(cfg, "module.optimizer.lr")
+    return recipe | ({"learning_rate": f"{rate:g}"} if rate is not None else {})
+
+
+def _workload(cfg: DictConfig, samples: Samples) -> Workload:
+    return Workload(
+        epochs=cfg.trainer.max_epochs,
+        max_steps=cfg.trainer.max_steps,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        evaluation_tokens=samples.evaluation_ST.numel(),
+    )
+
+
+def _fit(cfg: DictConfig) -> None:
+    """Prepare and run; how a run ends is told in one message."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    quiet()
+    try:
+        job = prepare(cfg)
+    except ValueError as error:
+        _stop(str(error), status=2)
+    try:
+        run(job, console)
+    except KeyboardInterrupt:
+        _stop(f"interrupted: {job.output} holds no checkpoint.", status=1)
+
+
+def _stop(message: str, *, status: int) -> NoReturn:
+    sys.stderr.write(message + "\n")
+    raise SystemExit(status)
+
+
+def main() -> None:
+    """The command line; Hydra composes the configuration."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing it and exiting with 1
+    try:
+        hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(_fit)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _stop(explain_override(error, sys.argv[1:], CONF), status=2)
+
+
+if __name__ == "__main__":
+    main()

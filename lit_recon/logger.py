@@ -1,0 +1,78 @@
+"""One TensorBoard log for a whole run, although each window has a Trainer of its own.
+
+A Trainer counts its steps from zero, calls its metrics what the module calls them, and closes the logger when it is
+done. This logger puts the window's name in front (`block_03/loss/train`), shifts the steps so that windows follow each
+other on the x axis, and stays open.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard logger of a run.
+
+    Args:
+        run: The run's folder; events go to `<run>/tensorboard`.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False)
+        self._window = ""
+        self._offset = 0
+        self._last = 0
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the event files; without a version of its own."""
+        return self.root_dir
+
+    def start_window(self, name: str) -> None:
+        """From here on metrics belong to window `name`, whose step 0 follows the last step so far."""
+        self._window, self._offset = f"{name}/", self._last
+
+    def end_window(self) -> None:
+        """From here on metrics have their own names and steps."""
+        self._window, self._offset = "", 0
+        self.experiment.flush()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log `metrics` at `step` of the current window; the epoch is left out, it restarts in every window."""
+        step = self._offset + (step or 0)
+        self._last = max(self._last, step) if self._window else self._last
+        super().log_metrics({self._window + name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Only with metrics: every Trainer passes its module's hyperparameters, which would be an entry per window."""
+        if metrics:
+            super().log_hyperparams(vars(params) if isinstance(params, Namespace) else params, metrics)
+
+    def log_results(self, results: Mapping[str, Any]) -> None:
+        """Log what results.json says: errors over depth (x: index of the window), final numbers, a summary in words."""
+        for index, window in enumerate(results["windows"]):
+            names = ("relative_error_before", "relative_error_after", "held_out_before", "held_out_after")
+            self.log_metrics({f"depth/{name}": window[name] for name in names}, index)
+        rows = [f"| perplexity {state} | {value:.3f} |" for state, value in results["perplexity"].items()]
+        rows += [f"| {key} | {value} |" for key, value in (results["model"] | results["recipe"]).items()]
+        self.experiment.add_text("summary", "\n".join(["| | |", "|---|---|", *rows]))
+        finals = {f"perplexity/{state}": value for state, value in results["perplexity"].items()}
+        finals["gap_recovered"] = results["gap_recovered"] if results["gap_recovered"] is not None else math.nan
+        self.log_hyperparams(results["recipe"] | {"seed": results["seed"]}, finals)
+
+    def save(self) -> None:
+        """Nothing: Lightning calls this after each logged step, and a flush to disk each time is slow."""
+
+    def finalize(self, status: str) -> None:
+        """Nothing: the next window goes on in the same file. `close` ends the log."""
+
+    def close(self) -> None:
+        """Write what is left and close the event file."""
+        self.experiment.flush()
+        self.experiment.close()

@@ -1,0 +1,108 @@
+"""Patterns turn a criterion's scores into boolean masks (True = kept) with an exact number of kept weights.
+
+Unstructured: the lowest scores of each row (one output's weights, Wanda's comparison group) or of the whole matrix go.
+N:M: of every M consecutive weights of a row, the N with the highest scores stay (keep N of every M).
+
+Exact means by count, not by threshold: ties go to the first index, so a matrix of equal scores has its sparsity too.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Pattern(Protocol):
+    """Which weights of a matrix stay, given their scores."""
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are removed."""
+
+    def describe(self) -> str:
+        """One line for the plan and the model card."""
+
+    def check(self, name: str, outputs: int, inputs: int) -> None:
+        """Raise a ValueError that names the matrix when the pattern does not fit its shape."""
+
+    def __call__(self, scores_OI: Tensor) -> Tensor:
+        """The mask, boolean (O, I), for scores (O, I)."""
+
+
+def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
+    """Mask (R, C) with the `count` lowest scores of each row False; ties broken by index, independent of the device."""
+    mask_RC = torch.ones_like(scores_RC, dtype=torch.bool)
+    if count == 0:
+        return mask_RC
+    # kthvalue selects in linear time, where a sort costs more than the teacher pass. What equals the threshold is
+    # dropped from the left until the count is exact.
+    threshold_R1 = scores_RC.kthvalue(count, dim=1, keepdim=True).values
+    below_RC = scores_RC < threshold_R1
+    missing_R1 = count - below_RC.sum(1, keepdim=True)
+    ties_RC = scores_RC == threshold_R1
+    if int(ties_RC.sum()) > int(missing_R1.sum()):
+        ties_RC &= ties_RC.cumsum(1) <= missing_R1
+    return mask_RC.masked_fill_(below_RC | ties_RC, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstructured:
+    """Remove the lowest scores, compared within each row ("row") or within the whole matrix ("matrix")."""
+
+    sparsity: float
+    scope: str = "row"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity}: expected a share of removed weights in [0, 1), such as 0.5.")
+        if self.scope not in ("row", "matrix"):
+            raise ValueError(f"pattern.scope={self.scope!r}: expected 'row' or 'matrix'.")
+
+    def describe(self) -> str:
+        """One line for the plan and the model card."""
+        return f"unstructured {self.sparsity:.0%} per {self.scope}"
+
+    def check(self, name: str, outputs: int, inputs: int) -> None:
+        """Every shape fits."""
+
+    def __call__(self, scores_OI: Tensor) -> Tensor:
+        """The mask, boolean (O, I), for scores (O, I)."""
+        groups_RC = scores_OI if self.scope == "row" else scores_OI.reshape(1, -1)
+        count = int(self.sparsity * groups_RC.shape[1] + 1e-9)  # 0.29 * 100 is 28.999999999999996
+        return _drop_lowest(groups_RC, count).view(scores_OI.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NM:
+    """Keep n of every m consecutive weights of a row (2:4 is what sparse tensor cores accelerate)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"pattern.n={self.n} pattern.m={self.m}: expected 0 < n <= m (keep n of every m weights).")
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are removed."""
+        return 1 - self.n / self.m
+
+    def describe(self) -> str:
+        """One line for the plan and the model card."""
+        return f"{self.n}:{self.m} (keep {self.n} of every {self.m})"
+
+    def check(self, name: str, outputs: int, inputs: int) -> None:
+        """Raise a ValueError when the width is not a multiple of m."""
+        if inputs % self.m:
+            raise ValueError(
+                f"pattern.m={self.m} does not divide the width {inputs} of {name}; "
+                f"choose a pattern.m that divides it, or pattern=unstructured."
+            )
+
+    def __call__(self, scores_OI: Tensor) -> Tensor:
+        """The mask, boolean (O, I), for scores (O, I)."""
+        return _drop_lowest(scores_OI.reshape(-1, self.m), self.m - self.n).view(scores_OI.shape)

@@ -1,0 +1,226 @@
+"""What a person looks at after a run: report.html, one self-contained page, and a table that compares runs.
+
+    python -m lit_recon.report RUN [RUN ...]
+
+redraws the figures and the page of each run from what it left behind and prints the table; nothing is computed again.
+"""
+
+import argparse
+import base64
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_recon.plots import duration, number, read_results, write_figures
+
+FILES = {
+    "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",
+    "masks.safetensors": "one bit-packed boolean mask per matrix",
+    "results.json": "every number of this page",
+    "config.yaml": "the composed configuration",
+    "tensorboard/": "the curves of all windows",
+    "figures/": "the figures of this page",
+}
+FACTS = {"Model": ["model"], "Recipe": ["recipe"], "Data and protocol": ["tokens", "protocol"]}
+LABELS = {  # where the key of results.json alone does not say it
+    "model.covered": "share that can be pruned",
+    "recipe.windows": "window",
+    "recipe.inputs": "window inputs from",
+    "recipe.targets": "window targets from",
+    "protocol.context": "tokens per sequence",
+    "protocol.windows": "sequences",
+    "protocol.tokens": "predicted tokens",
+    "tokens.calibration": "calibration tokens",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Draw the figures of a run and write its report.html.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The page; it needs no other file and no network.
+
+    Raises:
+        ValueError: The folder holds no run.
+    """
+    results = read_results(run)
+    images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in write_figures(run)}
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error, "duration": duration}
+    page = templates.get_template("report.html.j2").render(
+        results=results,
+        images=images,
+        verdict=verdict(results),
+        depth=depth_summary(results["windows"]),
+        memory=as_memory(results["peak_memory_bytes"]),
+        facts={title: facts(results, *keys) for title, keys in FACTS.items()},
+        kinds=sparsity_by_kind(results["sparsity"]["by_matrix"]),
+        **places(run),
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def places(run: Path) -> dict[str, Any]:
+    """Where things are, in the form in which the page shows them."""
+    folder, config = run.resolve(), run / "config.yaml"
+    return {
+        "run": folder.name,
+        "folder": folder.as_posix(),
+        "checkpoint": json.dumps((folder / "checkpoint").as_posix(), ensure_ascii=False),  # a Python string
+        "logdir": shlex.quote((folder / "tensorboard").as_posix()),
+        "files": {name: text for name, text in FILES.items() if (run / name).exists()},
+        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+    }
+
+
+def verdict(results: Mapping[str, Any]) -> tuple[str, str]:
+    """Did it work? The kind ("good", "bad" or "neutral") and the sentence of the answer."""
+    gap = number(results["gap_recovered"])
+    dense, pruned, reconstructed = (results["perplexity"][state] for state in ("dense", "pruned", "reconstructed"))
+    numbers = f"perplexity {as_perplexity(pruned)} after pruning, {as_perplexity(reconstructed)} after reconstruction"
+    if math.isnan(number(pruned)) or math.isnan(number(reconstructed)):
+        return "bad", f"A model broke: {numbers}."
+    if math.isnan(gap) or pruned <= dense:
+        return "neutral", f"Pruning cost no perplexity here, so there is no gap to recover: {numbers}."
+    if gap <= 0:
+        return "bad", f"Reconstruction did not help: {numbers}."
+    return "good", f"Reconstruction recovered {as_share(gap)} of the perplexity that pruning had cost."
+
+
+def depth_summary(windows: Sequence[Mapping[str, Any]]) -> str:
+    """The held-out errors in a sentence: what is left of them in the median window, and where they are largest."""
+    after = {window["name"]: number(window["held_out_after"]) for window in windows}
+    before = {window["name"]: number(window["held_out_before"]) for window in windows}
+    left = [after[name] / before[name] for name in after if before[name] > 0 and after[name] >= 0]
+    if not left:
+        return ""
+    worst = max(after, key=lambda name: -1 if math.isnan(after[name]) else after[name])
+    median = as_share(statistics.median(left))
+    return f"The median window keeps {median} of its error; most is left in {worst} ({as_error(after[worst])})."
+
+
+def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
+    """Label and text of everything below some keys of results.json, whatever a version or a user put there."""
+    texts = {}
+    for key in keys:
+        for name, value in results[key].items():
+            label = LABELS.get(f"{key}.{name}", name.replace("_", " "))
+            if name == "covered":
+                texts[label] = as_share(value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                texts[label] = f"{value / 1e6:,.1f} M" if value >= 1e7 else f"{value:,}"
+            else:
+                texts[label] = str(value)
+    return texts
+
+
+def sparsity_by_kind(by_matrix: Mapping[str, float]) -> dict[str, list[float]]:
+    """Sparsities of the matrices of one kind, that is, of the same name in different layers and experts."""
+    kinds = defaultdict(list)
+    for name, sparsity in by_matrix.items():
+        kind = re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
+        kinds[re.sub(r"\.\d+\.", ".*.", kind)].append(sparsity)
+    return dict(kinds)
+
+
+def as_perplexity(value: float | None) -> str:
+    """Two decimals; a dash for none, and a word for one that overflowed."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if math.isfinite(value) else "not finite"
+
+
+def as_share(value: float | None) -> str:
+    """A percentage with one decimal; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1%}"
+
+
+def as_error(value: float | None) -> str:
+    """Three significant digits; a dash for none, and a word for one that overflowed."""
+    if value is None:
+        return "–"
+    return f"{value:#.3g}" if math.isfinite(value) else "not finite"
+
+
+def as_memory(num_bytes: float) -> str:
+    """Gigabytes (10^9 bytes) with two decimals."""
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row per run; what it was stands below its name, so that the numbers fit into 80 columns.
+
+    Args:
+        runs: The content of results.json by the run's folder.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, leading=1)
+    table.add_column("run\nmodel\ncriterion, pattern, windows", overflow="fold", vertical="bottom")
+    headers = "perplexity\n\ndense", "\n\npruned", "\nrecon-\nstructed", "share of\nthe gap\nrecovered", "\n\ntime"
+    for header in (*headers, "\npeak\nmemory"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, results in runs.items():
+        perplexity, recipe = results["perplexity"], results["recipe"]
+        what = ", ".join(recipe[part] for part in ("criterion", "pattern", "windows"))
+        numbers = [as_perplexity(perplexity[state]) for state in ("dense", "pruned", "reconstructed")]
+        numbers += [as_share(results["gap_recovered"]), duration(results["seconds"]["total"])]
+        numbers += [as_memory(results["peak_memory_bytes"])]
+        title = Text.assemble((name, "bold"), f"\n{results['model']['name']}\n{what}")  # Text: no markup in names
+        table.add_row(title, *numbers)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the reports of the runs on the command line and print their table; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_recon.report",
+        description="Redraw the figures and report.html of finished runs and print one table that compares them.",
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/2025-01-31_12-00"
+    )
+    runs, problems = {}, []
+    for run in parser.parse_args(arguments).runs:
+        try:
+            runs[run] = read_results(run)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        parser.exit(2, "\n".join(problems) + "\n")
+    for run in runs:
+        try:
+            write_report(run)
+        except OSError as error:
+            parser.exit(2, f"{run}: the report cannot be written ({error}); expected a folder you may write to.\n")
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width; rich would take 80 and wrap
+    console.print(comparison({str(run): results for run, results in runs.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

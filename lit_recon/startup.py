@@ -1,0 +1,177 @@
+"""What happens before a run: mistakes are collected and told in one message, and libraries are told to be quiet.
+
+A ValueError here is a message to the user: what was given, what is allowed, what to do. `fit` prints it without a
+traceback and exits with status 2.
+"""
+
+import difflib
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException, MissingConfigException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from lit_recon.masks import Pattern
+from lit_recon.windows import Window
+
+RUN_FILES = ("config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures")
+
+
+class Problems:
+    """Collects what is wrong, so that a user learns all of it at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Note one problem."""
+        self.found.append(problem)
+
+    def check(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The function's result, or None with its ValueError noted."""
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            self.add(str(error))
+            return None
+
+    def instantiate(self, node: DictConfig, name: str) -> Any:
+        """The object that a configuration node describes, or None with what is wrong noted."""
+        try:
+            return instantiate(node, _convert_="all")
+        except MissingMandatoryValue as error:
+            self.add(f"{error.full_key or name} has no value; give {error.full_key or name}=<value>.")
+        except InstantiationException as error:
+            cause = error.__cause__
+            if isinstance(cause, MissingMandatoryValue):
+                self.add(f"{cause.full_key} has no value; give {cause.full_key}=<value>.")
+            elif isinstance(cause, ImportError):
+                target = node.get("_target_")
+                self.add(
+                    f"{name}._target_={target}: cannot be imported ({cause}); expected <file>.<class>, where the "
+                    "file is in the working directory or the package is installed."
+                )
+            elif isinstance(cause, (ValueError, TypeError)):
+                self.add(str(cause) if isinstance(cause, ValueError) else f"{name}: {cause}")
+            else:
+                self.add(f"{name}: {error}")
+        return None
+
+    def raise_all(self) -> None:
+        """Raise a ValueError with all problems, if there are any."""
+        if self.found:
+            raise ValueError("\n".join(self.found))
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        kind = "not writable" if existing.is_dir() else "not a folder"
+        raise ValueError(f"output_dir={folder}: {existing} is {kind}; choose another output_dir.")
+    if existing != folder.absolute() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"output_dir={folder} holds files that are not a run; choose an empty or a new folder.")
+    if not overwrite:
+        state = "a finished run" if (folder / "results.json").is_file() else "an unfinished run"
+        raise ValueError(f"output_dir={folder} holds {state}; choose another, or replace it with overwrite=true.")
+
+
+def clear_output(folder: Path) -> None:
+    """Make the folder of a run, and remove what an earlier run left in it, and only that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_windows(windows: Sequence[Window], pattern: Pattern, *, allow_unscored: bool) -> None:
+    """Raise a ValueError for matrices that the pattern does not fit or that cannot be scored."""
+    problems = Problems()
+    found = [matrix for window in windows for matrix in window.matrices()]
+    unscored = [matrix for matrix in found if matrix.input_dim is None]
+    if unscored and not allow_unscored:
+        share = sum(m.weight.numel() for m in unscored) / sum(m.weight.numel() for m in found)
+        names = ", ".join(matrix.name for matrix in unscored[:3]) + (", ..." if len(unscored) > 3 else "")
+        problems.add(
+            f"{len(unscored)} of {len(found)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
+            f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
+        )
+    misfits: dict[str, int] = {}
+    for matrix in found:
+        if matrix.input_dim is not None:
+            try:
+                pattern.check(matrix.name, *matrix.rows(matrix.weight).shape)
+            except ValueError as error:
+                misfits[str(error)] = len(misfits)
+    for message in list(misfits)[:3]:
+        problems.add(message)
+    if len(misfits) > 3:
+        problems.add(f"... and {len(misfits) - 3} more matrices.")
+    problems.raise_all()
+
+
+def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> str:
+    """What was wrong on the command line, and the choices there were."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, member = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={member}: unknown; choose one of {', '.join(error.options)}."
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if not unknown:
+        return " ".join(str(error).split())
+    key = unknown[1]
+    choices = _keys_beside(key, arguments, conf)
+    near = difflib.get_close_matches(key.rpartition(".")[2], choices, n=1)
+    parent = key.rpartition(".")[0]
+    return (
+        f"{key}: unknown setting; {parent or 'the top level'} has {', '.join(choices)}."
+        + (f" Did you mean {f'{parent}.' if parent else ''}{near[0]}?" if near else "")
+        + f" A new one needs a plus sign: +{key}=..."
+    )
+
+
+def _keys_beside(key: str, arguments: Sequence[str], conf: Path) -> list[str]:
+    """The keys of the deepest part of the configuration that `key` leads to."""
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
+    members = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        node: Any = compose("fit", overrides=members)
+    for part in key.split(".")[:-1]:
+        child = OmegaConf.select(node, part, throw_on_missing=False)
+        if not isinstance(child, DictConfig):
+            break
+        node = child
+    return sorted(str(name) for name in node)
+
+
+def quiet() -> None:
+    """Keep libraries from saying once per window what is decided once per run, or does not concern the user."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # reading curves back, it tells where the file ends
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
