@@ -11,6 +11,7 @@ With dense inputs and dense targets no step of a window needs another window's r
 any order, or in parallel. The only thing that is handed on is the dense chain.
 """
 
+import gc
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -44,6 +45,8 @@ def walk(
 ) -> list[WindowResult]:
     """Prune and reconstruct `windows` in order; one result per window."""
     results = []
+    gc.collect()
+    gc.freeze()  # what exists now stays: collecting what a window leaves behind is then a matter of milliseconds
     for window in windows:
         checkpoint.bring_in(window)
         matrices = [matrix for matrix in window.matrices() if matrix.input_dim is not None]
@@ -58,7 +61,9 @@ def walk(
             chain.advance()
         with clock.phase("commit"):
             checkpoint.write_out(window, masks)
+        gc.collect()  # Trainer, module and optimizer refer to each other and would wait, with their tensors
         results.append(result)
         for listener in listeners:
             listener.window_done(result)
+    gc.unfreeze()
     return results

@@ -29,7 +29,7 @@ from lit_recon.data.source import Samples
 from lit_recon.job import Job, run
 from lit_recon.masks import Pattern
 from lit_recon.plan import Workload
-from lit_recon.startup import Problems, check_output, check_windows, explain_override, quiet
+from lit_recon.startup import Problems, check_output, check_steps, check_windows, explain_override, quiet
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
@@ -55,8 +55,10 @@ def prepare(cfg: DictConfig) -> Job:
             f"{pattern.sparsity:g}; leave one of them out."
         )
     if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
-        problems.check(module.keywords["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
-    compute = problems.check(Compute.choose, trainer, cfg.trainer.precision) if trainer else None
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+    compute = problems.check(Compute.choose, trainer, cfg.trainer.precision, about="trainer: ") if trainer else None
+    problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
     if source:
         problems.check(source.check)
     problems.raise_all()

@@ -4,6 +4,7 @@ The model that was saved is dropped before the checkpoint is read back, so that 
 pruned one is the dense one read again, times the masks.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ def run(job: Job, console: Console) -> None:
     walked = reconstruct(job, clock, console, perplexities)
     if walked is None:
         return
+    gc.collect()  # the model that was saved, before it is read back
     read_back(job, walked, clock, perplexities)
     results = Results(
         perplexity={state: perplexities[state] for state in ("dense", "pruned", "reconstructed")},

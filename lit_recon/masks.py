@@ -55,7 +55,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not 0 <= self.sparsity < 1:
+        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity}: expected a share of removed weights in [0, 1), such as 0.5.")
         if self.scope not in ("row", "matrix"):
             raise ValueError(f"pattern.scope={self.scope!r}: expected 'row' or 'matrix'.")
@@ -83,7 +83,7 @@ class NM:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not 0 < self.n <= self.m:
+        if type(self.n) is not int or type(self.m) is not int or not 0 < self.n <= self.m:
             raise ValueError(f"pattern.n={self.n} pattern.m={self.m}: expected 0 < n <= m (keep n of every m weights).")
 
     @property

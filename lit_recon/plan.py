@@ -114,15 +114,14 @@ def _probe(window: Window, chain: Chain) -> tuple[int, float]:
     weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
     kept: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:  # nothing is unpacked, and a packed tensor would keep the graph alive for ever
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     window.requires_grad_(True)
     inputs_BTD = chain.inputs_STD[rows].to(chain.compute.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), chain.compute.autocast():
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
         outputs_BTD = window(inputs_BTD, chain.decoder.calls(chain.tokens_ST[rows]))
     window.requires_grad_(False)
     del outputs_BTD

@@ -6,9 +6,9 @@ traceback and exits with status 2.
 
 import difflib
 import logging
-import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,12 +38,12 @@ class Problems:
         """Note one problem."""
         self.found.append(problem)
 
-    def check(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The function's result, or None with its ValueError noted."""
+    def check(self, function: Callable[..., Any], *args: Any, about: str = "", **kwargs: Any) -> Any:
+        """The function's result, or None with its error noted, behind `about`."""
         try:
             return function(*args, **kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
-            self.add(str(error))
+            self.add(about + str(error))
             return None
 
     def instantiate(self, node: DictConfig, name: str) -> Any:
@@ -58,9 +58,10 @@ class Problems:
                 self.add(f"{cause.full_key} has no value; give {cause.full_key}=<value>.")
             elif isinstance(cause, ImportError):
                 target = node.get("_target_")
+                reason = " ".join(str(cause).split())
                 self.add(
-                    f"{name}._target_={target}: cannot be imported ({cause}); expected <file>.<class>, where the "
-                    "file is in the working directory or the package is installed."
+                    f"{name}._target_={target}: cannot be imported ({reason}); expected <file>.<class>, where the file "
+                    "is in the working directory or the package is installed."
                 )
             elif isinstance(cause, (ValueError, TypeError)):
                 self.add(str(cause) if isinstance(cause, ValueError) else f"{name}: {cause}")
@@ -79,9 +80,12 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        kind = "not writable" if existing.is_dir() else "not a folder"
-        raise ValueError(f"output_dir={folder}: {existing} is {kind}; choose another output_dir.")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder}: cannot write to {existing} ({error.strerror}); choose another output_dir."
+        ) from error
     if existing != folder.absolute() or not any(folder.iterdir()):
         return
     if not (folder / "config.yaml").is_file():
@@ -100,6 +104,17 @@ def clear_output(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
+    """Raise a ValueError where a window would be trained not at all or for ever."""
+    if not all(isinstance(number, int) for number in (max_epochs, max_steps, accumulate)):
+        raise ValueError("trainer.max_epochs, max_steps and accumulate_grad_batches are whole numbers.")
+    if max_epochs == 0 or max_steps == 0 or (max_epochs < 0 and max_steps < 0) or accumulate < 1:
+        raise ValueError(
+            f"trainer.max_epochs={max_epochs} max_steps={max_steps} accumulate_grad_batches={accumulate}: expected "
+            "max_epochs or max_steps of at least 1 (-1 leaves one of them open), accumulating 1 batch or more."
+        )
 
 
 def check_windows(windows: Sequence[Window], pattern: Pattern, *, allow_unscored: bool) -> None:

@@ -69,7 +69,7 @@ def partition(model: PreTrainedModel, *, by: str = "block", size: int = 1) -> li
     sizes = {"block": 1, "blocks": size, "model": len(layers)}
     if by not in sizes:
         raise ValueError(f"windows.by={by!r}: expected one of {', '.join(sizes)}.")
-    if size < 1:
+    if type(size) is not int or size < 1:
         raise ValueError(f"windows.size={size}: expected at least 1 layer per window.")
     step, digits = sizes[by], max(2, len(str(len(layers) - 1)))
     windows = []

@@ -18,7 +18,9 @@ def test_windows_compose_to_the_model(model: PreTrainedModel, tokens_ST: torch.T
     assert torch.equal(decoder.logits(hidden_BTD), model(tokens_ST, use_cache=False).logits)
 
 
-@pytest.mark.parametrize(("size", "names"), [(2, ["00_01", "02_03", "block_04"]), (3, ["00_02", "03_04"]), (4, ["00_03", "block_04"])])
+@pytest.mark.parametrize(
+    ("size", "names"), [(2, ["00_01", "02_03", "block_04"]), (3, ["00_02", "03_04"]), (4, ["00_03", "block_04"])]
+)
 def test_a_depth_that_the_size_does_not_divide_loses_no_layer(size: int, names: list[str]) -> None:
     windows = partition(tiny_model("llama", num_hidden_layers=5, layer_types=None), by="blocks", size=size)
     assert [index for window in windows for index in window.indices] == [0, 1, 2, 3, 4]
@@ -31,7 +33,9 @@ def test_every_parameter_of_the_layers_is_in_exactly_one_window(model: PreTraine
     assert sorted(map(id, held)) == sorted(map(id, layers))
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"by": "head"}, "block, blocks, model"), ({"by": "blocks", "size": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"by": "head"}, "block, blocks, model"), ({"by": "blocks", "size": 0}, "at least 1")]
+)
 def test_an_unknown_kind_or_size_is_refused(settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         partition(tiny_model("llama"), **settings)
