@@ -188,7 +188,7 @@ class Decoder:
         layers = list(self.layers)
         del self.layers[:]  # Module.to walks the tree: take the layers out of it meanwhile
         try:
-            self.model.to(device)
+            self.model.to(device)  # type: ignore[arg-type]
         finally:
             self.layers.extend(layers)
 

@@ -53,5 +53,6 @@ class FiniteLoss(Callback):
     ) -> None:
         """Look at the loss of each step that is logged: reading it makes a GPU wait."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and batch_idx % trainer.log_every_n_steps == 0 and not math.isfinite(float(loss)):
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if loss is not None and batch_idx % every == 0 and not math.isfinite(float(loss)):
             self.diverged = trainer.should_stop = True

@@ -16,7 +16,7 @@ from lit_recon.activations import Chain
 from lit_recon.evaluate import LOGITS_BYTES
 from lit_recon.windows import Window
 
-_BACKWARD = 2.0  # a backward costs about two forwards
+_BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _FLOAT32 = 4
 
 
@@ -89,9 +89,10 @@ def make_plan(windows: Sequence[Window], chain: Chain, work: Workload) -> Plan:
     per_sample = forward_seconds / chain.batch_size * len(windows)
     total, held_out = len(chain.tokens_ST), chain.num_held_out
     trained = steps * work.accumulate * chain.batch_size
-    passes = total + trained * (1 + _BACKWARD) + 6 * held_out  # dense pass, training, errors before, between and after
+    passes = total + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
-    head = 1 + model.get_output_embeddings().weight.numel() / max(
+    # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
+    head = 1 + 3 * model.get_output_embeddings().weight.numel() / max(
         1, sum(p.numel() for w in windows for p in w.parameters())
     )
     return Plan(
