@@ -128,10 +128,12 @@ def _fit(cfg: DictConfig) -> None:
         job = prepare(cfg)
     except ValueError as error:
         _stop(str(error), status=2)
+    except KeyboardInterrupt:
+        _stop("interrupted: nothing was written.", status=1)
     try:
         run(job, console)
-    except KeyboardInterrupt:
-        _stop(f"interrupted: {job.output} holds no checkpoint.", status=1)
+    except KeyboardInterrupt as interrupt:
+        _stop(f"interrupted: {interrupt or 'before the first window was done; nothing is kept'}.", status=1)
 
 
 def _stop(message: str, *, status: int) -> NoReturn:

@@ -136,17 +136,23 @@ def reconstruct(job: Job, clock: Clock, console: Console, perplexities: dict[str
         seed=job.seed,
         callbacks=[progress],
     )
-    with progress:
-        results = walk(
-            windows,
-            chain=chain,
-            criterion=job.criterion,
-            pattern=job.pattern,
-            reconstructor=reconstructor,
-            checkpoint=checkpoint,
-            clock=clock,
-            listeners=[progress],
-        )
+    try:
+        with progress:
+            results = walk(
+                windows,
+                chain=chain,
+                criterion=job.criterion,
+                pattern=job.pattern,
+                reconstructor=reconstructor,
+                checkpoint=checkpoint,
+                clock=clock,
+                listeners=[progress],
+            )
+    except KeyboardInterrupt as error:
+        logger.close()
+        done = f"{len(progress.done)} of {len(windows)} windows were done"
+        names = f" ({progress.done[0].name} to {progress.done[-1].name})" if progress.done else ""
+        raise KeyboardInterrupt(f"{done}{names}; {job.output} holds their curves, and no checkpoint") from error
     with clock.phase("commit"):
         checkpoint.masks.save(job.output / "masks.safetensors")
         card = model_card(job.model.describe(), job.recipe, plan, results)

@@ -1,0 +1,272 @@
+"""The command from end to end on a tiny model: what it leaves behind, that it repeats, and what bad input gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, Ended
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_recon.cache import cache_folder
+from lit_recon.checkpoint import PackedMasks
+from lit_recon.data.files import Files
+from lit_recon.evaluate import perplexity
+
+TIMES = ("seconds", "peak_memory_bytes")
+
+
+def numbers(run: Path) -> dict:
+    """results.json without what is different each time."""
+    results = json.loads((run / "results.json").read_text())
+    for window in results["windows"]:
+        window.pop("seconds")
+    return {key: value for key, value in results.items() if key not in TIMES}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def finished(tiny_run: Callable[..., Ended]) -> Ended:
+    """A run with the settings of `tiny_run`."""
+    ended = tiny_run()
+    assert ended.status == 0, ended.err
+    return ended
+
+
+def test_a_run_leaves_exactly_the_promised_files(finished: Ended) -> None:
+    names = {path.name for path in Path("run").iterdir()}
+    files = {"config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"}
+    assert names == files
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert {path.suffix for path in Path("run/figures").iterdir()} == {".png"}
+
+
+def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
+    results = json.loads(Path("run/results.json").read_text())
+    assert set(results["perplexity"]) == {"dense", "pruned", "reconstructed"}
+    assert {"dataset", "split", "context", "windows", "tokens"} <= set(results["protocol"])
+    assert results["protocol"]["tokens"] == 4 * 31
+    assert {"total", "by_matrix"} <= set(results["sparsity"])
+    assert len(results["sparsity"]["by_matrix"]) == 21
+    assert [window["name"] for window in results["windows"]] == ["block_00", "block_01", "block_02"]
+    fields = "name relative_error_before relative_error_after held_out_before held_out_after accepted steps seconds"
+    assert set(fields.split()) <= set(results["windows"][0])
+    assert [window["steps"] for window in results["windows"]] == [4, 4, 4]
+    phases = {"load", "teacher", "prune", "fit", "advance", "commit", "evaluate", "total"}
+    assert set(results["seconds"]) == phases
+    assert results["seconds"]["total"] >= sum(results["seconds"][phase] for phase in phases - {"total"}) - 0.1
+    assert results["tokens"]["calibration"] == 8 * 32
+    assert results["seed"] == 0
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["peak_memory_bytes"] > 1e8
+
+
+def test_reconstruction_lowers_the_held_out_error_of_every_window(finished: Ended) -> None:
+    for window in json.loads(Path("run/results.json").read_text())["windows"]:
+        assert window["accepted"]
+        assert window["held_out_after"] < window["held_out_before"]
+
+
+def test_the_checkpoint_is_a_hugging_face_folder_with_the_promised_zeros_and_perplexity(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained("run/checkpoint")
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    assert len(masks) == 21
+    for name in masks:
+        weight = model.get_parameter(name)
+        assert torch.count_nonzero(weight[~masks[name]]) == 0
+        assert (~masks[name]).float().mean() == 0.5
+    results = json.loads(Path("run/results.json").read_text())
+    source = Files(
+        paths=[str(text_file)], num_samples=8, length=32, evaluation_samples=4, evaluation_length=32
+    ).samples(tokenizer, seed=0, cache=cache_folder())
+    values = {
+        "reconstructed": perplexity(model, source.evaluation_ST, batch_size=4, compute=CPU),
+        "dense": perplexity(
+            AutoModelForCausalLM.from_pretrained(model_folder), source.evaluation_ST, batch_size=4, compute=CPU
+        ),
+    }
+    for state, value in values.items():  # the run may have computed in bf16
+        assert results["perplexity"][state] == pytest.approx(value, rel=0.02)
+    assert "arXiv 2510.14444" in Path("run/checkpoint/README.md").read_text()
+
+
+def test_the_pruned_perplexity_is_that_of_dense_weights_times_masks(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder).requires_grad_(False)
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    for name in masks:
+        model.get_parameter(name).mul_(masks[name])
+    samples = Files(paths=[str(text_file)], evaluation_samples=4, evaluation_length=32, length=32).samples(
+        AutoTokenizer.from_pretrained(model_folder), seed=0, cache=cache_folder()
+    )
+    value = perplexity(model, samples.evaluation_ST, batch_size=4, compute=CPU)
+    assert json.loads(Path("run/results.json").read_text())["perplexity"]["pruned"] == pytest.approx(value, rel=0.02)
+
+
+def test_the_terminal_shows_the_plan_the_windows_and_the_result(finished: Ended) -> None:
+    for said in ("3 windows (block), 4 steps each", "84.2% of the parameters", "peak memory", "3/3 block_02"):
+        assert said in finished.out
+    results = json.loads(Path("run/results.json").read_text())
+    for state, value in results["perplexity"].items():
+        assert f"perplexity {state}" in finished.out
+        assert f"{value:.2f}" in finished.out
+
+
+def test_the_same_seed_gives_the_same_numbers_and_bytes_and_another_seed_others(tiny_run: Callable[..., Ended]) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert tiny_run(f"output_dir={name}", f"seed={seed}").status == 0
+    assert numbers(Path("a")) == numbers(Path("b"))
+    assert content(Path("a/checkpoint")) == content(Path("b/checkpoint"))
+    assert content(Path("a/checkpoint")) != content(Path("c/checkpoint"))
+
+
+def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]) -> None:
+    assert tiny_run("pattern=n_m", "pattern.n=2", "pattern.m=4").status == 0
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    for name in PackedMasks.load(Path("run/masks.safetensors")):
+        groups = model.get_parameter(name).reshape(-1, 4)
+        assert torch.all((groups == 0).sum(1) == 2), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("criterion=magnitude", "pattern.scope=matrix"),
+        ("windows=blocks", "windows.size=2"),
+        ("windows=model",),
+        ("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
+        ("model.dtype=bfloat16", "trainer.precision=32-true"),
+    ],
+    ids=" ".join,
+)
+def test_other_settings_run_too(tiny_run: Callable[..., Ended], overrides: tuple[str, ...]) -> None:
+    ended = tiny_run(*overrides)
+    assert ended.status == 0, ended.err
+    assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
+
+
+def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("plan=true")
+    assert ended.status == 0
+    assert "predicted" in ended.out
+    assert not Path("run").exists()
+
+
+def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_of_the_first(
+    finished: Ended, tiny_run: Callable[..., Ended]
+) -> None:
+    before = content(Path("run"))
+    refused = tiny_run()
+    assert refused.status == 2
+    assert "overwrite=true" in refused.err
+    assert content(Path("run")) == before
+    assert tiny_run("overwrite=true", "seed=5").status == 0
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
+
+
+BAD_INPUT = {
+    ("model=foo",): ["model=foo", "hf, smollm2"],
+    ("modell=hf",): ["modell", "Did you mean model?"],
+    ("trainer.max_epoch=2",): ["trainer.max_epoch", "Did you mean trainer.max_epochs?"],
+    ("sparsity=1",): ["sparsity=1", "[0, 1)"],
+    ("sparsity=-0.5",): ["sparsity=-0.5", "[0, 1)"],
+    ("sparsity=half",): ["sparsity=half", "[0, 1)"],
+    ("pattern=n_m", "pattern.n=5"): ["pattern.n=5 pattern.m=4", "0 < n <= m"],
+    ("pattern=n_m", "pattern.m=5"): ["pattern.m=5", "width 32", "model.layers.0.self_attn.q_proj.weight"],
+    ("pattern=n_m", "sparsity=0.7"): ["sparsity=0.7", "0.5"],
+    ("data.num_samples=100000",): ["100000", "3200000 tokens", "data.num_samples"],
+    ("data.paths=[nowhere.txt]",): ["nowhere.txt"],
+    ("model.name=nowhere/at/all",): ["nowhere/at/all"],
+    ("model.name=.",): ["config.json", "tokenizer"],
+    ("trainer.precision=bf16-true",): ["bf16-true", "bf16-mixed"],
+    ("trainer.max_epochs=0",): ["max_epochs=0"],
+    ("trainer.max_epochs=-1",): ["max_epochs=-1"],
+    ("+trainer.speed=9",): ["speed"],
+    ("module.optimizer.lr=-1",): ["module.optimizer", "learning rate: -1"],
+    ("windows=blocks", "windows.size=0"): ["windows.size=0"],
+    ("criterion=custom",): ["criterion._target_"],
+    ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
+    ("output_dir=/proc/run",): ["/proc", "output_dir"],
+    ("data.num_samples=x", "sparsity=2"): ["data.num_samples='x'", "sparsity=2"],
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_INPUT, ids=" ".join)
+def test_bad_input_gets_status_2_one_message_and_writes_nothing(
+    tiny_run: Callable[..., Ended], overrides: tuple[str, ...]
+) -> None:
+    ended = tiny_run(*overrides)
+    assert ended.status == 2, ended.err
+    for said in BAD_INPUT[overrides]:
+        assert said in ended.err
+    assert "Traceback" not in ended.err + ended.out
+    assert "Error executing job" not in ended.err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone_even_with_overwrite(tiny_run: Callable[..., Ended]) -> None:
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("years of work")
+    ended = tiny_run("overwrite=true")
+    assert ended.status == 2
+    assert [path.name for path in Path("run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_learning_rate_that_diverges_keeps_the_pruned_weights_and_says_so(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("module.optimizer.lr=1e30", "trainer.log_every_n_steps=1")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert not any(window["accepted"] for window in windows)
+    assert "not finite" in windows[0]["note"]
+    assert "not finite" in ended.out
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["perplexity"]["reconstructed"] == pytest.approx(results["perplexity"]["pruned"], rel=1e-6)
+
+
+def test_help_explains_groups_and_settings_without_running(command: Callable[..., Ended]) -> None:
+    ended = command("--help")
+    assert ended.status == 0
+    for said in ("criterion: custom, magnitude, wanda", "pattern.n=2", "output_dir", "module.optimizer.lr"):
+        assert said in ended.out
+
+
+def test_ctrl_c_stops_within_seconds_says_what_was_done_and_leaves_no_half_written_file(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = ["model=hf", f"model.name={model_folder}", "data=files", f"data.paths=[{text_file}]"]
+    settings += ["data.num_samples=8", "data.length=32", "data.evaluation_samples=2", "data.evaluation_length=32"]
+    settings += ["trainer.max_epochs=100000", "output_dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_recon.fit", *settings],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    events = tmp_path / "run" / "tensorboard"
+    while process.poll() is None and not (events.is_dir() and any(events.iterdir())):
+        time.sleep(0.1)
+    time.sleep(1.0)  # well inside the first window's training
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 1
+    assert "interrupted: 0 of 3 windows were done" in err
+    assert "Traceback" not in err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "tensorboard"}
