@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 def mean_squared(outputs_BTD: Tensor, targets_BTD: Tensor, *, variance: float) -> Tensor:
-    """Mean squared error over the variance of the targets: the relative error (arXiv 2510.14444, equation 2)."""
+    """Mean squared error over the variance of the targets: the relative error (arXiv 2510.14444)."""
     return functional.mse_loss(outputs_BTD.float(), targets_BTD) / variance
 
 

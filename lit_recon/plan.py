@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_recon.activations import Chain
 from lit_recon.evaluate import LOGITS_BYTES
@@ -83,9 +84,10 @@ def make_plan(windows: Sequence[Window], chain: Chain, work: Workload) -> Plan:
     largest = max(sum(parameter.numel() for parameter in window.parameters()) for window in windows)
     # Besides the weights themselves: gradients, two moments, and the pruned weights to go back to.
     training = largest * 4 * _FLOAT32 + saved_bytes
+    head_weights = model.get_output_embeddings().weight.numel()
+    # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
+    evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     hidden = chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    evaluation = hidden + 3 * LOGITS_BYTES
-    resident = psutil.Process().memory_info().rss
     per_sample = forward_seconds / chain.batch_size * len(windows)
     total, held_out = len(chain.tokens_ST), chain.num_held_out
     trained = steps * work.accumulate * chain.batch_size
@@ -101,9 +103,22 @@ def make_plan(windows: Sequence[Window], chain: Chain, work: Workload) -> Plan:
         prunable=scored,
         unscored=sum(matrix.input_dim is None for matrix in found),
         steps=steps,
-        peak_bytes=resident + max(training, evaluation),
+        peak_bytes=_resident(model, chain, largest) + max(training, evaluation + hidden),
         seconds=per_sample * (passes + evaluated * head),
     )
+
+
+def _resident(model: PreTrainedModel, chain: Chain, largest: int) -> int:
+    """Bytes that stay through the run: on a GPU a window's masters; on the CPU this process and the whole model.
+
+    The model's file may be mapped and not read yet, so its size is added to what is resident without shared pages.
+    """
+    masters = largest * _FLOAT32
+    if chain.compute.device.type == "cuda":
+        return masters
+    memory = psutil.Process().memory_info()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return memory.rss - getattr(memory, "shared", 0) + weights + (0 if model.dtype == torch.float32 else masters)
 
 
 def _probe(window: Window, chain: Chain) -> tuple[int, float]:

@@ -64,7 +64,7 @@ class WalkProgress(Callback):
         windows = f"{number}/{self._num_windows}"
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
         if self._progress.disable:
-            change = f"held-out error {result.held_out_before:.4f} -> {result.held_out_after:.4f}"
+            change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
             log.info("%s %s: %s, %s%s", windows, result.name, change, left, f" ({result.note})" if result.note else "")
 
     def _left(self) -> str:

@@ -155,4 +155,11 @@ def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path)
         "module.optimizer.lr=1e-2",
         "output_dir=run",
     ]
-    return lambda *overrides: command(*settings, *overrides)
+
+    def run(*overrides: str) -> Ended:
+        chosen = {override.partition("=")[0] for override in overrides}
+        own = {"data": f"data.paths=[{text_file}]", "model": f"model.name={model_folder}"}  # of one member only
+        dropped = {setting for group, setting in own.items() if group in chosen}
+        return command(*(setting for setting in settings if setting not in dropped), *overrides)
+
+    return run

@@ -1,6 +1,6 @@
 """Reconstruction by gradient descent: train what the pruning left of a window until it outputs what the dense one did.
 
-    min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / variance    (arXiv 2510.14444, eq. 2)
+    min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / variance    (arXiv 2510.14444)
 
 Pruned weights are zero before training and their gradients are zeroed before each step. An elementwise optimizer such
 as AdamW then never moves them (nor does its weight decay), which costs less than masking the weights in every forward.

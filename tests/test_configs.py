@@ -1,0 +1,41 @@
+"""Every YAML of conf/ composes, and instantiates to an object."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from lit_recon.fit import CONF
+
+MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*/*.yaml"))
+REQUIRED = {
+    "model/hf": ["model.name=a/b"],
+    "data/files": ["data.paths=[a.txt]"],
+    "data/hub": ["data.name=a/b"],
+    "data/custom": ["data._target_=lit_recon.data.python_docs.PythonDocs"],
+    "criterion/custom": ["criterion._target_=lit_recon.criteria.wanda.Wanda"],
+    "module/custom": ["module._target_=lit_recon.modules.reconstruction.ReconstructionModule"],
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_of_every_group_instantiates(member: str) -> None:
+    group, name = member.split("/")
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("fit", overrides=[f"{group}={name}", *REQUIRED.get(member, [])])
+    assert instantiate(cfg[group], _convert_="all") is not None
+
+
+def test_a_group_has_at_least_two_members() -> None:
+    for group in CONF.iterdir():
+        if group.is_dir():
+            assert len(list(group.glob("*.yaml"))) >= 2, group.name
+
+
+def test_the_default_configuration_is_the_recipe_of_the_readme() -> None:
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("fit")
+    assert (cfg.sparsity, cfg.data.num_samples, cfg.data.length, cfg.data.batch_size) == (0.5, 32, 256, 2)
+    assert (cfg.module.warmup, cfg.trainer.max_epochs) == (0.1, 1)
+    assert Path(CONF / "fit.yaml").is_file()

@@ -1,0 +1,66 @@
+"""The README tells the truth: its examples run as they stand, its tree and tables are those of the project."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ended
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTENSIONS = re.findall(
+    r"### (.+?)\n+```python\n# (\w+\.py)\n(.+?)```\n+```bash\npython -m lit_recon\.fit (.+?)\n```", README, re.DOTALL
+)
+
+
+def test_the_readme_shows_a_criterion_a_module_and_a_data_set_in_at_most_15_lines_each() -> None:
+    assert [title for title, *_ in EXTENSIONS] == ["A criterion", "A LightningModule", "A data set"]
+    for title, _, code, _ in EXTENSIONS:
+        assert len(code.strip().splitlines()) <= 15, title
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda extension: extension[1])
+def test_an_extension_runs_from_a_file_in_the_working_directory(
+    tiny_run: Callable[..., Ended], text_file: Path, extension: tuple[str, str, str, str]
+) -> None:
+    _, name, code, arguments = extension
+    Path(name).write_text(code)
+    Path("poems.txt").write_text(text_file.read_text())
+    overrides = shlex.split(arguments)
+    ended = tiny_run(*overrides)
+    assert ended.status == 0, ended.err
+    results = json.loads(Path("run/results.json").read_text())
+    target = next(argument for argument in overrides if "_target_" in argument)
+    used = target.rpartition(".")[2]
+    said = [*results["recipe"].values(), results["protocol"]["dataset"]]
+    assert used in said, f"{used} was not used: {said}"
+    assert all(window["held_out_after"] < window["held_out_before"] for window in results["windows"])
+
+
+def test_the_two_commands_are_those_that_ci_runs() -> None:
+    assert "pip install -c constraints.txt -e . && python -m lit_recon.fit" in README
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in README
+    script = (ROOT / ".ci" / "run").read_text()
+    assert '-c constraints.txt -e ".[test]"' in script
+    assert "pytest" in script.splitlines()
+
+
+def test_the_tree_names_every_file_of_the_package() -> None:
+    tree = re.search(r"```text\nlit_recon/\n(.+?)```", README, re.DOTALL)
+    assert tree
+    for path in sorted((ROOT / "lit_recon").rglob("*.py")):
+        if path.name != "__init__.py":
+            assert path.name in tree[1], f"{path.name} is missing in the README's tree"
+    for group in (ROOT / "conf").iterdir():
+        assert group.name in tree[1]
+
+
+def test_settings_in_the_readmes_commands_exist(tiny_run: Callable[..., Ended]) -> None:
+    commands = [line for line in re.findall(r"python -m lit_recon\.fit (.+)", README) if "custom" not in line]
+    for line in commands:
+        overrides = [word for word in shlex.split(line.split("`")[0]) if word != "--help"]
+        ended = tiny_run(*overrides, "--cfg", "job")
+        assert ended.status == 0, f"{line}: {ended.err}"
