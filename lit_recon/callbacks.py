@@ -30,7 +30,8 @@ class LearningRate(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate with which this batch will be used."""
-        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        if trainer.optimizers:
+            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
 
 
 class FirstHeldOut(Callback):
@@ -52,7 +53,7 @@ class FiniteLoss(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the loss of each step that is logged: reading it makes a GPU wait."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # a step may have none
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if loss is not None and batch_idx % every == 0 and not math.isfinite(float(loss)):
             self.diverged = trainer.should_stop = True
