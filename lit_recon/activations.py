@@ -48,8 +48,10 @@ class Chain:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.compute = compute
-        self.inputs_STD = torch.cat([decoder.embed(batch_BT)[0].cpu() for batch_BT in tokens_ST.split(batch_size)])
-        self.targets_STD = torch.empty_like(self.inputs_STD)
+        pin = compute.device.type == "cuda"  # copies to a GPU are asynchronous from pinned memory only
+        inputs_STD = torch.cat([decoder.embed(batch_BT)[0].cpu() for batch_BT in tokens_ST.split(batch_size)])
+        self.inputs_STD = inputs_STD.pin_memory() if pin else inputs_STD
+        self.targets_STD = torch.empty_like(self.inputs_STD, pin_memory=pin)
 
     @property
     def num_held_out(self) -> int:

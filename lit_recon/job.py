@@ -190,7 +190,7 @@ def _some_logits(model: PreTrainedModel, job: Job) -> Tensor:
 def _protocol(job: Job) -> Protocol:
     windows, context = job.samples.evaluation_ST.shape
     return Protocol(
-        dataset=job.samples.description,
+        dataset=job.source.describe("evaluation"),
         split="evaluation",
         context=context,
         windows=windows,
@@ -203,8 +203,8 @@ def _show_plan(job: Job, plan: Plan, protocol: Protocol, console: Console) -> No
     tokens = job.samples.calibration_ST.numel()
     for name, text in {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
-        "prune": f"{plan.prunable / plan.parameters:.1%} of the parameters by {job.recipe['criterion']}, "
-        + job.pattern.describe()
+        "prune": f"{plan.prunable * job.pattern.sparsity / plan.parameters:.1%} of the parameters: "
+        f"{job.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of them"
         + (f"; {plan.unscored} matrices stay dense" if plan.unscored else ""),
         "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), {plan.steps} steps each, "
         f"on {tokens} tokens of {job.samples.description}",
