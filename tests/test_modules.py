@@ -1,6 +1,5 @@
 """The module of the default run: its steps, its schedule, its masks and its losses."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -185,8 +184,7 @@ def test_dropout_stays_off_while_a_window_trains_also_after_validation(tokens_ST
     lightning_module = module(cls=made)(window, masks, 1.0)
     lightning_module.train()  # as if the model had been loaded for training
     data = ActivationDataModule(chain, batch_size=2, seed=0)
-    with contextlib.chdir(Path("/tmp")) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        trainer(max_epochs=2)(logger=False).fit(lightning_module, datamodule=data)
+    trainer(max_epochs=2)(logger=False).fit(lightning_module, datamodule=data)
     assert len(made.equal) == 4 and all(made.equal)
     assert not any(made.modes)
 

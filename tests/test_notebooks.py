@@ -71,7 +71,7 @@ def test_notebook_shows_what_the_run_found(
     assert "mlp.down_proj" in text["sparsity"]
     assert text["zeros"] == f"0 of {PRUNED:,} pruned weights are not zero\n"
     prompt = " ".join("the for statement is used to")  # how the tokenizer of letters spells it
-    assert text["generate"].startswith(prompt) and text["generate"].removeprefix(prompt).strip()
+    assert prompt in text["generate"] and text["generate"].partition(prompt)[2].strip()
     figures = [
         cell.id
         for cell in notebook.cells

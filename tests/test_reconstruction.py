@@ -101,27 +101,26 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
         assert result.held_out_after > result.held_out_before, "what was tried is what is reported"
 
 
-class Idle(LightningModule):
-    """The smallest module that a user could write: it shares nothing with lit_recon's, and trains nothing."""
+class Ascending(LightningModule):
+    """A module that shares nothing with lit_recon's, and makes its window worse."""
 
     def __init__(self, window: Window, masks: Masks, variance: float) -> None:
         super().__init__()
         self.window = window
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        return None
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return -(self.window(batch.inputs_BTD, batch.calls) - batch.targets_BTD).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
 
 
-def test_a_module_of_the_users_own_that_trains_nothing_keeps_the_pruned_weights(
-    tokens_ST: Tensor, tmp_path: Path
-) -> None:
+def test_a_module_of_the_users_own_that_worsens_its_window_changes_nothing(tokens_ST: Tensor, tmp_path: Path) -> None:
     chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, Idle).fit(window, masks)
+    result = reconstructor(chain, tmp_path, Ascending).fit(window, masks)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
+    assert result.held_out_after > result.held_out_before
 
 
 class Diverging(ReconstructionModule):
