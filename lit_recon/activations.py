@@ -7,14 +7,14 @@ another one's result.
 Shapes: S samples (calibration first, then held-out), B samples of a batch, T tokens, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from lit_recon.blocks import Decoder, LayerCall
 from lit_recon.compute import Compute
@@ -125,7 +125,7 @@ class ActivationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Held-out samples, in order."""
-        return self._loader(SequentialSampler(range(self.chain.num_samples, len(self.chain.tokens_ST))))
+        return self._loader(range(self.chain.num_samples, len(self.chain.tokens_ST)))
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and join the layers' arguments to it, which are on the device already."""
@@ -136,7 +136,7 @@ class ActivationDataModule(LightningDataModule):
             self.chain.decoder.calls(tokens_BT),
         )
 
-    def _loader(self, order: Sampler[int]) -> DataLoader:
+    def _loader(self, order: Iterable[int]) -> DataLoader:
         batches = BatchSampler(order, self.batch_size, drop_last=False)
         pin = self.chain.compute.device.type == "cuda"
         return DataLoader(_Rows(self.chain), sampler=batches, batch_size=None, pin_memory=pin)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_recon.blocks import decoder_layers, matrices
+from lit_recon.blocks import decoder_layers, from_float32, matrices, to_float32
 from lit_recon.models import no_progress_bars
 from lit_recon.windows import Window
 
@@ -89,25 +89,27 @@ class Checkpoint:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self.dtype = model.dtype
         self.masks = PackedMasks()
+        self._dtypes: dict[str, list[torch.dtype]] = {}
 
     def bring_in(self, window: Window) -> None:
         """Put a window's weights on the device, in float32."""
-        window.to(self.device, torch.float32)
+        self._dtypes[window.name] = to_float32(window, self.device)
 
     def write_out(self, window: Window, masks: Mapping[str, Tensor]) -> None:
-        """Take a finished window back in the model's dtype, with its masks."""
-        window.to("cpu", self.dtype)
+        """Take a finished window back in the model's own dtypes, with its masks."""
+        from_float32(window, self._dtypes.pop(window.name))
         for name, mask in masks.items():
             self.masks.add(name, mask)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write the model, its tokenizer and a model card as a Hugging Face folder, all at once."""
         partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with no_progress_bars():
-            self.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        os.replace(partial, folder)
+        try:
+            with no_progress_bars():
+                self.model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays behind

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from lit_recon.blocks import Decoder, call_layer
+from lit_recon.blocks import Decoder, call_layer, float32_on
 from lit_recon.compute import Compute
 
 LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
@@ -64,13 +64,12 @@ def perplexity(model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, co
     batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
     hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0] for rows in batches])
     for index, layer in enumerate(decoder.layers):
-        layer.to(compute.device, torch.float32)
-        for rows in batches:
-            call = decoder.calls(tokens_ST[rows])[index]
-            inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
-            with compute.autocast():
-                hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
-        layer.to("cpu", model.dtype)
+        with float32_on(layer, compute.device):
+            for rows in batches:
+                call = decoder.calls(tokens_ST[rows])[index]
+                inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
+                with compute.autocast():
+                    hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
     metric = Perplexity().to(compute.device)
     for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
         metric.update(logits_BCV, targets_BC)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.activations import Chain
+from lit_recon.blocks import float32_on
 from lit_recon.evaluate import LOGITS_BYTES
 from lit_recon.windows import Window
 
@@ -124,24 +125,22 @@ def _resident(model: PreTrainedModel, chain: Chain, largest: int) -> int:
 def _probe(window: Window, chain: Chain) -> tuple[int, float]:
     """Bytes that autograd keeps for one batch's backward beside the weights, and the seconds of a forward."""
     rows = slice(0, min(chain.batch_size, chain.num_samples))
-    window.to(chain.compute.device, torch.float32)
-    chain.outputs(window, rows)  # the first call of a shape pays for set-up
-    seconds = min(_seconds(window, chain, rows) for _ in range(5))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
     kept: dict[int, int] = {}
+    with float32_on(window, chain.compute.device):
+        chain.outputs(window, rows)  # the first call of a shape pays for set-up
+        seconds = min(_seconds(window, chain, rows) for _ in range(5))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
 
-    def count(tensor: Tensor) -> None:  # nothing is unpacked, and a packed tensor would keep the graph alive for ever
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        def count(tensor: Tensor) -> None:  # nothing is unpacked; a tensor kept here would keep the graph for ever
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
 
-    window.requires_grad_(True)
-    inputs_BTD = chain.inputs_STD[rows].to(chain.compute.device)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
-        outputs_BTD = window(inputs_BTD, chain.decoder.calls(chain.tokens_ST[rows]))
-    window.requires_grad_(False)
-    del outputs_BTD
-    window.to("cpu", chain.decoder.model.dtype)
+        window.requires_grad_(True)
+        inputs_BTD = chain.inputs_STD[rows].to(chain.compute.device)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
+            window(inputs_BTD, chain.decoder.calls(chain.tokens_ST[rows]))
+        window.requires_grad_(False)
     return sum(kept.values()), seconds
 
 

@@ -1,0 +1,229 @@
+"""What is saved is what users read back: exact zeros, equal logits, whole files or none."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, letter_tokenizer, tiny_model
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from lit_recon import checkpoint as checkpoint_file
+from lit_recon.checkpoint import Checkpoint, PackedMasks
+from lit_recon.criteria.magnitude import Magnitude
+from lit_recon.evaluate import Protocol
+from lit_recon.masks import Unstructured
+from lit_recon.reconstruction import Statistics, prune
+from lit_recon.results import Results
+from lit_recon.windows import partition
+
+SHAPES = [(1,), (7,), (8,), (3, 5), (16, 9), (2, 3, 11)]
+
+
+def random_masks() -> dict[str, Tensor]:
+    """Masks of every shape, most of them not a multiple of eight weights."""
+    generator = torch.Generator().manual_seed(0)
+    return {f"layers.{i}.weight": torch.rand(shape, generator=generator) < 0.4 for i, shape in enumerate(SHAPES)}
+
+
+def packed(masks: dict[str, Tensor]) -> PackedMasks:
+    made = PackedMasks()
+    for name, mask in masks.items():
+        made.add(name, mask)
+    return made
+
+
+def assert_same_masks(read: PackedMasks, masks: dict[str, Tensor]) -> None:
+    assert set(read) == set(masks) and len(read) == len(masks)
+    for name, mask in masks.items():
+        assert read[name].dtype == torch.bool and torch.equal(read[name], mask), name
+
+
+def pruned(model: PreTrainedModel) -> Checkpoint:
+    """A checkpoint over a model of which every window was pruned and written out."""
+    made = Checkpoint(model, CPU.device)
+    for window in partition(model):
+        made.bring_in(window)
+        matrices = window.matrices()
+        masks = prune(matrices, Statistics(Magnitude(), matrices), Unstructured(sparsity=0.5))
+        made.write_out(window, masks)
+    return made
+
+
+def test_packed_masks_are_bit_exact() -> None:
+    masks = random_masks()
+    assert_same_masks(packed(masks), masks)
+
+
+def test_masks_of_transposed_matrices_are_packed_in_the_weights_own_order() -> None:
+    mask = random_masks()["layers.4.weight"].T
+    assert torch.equal(packed({"weight": mask})["weight"], mask)
+
+
+def test_masks_survive_their_file_which_has_a_bit_per_weight(tmp_path: Path) -> None:
+    masks = random_masks()
+    packed(masks).save(tmp_path / "masks.safetensors")
+    assert_same_masks(PackedMasks.load(tmp_path / "masks.safetensors"), masks)
+    with safe_open(tmp_path / "masks.safetensors", framework="pt") as file:
+        for name, mask in masks.items():
+            bits = file.get_tensor(name)
+            assert bits.dtype == torch.uint8 and bits.numel() == -(-mask.numel() // 8)
+            by_hand = [(int(bits[i // 8]) >> (7 - i % 8)) & 1 for i in range(mask.numel())]  # big endian, as documented
+            assert by_hand == mask.flatten().int().tolist()
+        assert json.loads(file.metadata()["shapes"]) == {name: list(mask.shape) for name, mask in masks.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
+
+
+def test_masks_zero_another_copy_of_the_model_and_find_a_weight_that_is_not_zero(model: PreTrainedModel) -> None:
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    made = pruned(model)
+    other = type(model)(model.config)
+    other.load_state_dict(dense, strict=False)
+    made.masks.apply(other)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
+    made.masks.check(other)
+    name = list(made.masks)[3]
+    with torch.no_grad():
+        other.get_parameter(name)[~made.masks[name]] = 1e-30
+    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
+        made.masks.check(other)
+
+
+def test_the_saved_folder_is_read_by_transformers_with_exact_zeros_and_equal_logits(
+    model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    made = pruned(model)
+    made.save(tmp_path / "checkpoint", letter_tokenizer(), "# card\n")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    assert type(read) is type(model)
+    for name in made.masks:
+        weight, mask = read.get_parameter(name), made.masks[name]
+        assert torch.count_nonzero(weight[~mask]) == 0, name
+        assert torch.count_nonzero(weight[mask]) == mask.sum() and 0.49 < mask.float().mean() < 0.51, name
+    with torch.no_grad():
+        assert torch.equal(read(tokens_ST, use_cache=False).logits, model(tokens_ST, use_cache=False).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint")("abc")["input_ids"] == [2, 3, 4]
+    assert (tmp_path / "checkpoint" / "README.md").read_text() == "# card\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_is_float32_in_work_and_in_the_models_own_dtype_before_and_after(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model("llama").to(dtype)
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    made = Checkpoint(model, CPU.device)
+    first, second, _ = partition(model)
+    made.bring_in(first)
+    assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in second.parameters()} == {dtype}
+    made.write_out(first, {})
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert all(torch.equal(parameter, dense[name]) for name, parameter in model.named_parameters())
+    made.save(tmp_path / "checkpoint", letter_tokenizer(), "card")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").dtype == dtype
+
+
+def test_tied_embeddings_stay_tied(tokens_ST: Tensor, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    made = pruned(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    made.save(tmp_path / "checkpoint", letter_tokenizer(), "card")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    assert read.config.tie_word_embeddings
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    with safe_open(tmp_path / "checkpoint" / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # not a dict
+    with torch.no_grad():
+        assert torch.equal(read(tokens_ST).logits, model(tokens_ST).logits)
+
+
+@pytest.mark.parametrize(
+    "fails", [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerFast, "save_pretrained"), (Path, "write_text")]
+)
+def test_a_save_that_fails_half_way_leaves_no_checkpoint_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: tuple[type, str]
+) -> None:
+    made = pruned(tiny_model("llama"))
+    whole = getattr(*fails)
+
+    def fail(*arguments: object, **settings: object) -> None:
+        whole(*arguments, **settings)  # what it writes is there, when the disk is full
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*fails, fail)
+        with pytest.raises(OSError, match="no space left"):
+            made.save(tmp_path / "checkpoint", letter_tokenizer(), "card")
+        assert not (tmp_path / "checkpoint").exists()
+    made.save(tmp_path / "checkpoint", letter_tokenizer(), "card")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_masks_that_could_not_be_written_whole_leave_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "masks.safetensors"
+    masks = random_masks()
+    packed(masks).save(path)
+
+    def half(tensors: dict, target: Path, **_: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint_file, "save_file", half)
+    for target in (path, tmp_path / "new.safetensors"):
+        with pytest.raises(OSError, match="no space left"):
+            packed({"other": torch.ones(3, dtype=torch.bool)}).save(target)
+    assert_same_masks(PackedMasks.load(path), masks)
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def results(seed: int) -> Results:
+    return Results(
+        perplexity={"dense": 10.0, "pruned": 20.0, "reconstructed": 14.0},
+        protocol=Protocol(dataset="d", split="evaluation", context=4, windows=1, tokens=3, precision="32-true"),
+        model={"name": "tiny"},
+        recipe={"criterion": "Magnitude"},
+        sparsity={"total": 0.4, "by_matrix": {}},
+        windows=[],
+        seconds={"total": 1.0},
+        peak_memory_bytes=1,
+        tokens={"calibration": 4},
+        seed=seed,
+    )
+
+
+def test_results_that_could_not_be_written_whole_leave_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    results(seed=1).save(path)
+    write_text = Path.write_text
+
+    def half(target: Path, text: str, **settings: object) -> None:
+        write_text(target, text[: len(text) // 2], **settings)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        results(seed=2).save(path)
+    found = json.loads(path.read_text())
+    assert found["seed"] == 1 and found["gap_recovered"] == pytest.approx(0.6)
+
+
+def test_a_rename_that_fails_leaves_neither_results_nor_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError("interrupted")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="interrupted"):
+        results(seed=1).save(tmp_path / "results.json")
+    with pytest.raises(OSError, match="interrupted"):
+        packed(random_masks()).save(tmp_path / "masks.safetensors")
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "masks.safetensors").exists()

@@ -1,0 +1,85 @@
+"""Perplexity, computed one layer and one slice of logits at a time, is the model's own."""
+
+import math
+
+import pytest
+import torch
+from conftest import CPU, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_recon import evaluate
+from lit_recon.evaluate import Protocol, perplexity
+
+
+def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
+    """exp of the mean cross entropy that transformers computes for `labels`, the whole model in one piece."""
+    with torch.no_grad():
+        return math.exp(model(tokens_ST, labels=tokens_ST, use_cache=False).loss.double().item())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_perplexity_is_exp_of_the_models_own_mean_cross_entropy(
+    model: PreTrainedModel, tokens_ST: Tensor, batch_size: int
+) -> None:
+    expected = own_perplexity(model, tokens_ST)
+    assert perplexity(model, tokens_ST, batch_size=batch_size, compute=CPU) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", [0.5, 1, 5, 22, 23, 24], ids=str)
+def test_slices_of_logits_smaller_than_a_sequence_change_nothing(
+    model: PreTrainedModel, tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, positions: float
+) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", int(positions * 64 * 4))  # of a vocabulary of 64, in float32
+    expected = own_perplexity(model, tokens_ST)
+    assert perplexity(model, tokens_ST, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_slice_of_logits_is_larger_than_allowed(tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", 5 * 64 * 4)
+    model = tiny_model("llama")
+    sizes: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _, __, logits_BTV: sizes.append(logits_BTV.nbytes))
+    perplexity(model, tokens_ST, batch_size=4, compute=CPU)
+    handle.remove()
+    assert max(sizes) == 5 * 64 * 4
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.zero_()
+    assert perplexity(model, tokens_ST, batch_size=2, compute=CPU) == pytest.approx(64, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measuring_changes_nothing_in_the_model(model: PreTrainedModel, tokens_ST: Tensor, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
+    first, second = (perplexity(model, tokens_ST, batch_size=4, compute=CPU) for _ in range(2))
+    assert first == second
+    assert model.dtype == dtype
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, (old_dtype, old) in before.items():
+        assert after[name].dtype == old_dtype and torch.equal(after[name], old), name
+
+
+def test_a_bf16_model_is_measured_with_its_layers_in_float32(tokens_ST: Tensor) -> None:
+    rounded = tiny_model("llama").bfloat16()
+    expected = own_perplexity(tiny_model("llama").bfloat16().float(), tokens_ST)
+    measured = perplexity(rounded, tokens_ST, batch_size=4, compute=CPU)
+    assert measured == pytest.approx(expected, rel=1e-2), "embeddings and head alone round to bf16"
+
+
+def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
+    protocol = Protocol(dataset="docs", split="evaluation", context=5, windows=3, tokens=12, precision="32-true")
+    for part in ("docs", "evaluation", "3 sequences of 5 tokens", "12 predicted", "32-true"):
+        assert part in protocol.describe()
+    assert protocol.as_dict() == {
+        "dataset": "docs",
+        "split": "evaluation",
+        "context": 5,
+        "windows": 3,
+        "tokens": 12,
+        "precision": "32-true",
+    }
