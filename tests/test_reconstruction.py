@@ -101,6 +101,37 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
         assert result.held_out_after > result.held_out_before, "what was tried is what is reported"
 
 
+class Idle(LightningModule):
+    """The smallest module that a user could write: no optimizer, no loss, as one that solves its window at once."""
+
+    def __init__(self, window: Window, masks: Masks, variance: float) -> None:
+        super().__init__()
+        self.window = window
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class IdleOptimizer(Idle):
+    """The same with an optimizer: it has a learning rate, and still no loss."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("idle", [Idle, IdleOptimizer])
+def test_a_module_without_a_loss_or_an_optimizer_keeps_the_pruned_weights(
+    tokens_ST: Tensor, tmp_path: Path, idle: type[LightningModule]
+) -> None:
+    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    result = reconstructor(chain, tmp_path, idle).fit(window, masks)
+    assert not result.accepted and "did not improve" in result.note and same(window, before)
+
+
 class Ascending(LightningModule):
     """A module that shares nothing with lit_recon's, and makes its window worse."""
 

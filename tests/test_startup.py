@@ -1,0 +1,71 @@
+"""Mistakes are found before anything happens, together, and nothing that is not a run is ever removed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from lit_recon.masks import NM, Unstructured
+from lit_recon.startup import RUN_FILES, Problems, check_output, check_steps, check_windows, clear_output
+from lit_recon.windows import partition
+
+
+def test_all_problems_are_told_at_once() -> None:
+    problems = Problems()
+    for sparsity in (2.0, 0.5, -1.0):
+        problems.check(lambda value: Unstructured(sparsity=value), sparsity)
+    with pytest.raises(ValueError, match=r"sparsity=2\.0.*\n.*sparsity=-1\.0"):
+        problems.raise_all()
+
+
+def test_a_new_or_empty_folder_is_accepted_without_being_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", overwrite=False)
+    check_output(tmp_path / "a" / "b", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_path_through_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write"):
+        check_output(tmp_path / "file" / "run", overwrite=True)
+
+
+def test_clearing_removes_a_runs_files_and_no_others(tmp_path: Path) -> None:
+    for name in RUN_FILES:
+        path = tmp_path / name
+        if "." in name:
+            path.write_text("old")
+        else:
+            path.mkdir()
+            (path / "old").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    clear_output(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_misfitting_matrices_are_named_and_the_rest_counted() -> None:
+    windows = partition(tiny_model("llama"))
+    check_windows(windows, NM(n=2, m=4), allow_unscored=False)
+    with pytest.raises(ValueError, match=r"q_proj\.weight.*\n(.*\n)*\.\.\. and 18 more"):
+        check_windows(windows, NM(n=2, m=5), allow_unscored=False)
+
+
+def test_a_matrix_that_no_criterion_can_score_is_refused_unless_allowed() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 16, 32))
+    windows = partition(model)
+    with pytest.raises(ValueError, match=r"1 of 22 matrices \(\d+\.\d% .*mlp\.experts.*allow_unscored=true"):
+        check_windows(windows, Unstructured(sparsity=0.5), allow_unscored=False)
+    check_windows(windows, Unstructured(sparsity=0.5), allow_unscored=True)
+
+
+@pytest.mark.parametrize("steps", [(0, -1, 1), (-1, -1, 1), (1, 0, 1), (1, -1, 0), (1.5, -1, 1)])
+def test_training_never_or_for_ever_is_refused(steps: tuple[float, int, int]) -> None:
+    with pytest.raises(ValueError, match="trainer.max_epochs"):
+        check_steps(*steps)
+    check_steps(1, -1, 1)
+    check_steps(-1, 5, 2)
