@@ -22,16 +22,16 @@ class LearningRate(Callback):
             return
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] *= self.factor
-                group["initial_lr"] = group.get("initial_lr", group["lr"] / self.factor) * self.factor
+                for rate in {"lr", "initial_lr", "max_lr", "min_lr"} & set(group):  # the last two: OneCycleLR
+                    group[rate] *= self.factor
         for config in trainer.lr_scheduler_configs:
             if hasattr(config.scheduler, "base_lrs"):
                 config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate with which this batch will be used."""
-        if trainer.optimizers:
-            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        for group in [group for optimizer in trainer.optimizers for group in optimizer.param_groups][:1]:
+            pl_module.log("lr", group["lr"], batch_size=1)
 
 
 class FirstHeldOut(Callback):

@@ -12,7 +12,8 @@ any order, or in parallel. The only thing that is handed on is the dense chain.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from lit_recon.activations import Chain
@@ -45,25 +46,35 @@ def walk(
 ) -> list[WindowResult]:
     """Prune and reconstruct `windows` in order; one result per window."""
     results = []
-    gc.collect()
-    gc.freeze()  # what exists now stays: collecting what a window leaves behind is then a matter of milliseconds
-    for window in windows:
-        checkpoint.bring_in(window)
-        matrices = [matrix for matrix in window.matrices() if matrix.input_dim is not None]
-        statistics = Statistics(criterion, matrices)
-        with clock.phase("teacher"):
-            chain.dense_pass(window, observed(statistics.watched, statistics.observe))
-        with clock.phase("prune"):
-            masks = prune(matrices, statistics, pattern)
-        with clock.phase("fit"):
-            result = reconstructor.fit(window, masks)
-        with clock.phase("advance"):
-            chain.advance()
-        with clock.phase("commit"):
-            checkpoint.write_out(window, masks)
-        gc.collect()  # Trainer, module and optimizer refer to each other and would wait, with their tensors
-        results.append(result)
-        for listener in listeners:
-            listener.window_done(result)
-    gc.unfreeze()
+    with _quick_collection():
+        for window in windows:
+            with clock.phase("load"):
+                checkpoint.bring_in(window)
+            matrices = [matrix for matrix in window.matrices() if matrix.input_dim is not None]
+            statistics = Statistics(criterion, matrices)
+            with clock.phase("teacher"):
+                chain.dense_pass(window, observed(statistics.watched, statistics.observe))
+            with clock.phase("prune"):
+                masks = prune(matrices, statistics, pattern)
+            with clock.phase("fit"):
+                result = reconstructor.fit(window, masks)
+            with clock.phase("advance"):
+                chain.advance()
+            with clock.phase("commit"):
+                checkpoint.write_out(window, masks)
+            gc.collect()  # Trainer, module and optimizer refer to each other and would wait, with their tensors
+            results.append(result)
+            for listener in listeners:
+                listener.window_done(result)
     return results
+
+
+@contextmanager
+def _quick_collection() -> Iterator[None]:
+    """Make `gc.collect` a matter of milliseconds: what exists now stays, and is not looked at."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -102,7 +102,7 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
 
 
 class Idle(LightningModule):
-    """The smallest module that a user could write: no optimizer, no loss, as one that solves its window at once."""
+    """The smallest module that a user could write: a step without a loss, as with manual optimization."""
 
     def __init__(self, window: Window, masks: Masks, variance: float) -> None:
         super().__init__()
@@ -111,25 +111,29 @@ class Idle(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         return None
 
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class IdleOptimizer(Idle):
-    """The same with an optimizer: it has a learning rate, and still no loss."""
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-@pytest.mark.parametrize("idle", [Idle, IdleOptimizer])
-def test_a_module_without_a_loss_or_an_optimizer_keeps_the_pruned_weights(
-    tokens_ST: Tensor, tmp_path: Path, idle: type[LightningModule]
-) -> None:
+def test_a_module_whose_steps_have_no_loss_keeps_the_pruned_weights(tokens_ST: Tensor, tmp_path: Path) -> None:
     chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, idle).fit(window, masks)
+    result = reconstructor(chain, tmp_path, Idle).fit(window, masks)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
+
+
+class Solver(Idle):
+    """A module that needs no optimizer, as a closed-form solution would."""
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -> None:
+    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    assert not reconstructor(chain, tmp_path, Solver).fit(window, masks).accepted
+    assert same(window, before)
 
 
 class Ascending(LightningModule):
