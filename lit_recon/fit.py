@@ -133,7 +133,8 @@ def _fit(cfg: DictConfig) -> None:
     try:
         run(job, console)
     except KeyboardInterrupt as interrupt:
-        _stop(f"interrupted: {interrupt or 'before the first window was done; nothing is kept'}.", status=1)
+        kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
+        _stop(f"interrupted: {interrupt or f'{job.output} is unfinished; {kept}'}.", status=1)
 
 
 def _stop(message: str, *, status: int) -> NoReturn:

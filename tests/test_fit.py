@@ -165,6 +165,29 @@ def test_other_settings_run_too(tiny_run: Callable[..., Ended], overrides: tuple
     assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["auto", "32-true"])
+def test_a_run_on_a_gpu_reconstructs_too(tiny_run: Callable[..., Ended], precision: str) -> None:
+    ended = tiny_run("trainer.accelerator=cuda", f"trainer.precision={precision}")
+    assert ended.status == 0, ended.err
+    assert "cuda" in ended.out
+    assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
+
+
+def test_ctrl_c_after_the_walk_says_that_the_checkpoint_is_whole(
+    tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_recon.job.read_back", interrupt)
+    ended = tiny_run()
+    assert ended.status == 1
+    assert "run is unfinished; its checkpoint is whole" in ended.err
+    assert AutoModelForCausalLM.from_pretrained("run/checkpoint") is not None
+
+
 def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:
     ended = tiny_run("plan=true")
     assert ended.status == 0
