@@ -134,7 +134,7 @@ def _fit(cfg: DictConfig) -> None:
         run(job, console)
     except KeyboardInterrupt as interrupt:
         kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
-        _stop(f"interrupted: {interrupt or f'{job.output} is unfinished; {kept}'}.", status=1)
+        _stop(f"interrupted: {str(interrupt) or f'{job.output} is unfinished; {kept}'}.", status=1)
 
 
 def _stop(message: str, *, status: int) -> NoReturn:
