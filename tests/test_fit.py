@@ -67,7 +67,7 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
     assert results["seconds"]["total"] >= sum(results["seconds"][phase] for phase in phases - {"total"}) - 0.1
     assert results["tokens"]["calibration"] == 8 * 32
     assert results["seed"] == 0
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert results["peak_memory_bytes"] > 1e8
 
 
