@@ -5,7 +5,7 @@ sequences step through the layers together, so that a device needs one layer and
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,10 +44,6 @@ class Protocol:
             f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens, "
             f"{self.tokens} predicted, {self.precision}"
         )
-
-    def as_dict(self) -> dict[str, str | int]:
-        """For results.json."""
-        return asdict(self)
 
 
 @torch.no_grad()

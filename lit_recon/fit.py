@@ -31,7 +31,6 @@ from lit_recon.masks import Pattern
 from lit_recon.plan import Workload
 from lit_recon.startup import Problems, check_output, check_steps, check_windows, explain_override, quiet
 
-log = logging.getLogger(__name__)
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
 

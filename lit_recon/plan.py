@@ -95,9 +95,8 @@ def make_plan(windows: Sequence[Window], chain: Chain, work: Workload) -> Plan:
     passes = total + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
-    head = 1 + 3 * model.get_output_embeddings().weight.numel() / max(
-        1, sum(p.numel() for w in windows for p in w.parameters())
-    )
+    body = sum(parameter.numel() for window in windows for parameter in window.parameters())
+    head = 1 + 3 * head_weights / max(1, body)
     return Plan(
         windows=len(windows),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -28,6 +28,9 @@ from lit_recon.windows import Window
 
 log = logging.getLogger(__name__)
 
+DIVERGED = "loss was not finite, also at half the learning rate: kept its pruned weights"
+NOT_BETTER = "held-out error did not improve: kept its pruned weights"
+
 
 @dataclass(frozen=True)
 class WindowResult:
@@ -113,7 +116,7 @@ class Reconstructor:
         variance = self.chain.target_variance()
         before, held_out_before = after, held_out_after = self._errors(window, variance)
         pruned = [parameter.detach().clone() for parameter in window.parameters()]
-        note, steps = "loss was not finite, also at half the learning rate: kept its pruned weights", 0
+        note, steps = DIVERGED, 0
         for factor in (1.0, 0.5):
             steps, diverged = self._train(window, masks, variance, factor)
             after, held_out_after = self._errors(window, variance)
@@ -126,7 +129,7 @@ class Reconstructor:
         accepted = held_out_after < held_out_before
         if not accepted:
             _restore(window, pruned)
-            after, note = before, note or "held-out error did not improve: kept its pruned weights"
+            after, note = before, DIVERGED if note == DIVERGED else NOT_BETTER
         _check_zeros(window, masks)
         self.logger.end_window()
         seconds = round(time.perf_counter() - start, 3)

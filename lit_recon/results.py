@@ -105,7 +105,7 @@ exact zeros.
 |---|---|
 | dense model | {model} |
 {rows}
-| pruned share of all parameters | {plan.prunable / plan.parameters:.1%} of them prunable |
+| prunable | {plan.prunable / plan.parameters:.1%} of all parameters |
 | windows reconstructed | {accepted} of {len(windows)} |
 
 ```python

@@ -88,7 +88,8 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         ) from error
     if existing != folder.absolute() or not any(folder.iterdir()):
         return
-    if not (folder / "config.yaml").is_file():
+    config = folder / "config.yaml"
+    if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"output_dir={folder} holds files that are not a run; choose an empty or a new folder.")
     if not overwrite:
         state = "a finished run" if (folder / "results.json").is_file() else "an unfinished run"
@@ -129,14 +130,14 @@ def check_windows(windows: Sequence[Window], pattern: Pattern, *, allow_unscored
             f"{len(unscored)} of {len(found)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
             f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
         )
-    misfits: dict[str, int] = {}
+    misfits: list[str] = []
     for matrix in found:
         if matrix.input_dim is not None:
             try:
                 pattern.check(matrix.name, *matrix.rows(matrix.weight).shape)
             except ValueError as error:
-                misfits[str(error)] = len(misfits)
-    for message in list(misfits)[:3]:
+                misfits.append(str(error))
+    for message in misfits[:3]:
         problems.add(message)
     if len(misfits) > 3:
         problems.add(f"... and {len(misfits) - 3} more matrices.")
@@ -186,7 +187,6 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*module\\(s\\) in eval mode at the start of training.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

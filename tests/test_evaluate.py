@@ -1,6 +1,7 @@
 """Perplexity, computed one layer and one slice of logits at a time, is the model's own."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
     protocol = Protocol(dataset="docs", split="evaluation", context=5, windows=3, tokens=12, precision="32-true")
     for part in ("docs", "evaluation", "3 sequences of 5 tokens", "12 predicted", "32-true"):
         assert part in protocol.describe()
-    assert protocol.as_dict() == {
+    assert asdict(protocol) == {
         "dataset": "docs",
         "split": "evaluation",
         "context": 5,

@@ -249,10 +249,12 @@ def test_bad_input_gets_status_2_one_message_and_writes_nothing(
 
 def test_a_folder_that_is_not_a_run_is_left_alone_even_with_overwrite(tiny_run: Callable[..., Ended]) -> None:
     Path("run").mkdir()
-    Path("run/thesis.tex").write_text("years of work")
+    Path("run/config.yaml").write_text("title: thesis")
+    Path("run/figures").mkdir()
+    Path("run/figures/map.pdf").write_text("years of work")
     ended = tiny_run("overwrite=true")
     assert ended.status == 2
-    assert [path.name for path in Path("run").iterdir()] == ["thesis.tex"]
+    assert set(content(Path("run"))) == {"config.yaml", "figures/map.pdf"}
 
 
 def test_a_learning_rate_that_diverges_keeps_the_pruned_weights_and_says_so(tiny_run: Callable[..., Ended]) -> None:

@@ -206,6 +206,19 @@ def test_a_window_that_diverges_is_reconstructed_at_exactly_half_the_rate(
     assert made.rates[0] == pytest.approx(1e-2 * shares[0])
 
 
+def test_a_second_try_that_makes_the_window_worse_is_not_called_a_reconstruction(
+    tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
+    made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
+    result = reconstructor(chain, tmp_path, module(cls=made)).fit(window, masks)
+    assert made.rates[-1] < made.limit, "the second try was finite"
+    assert not result.accepted and same(window, before)
+    assert result.note == "held-out error did not improve: kept its pruned weights"
+
+
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
     loss = ReconstructionModule.training_step(diverging, batch, batch_idx)
     diverging.rates.append(diverging.trainer.optimizers[0].param_groups[0]["lr"])

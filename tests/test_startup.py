@@ -28,6 +28,12 @@ def test_a_new_or_empty_folder_is_accepted_without_being_made(tmp_path: Path) ->
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+def test_a_folder_with_files_but_no_run_is_refused_also_for_overwriting(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not a run"):
+        check_output(tmp_path, overwrite=True)
+
+
 def test_a_path_through_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
