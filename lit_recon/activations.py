@@ -1,142 +1,175 @@
-"""The chain: hidden states of all calibration samples at the current window boundary, and the DataModule over them.
+"""The cached activations that one window is trained on, and the DataModule over them.
 
-The chain starts behind the embeddings. One dense pass of a window gives its targets and what the criterion gathers;
-with dense inputs the targets are the next window's inputs, so that nothing is computed twice and no window depends on
-another one's result.
+For most windows they are hidden states of the chain (chain.py); for a single matrix they are what it is multiplied by,
+observed in a pass of its layer (captured.py).
 
-Shapes: S samples (calibration first, then held-out), B samples of a batch, T tokens, D hidden size.
+Shapes: S samples (calibration first, then held-out), B samples of a batch, T positions, D features, N rows.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from lit_recon.blocks import Decoder, LayerCall
+from lit_recon.blocks import LayerCall
+from lit_recon.chain import Chain
 from lit_recon.compute import Compute
-from lit_recon.windows import Window
+from lit_recon.losses import kl_divergence_sum
+from lit_recon.windows import AnyWindow
 
 
 class Batch(NamedTuple):
-    """What a LightningModule gets: hidden states (B, T, D) at the window's start and dense ones at its end."""
+    """What a LightningModule gets.
+
+    Attributes:
+        inputs_BTD: What stands at the window's start.
+        targets_BTD: What the window shall output.
+        calls: The arguments of every layer of the model.
+        valid_BT: Where samples hold text; None if all do everywhere.
+    """
 
     inputs_BTD: Tensor
     targets_BTD: Tensor
     calls: list[LayerCall]
+    valid_BT: Tensor | None = None
+
+    def text(self, hidden_BTD: Tensor) -> Tensor:
+        """Outputs or targets of this batch without padding: (N, D) where there is any, otherwise as they are."""
+        return hidden_BTD if self.valid_BT is None else hidden_BTD[self.valid_BT]
 
 
-class Chain:
-    """Dense hidden states of all samples at the current boundary, on the CPU, and the way to the next one.
+@dataclass
+class Activations:
+    """Inputs and targets of one window, (S, T, D) in float32 on the CPU.
 
-    Args:
-        decoder: Embeds the tokens and knows every layer's arguments.
-        tokens_ST: Calibration samples, then held-out samples.
-        num_samples: How many of them are for calibration.
-        batch_size: Samples per pass.
+    Attributes:
+        inputs_STD: Inputs.
+        targets_STD: Targets; their number of features may be another one.
+        valid_ST: Where samples hold text; None if all do everywhere.
+        calls: The arguments of every layer for the samples with some indices.
+        num_samples: How many of the samples are for calibration.
+        batch_size: Samples per batch.
         compute: Device and precision.
     """
 
-    def __init__(
-        self, decoder: Decoder, tokens_ST: Tensor, *, num_samples: int, batch_size: int, compute: Compute
-    ) -> None:
-        self.decoder = decoder
-        self.tokens_ST = tokens_ST
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.compute = compute
-        pin = compute.device.type == "cuda"  # copies to a GPU are asynchronous from pinned memory only
-        inputs_STD = torch.cat([decoder.embed(batch_BT)[0].cpu() for batch_BT in tokens_ST.split(batch_size)])
-        self.inputs_STD = inputs_STD.pin_memory() if pin else inputs_STD
-        self.targets_STD = torch.empty_like(self.inputs_STD, pin_memory=pin)
+    inputs_STD: Tensor
+    targets_STD: Tensor
+    valid_ST: Tensor | None
+    calls: Callable[[Tensor], list[LayerCall]]
+    num_samples: int
+    batch_size: int
+    compute: Compute
 
-    @property
-    def num_held_out(self) -> int:
-        """Samples that are never trained on."""
-        return len(self.tokens_ST) - self.num_samples
+    trainer_settings: ClassVar[dict[str, Any]] = {}
 
-    def batches(self, first: int, last: int) -> Iterator[slice]:
-        """Consecutive batches of the samples from `first` up to `last`."""
-        for start in range(first, last, self.batch_size):
-            yield slice(start, min(start + self.batch_size, last))
+    @classmethod
+    def at(cls, chain: Chain) -> "Activations":
+        """Those of the window at which the chain stands, after its dense pass; no copies."""
+        return cls(
+            chain.inputs_STD,
+            chain.targets_STD,
+            chain.valid_ST,
+            chain.calls,
+            chain.num_samples,
+            chain.batch_size,
+            chain.compute,
+        )
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be inputs or targets of training
-    def outputs(self, window: Window, rows: slice) -> Tensor:
-        """The window's outputs, (B, T, D), for these rows of the chain."""
-        inputs_BTD = self.inputs_STD[rows].to(self.compute.device, non_blocking=True)
-        with self.compute.autocast():
-            return window(inputs_BTD, self.decoder.calls(self.tokens_ST[rows])).float()
-
-    def dense_pass(self, window: Window, observing: AbstractContextManager) -> None:
-        """Run the dense window over all samples: the targets.
-
-        Args:
-            window: The window with its dense weights.
-            observing: Held open while calibration samples pass, and only then: statistics never see held-out ones.
-        """
-        with observing:
-            for rows in self.batches(0, self.num_samples):
-                self.targets_STD[rows] = self.outputs(window, rows)
-        for rows in self.batches(self.num_samples, len(self.tokens_ST)):
-            self.targets_STD[rows] = self.outputs(window, rows)
-
-    def advance(self) -> None:
-        """Step over the window: its targets become the next one's inputs, its inputs' memory the next one's targets."""
-        self.inputs_STD, self.targets_STD = self.targets_STD, self.inputs_STD
-
-    def target_variance(self) -> float:
+    def variance(self) -> float:
         """Variance of the calibration targets around their mean per feature: the unit of relative errors."""
         targets_STD = self.targets_STD[: self.num_samples]
-        return targets_STD.flatten(0, 1).var(0, correction=0).mean().item()
+        valid_ST = None if self.valid_ST is None else self.valid_ST[: self.num_samples]
+        rows_ND = targets_STD.flatten(0, 1) if valid_ST is None else targets_STD[valid_ST]
+        return rows_ND.var(0, correction=0).mean().item()
+
+    def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
+        """Errors of the window on as many calibration samples as there are held-out ones, and on those.
+
+        Relative errors: mean squared error over `variance`. For a window whose loss is on the logits: the Kullback-
+        Leibler divergence from the dense model's, in nats per token.
+        """
+        total = len(self.inputs_STD)
+        some = min(self.num_samples, total - self.num_samples)
+        return self.error(window, 0, some, variance), self.error(window, self.num_samples, total, variance)
+
+    @torch.no_grad()
+    def error(self, window: AnyWindow, first: int, last: int, variance: float) -> float:
+        """The error on the samples from `first` up to `last`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.compute.device)
+        count = 0
+        for start in range(first, last, self.batch_size):
+            batch = self.batch(torch.arange(start, min(start + self.batch_size, last)), self.compute.device)
+            with self.compute.autocast():
+                outputs_BTD = window(batch.inputs_BTD, batch.calls)
+            outputs, targets = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
+            if window.head is None:
+                total += (outputs - targets).square().sum(dtype=torch.float64)
+                count += targets.numel()
+            else:
+                total += kl_divergence_sum(outputs, targets, head=window.head)
+                count += targets.numel() // targets.shape[-1]
+        return total.item() / count / (variance if window.head is None else 1)
+
+    def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
+        """Some samples, on a device."""
+        return self.join(rows_B, self.inputs_STD[rows_B], self.targets_STD[rows_B], device)
+
+    def join(self, rows_B: Tensor, inputs_BTD: Tensor, targets_BTD: Tensor, device: torch.device) -> Batch:
+        """A batch on a device, with what is not stored for each sample: the layers' arguments and what is padding."""
+        valid_BT = None if self.valid_ST is None else self.valid_ST[rows_B]
+        return Batch(
+            inputs_BTD.to(device, non_blocking=True),
+            targets_BTD.to(device, non_blocking=True),
+            self.calls(rows_B),
+            None if valid_BT is None or valid_BT.all() else valid_BT.to(device),
+        )
+
+    def data_module(self, seed: int) -> "ActivationDataModule":
+        """Serves them to a Trainer."""
+        return ActivationDataModule(self, seed=seed)
 
 
 class _Rows(Dataset):
-    """Batches of a chain by their row indices: one fancy index per batch rather than one item per sample."""
+    """Batches by their row indices: one fancy index per batch rather than one item per sample."""
 
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
+    def __init__(self, activations: Activations) -> None:
+        self.activations = activations
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.chain.tokens_ST[rows], self.chain.inputs_STD[rows], self.chain.targets_STD[rows]
+        return torch.tensor(rows), self.activations.inputs_STD[rows], self.activations.targets_STD[rows]
 
 
 class ActivationDataModule(LightningDataModule):
     """The cached activations of one window.
 
     Args:
-        chain: The chain at the window's start, with the window's targets.
-        batch_size: Samples per training batch.
+        activations: The activations.
         seed: Seed of the order of the training samples.
     """
 
-    def __init__(self, chain: Chain, *, batch_size: int, seed: int) -> None:
+    def __init__(self, activations: Activations, *, seed: int) -> None:
         super().__init__()
-        self.chain = chain
-        self.batch_size = batch_size
+        self.activations = activations
         self.seed = seed
 
     def train_dataloader(self) -> DataLoader:
         """Calibration samples, in an order of their own each epoch."""
-        order = RandomSampler(range(self.chain.num_samples), generator=torch.Generator().manual_seed(self.seed))
+        order = RandomSampler(range(self.activations.num_samples), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(order)
 
     def val_dataloader(self) -> DataLoader:
         """Held-out samples, in order."""
-        return self._loader(range(self.chain.num_samples, len(self.chain.tokens_ST)))
+        return self._loader(range(self.activations.num_samples, len(self.activations.inputs_STD)))
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and join the layers' arguments to it, which are on the device already."""
-        tokens_BT, inputs_BTD, targets_BTD = batch
-        return Batch(
-            inputs_BTD.to(device, non_blocking=True),
-            targets_BTD.to(device, non_blocking=True),
-            self.chain.decoder.calls(tokens_BT),
-        )
+        return self.activations.join(*batch, device)
 
     def _loader(self, order: Iterable[int]) -> DataLoader:
-        batches = BatchSampler(order, self.batch_size, drop_last=False)
-        pin = self.chain.compute.device.type == "cuda"
-        return DataLoader(_Rows(self.chain), sampler=batches, batch_size=None, pin_memory=pin)
+        batches = BatchSampler(order, self.activations.batch_size, drop_last=False)
+        pin = self.activations.compute.device.type == "cuda"
+        return DataLoader(_Rows(self.activations), sampler=batches, batch_size=None, pin_memory=pin)

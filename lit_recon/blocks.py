@@ -1,10 +1,12 @@
-"""All knowledge of how Hugging Face decoders are built: layers, their calls, their prunable matrices, the head.
+"""All knowledge of how Hugging Face decoders are built: layers, their calls, the head.
 
 Facts instead of family names: the layers are found by their count, their arguments by recording one cheap pass in which
 every layer is replaced by a recorder that returns its hidden states unchanged. A layer replayed with its own recorded
 arguments computes exactly what it computes inside the model, also where layers differ (sliding windows, several masks).
 
-Shapes: B samples, T tokens, D hidden size, V vocabulary, N = B * T rows, I inputs and O outputs of a matrix.
+Positions that hold no text (PADDING, at the end of a sample) are masked out, as the model does it itself.
+
+Shapes: B samples, T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from lit_recon.data.packing import PADDING
+
+_KEPT_SHAPES = 8  # of batches whose calls are kept; samples of all lengths would fill the memory
 
 
 @dataclass(frozen=True)
@@ -35,27 +40,6 @@ class LayerCall:
             return leaf.to(device, torch.float32 if leaf.is_floating_point() else leaf.dtype)
 
         return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight of a layer with two or more dimensions.
-
-    Attributes:
-        name: Qualified name in the model, for example "model.layers.3.mlp.up_proj.weight".
-        weight: The parameter itself.
-        owner: The module that multiplies its inputs by this weight.
-        input_dim: The dimension of `weight` that runs over the inputs; None where it is not known how `owner` uses it.
-    """
-
-    name: str
-    weight: nn.Parameter
-    owner: nn.Module
-    input_dim: int | None
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """`tensor` (shaped like the weight) as an (outputs, inputs) view."""
-        return tensor.T if self.input_dim == 0 else tensor
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -78,20 +62,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return fitting[0], lists[fitting[0]]
 
 
-def matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
-    """The weights of a layer with two or more dimensions, in the order of its parameters, named below `prefix`."""
-    found = []
-    for path, owner in layer.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            if parameter.dim() < 2:
-                continue
-            is_weight = leaf == "weight" and parameter.dim() == 2
-            input_dim = 1 if is_weight and isinstance(owner, nn.Linear) else None
-            input_dim = 0 if is_weight and isinstance(owner, Conv1D) else input_dim  # Conv1D stores (inputs, outputs)
-            found.append(Matrix(".".join(filter(None, (prefix, path, leaf))), parameter, owner, input_dim))
-    return found
-
-
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in a layer's output, which is a tensor or a tuple that starts with it."""
     return output if isinstance(output, Tensor) else output[0]
@@ -100,6 +70,15 @@ def first_tensor(output: Any) -> Tensor:
 def call_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
     """The layer's output hidden states, (B, T, D), when the model calls it with `hidden_BTD`."""
     return first_tensor(layer(hidden_BTD, *call.args, **call.kwargs))
+
+
+def _same(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    """Whether two batches led to the same arguments."""
+    leaves = ([leaf for call in both for leaf in tree_leaves((call.args, call.kwargs))] for both in (calls, others))
+    return all(
+        torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else type(one) is type(other)
+        for one, other in zip(*leaves, strict=True)
+    )
 
 
 @contextmanager
@@ -159,6 +138,7 @@ class Decoder:
         self.prefix, self.layers = decoder_layers(model)
         self._returns_tuple: dict[type, bool] = {}
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
+        self._by_token = False
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor) -> tuple[Tensor, list[LayerCall]]:
@@ -180,29 +160,49 @@ class Decoder:
 
             return forward
 
+        tokens_BT = tokens_BT.to(self._embeddings.weight.device)
+        is_text_BT = tokens_BT != PADDING
+        mask = {} if is_text_BT.all() else {"attention_mask": is_text_BT.long()}
         with ExitStack() as stack:
             for layer in self.layers:
                 stack.enter_context(patched_forward(layer, record(layer)))
-            self.model.base_model(input_ids=tokens_BT, use_cache=False)
+            self.model.base_model(input_ids=tokens_BT.where(is_text_BT, 0), use_cache=False, **mask)
         assert len(calls) == len(self.layers), f"{len(calls)} layer calls in a model of {len(self.layers)} layers"
         return received[0].float(), calls
 
     def calls(self, tokens_BT: Tensor) -> list[LayerCall]:
-        """Every layer's arguments for a batch of this shape; without padding they depend on nothing else."""
+        """Every layer's arguments for a batch.
+
+        Without padding they depend on the batch's shape alone in most models, so that they are kept by shape; whether
+        they do is tried out. Masks of padded samples are made anew from the tokens each time.
+        """
+        if self._by_token or (tokens_BT == PADDING).any():
+            return self.embed(tokens_BT)[1]
         shape = tuple(tokens_BT.shape)
         if shape not in self._calls:
-            self._calls[shape] = self.embed(tokens_BT)[1]
+            calls, others = (self.embed(tokens)[1] for tokens in (tokens_BT, torch.zeros_like(tokens_BT)))
+            if not _same(calls, others):
+                self._by_token = True
+                return calls
+            if len(self._calls) >= _KEPT_SHAPES:
+                del self._calls[next(iter(self._calls))]
+            self._calls[shape] = calls
         return self._calls[shape]
 
-    @torch.no_grad()
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The model's logits, (B, T, V), from the last layer's output: its own final norm, head and scaling."""
         tokens_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)  # not looked at
+        if not self._returns_tuple:
+            self.embed(tokens_BT[:1, :1])
         with ExitStack() as stack:
             for layer in self.layers:
                 answer = self._like(layer, hidden_BTD.to(self.model.dtype))
                 stack.enter_context(patched_forward(layer, lambda *_, _answer=answer, **__: _answer))
             return self.model(input_ids=tokens_BT, use_cache=False).logits
+
+    @property
+    def _embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
 
     @contextmanager
     def ends_on(self, device: torch.device) -> Iterator[None]:
@@ -223,16 +223,3 @@ class Decoder:
 
     def _like(self, layer: nn.Module, hidden_BTD: Tensor) -> Any:
         return (hidden_BTD,) if self._returns_tuple[type(layer)] else hidden_BTD
-
-
-@contextmanager
-def observed(matrices: Sequence[Matrix], observe: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
-    """Call `observe(matrix, inputs_NI)` with what each matrix is multiplied by, for every call within the context."""
-
-    def hook(matrix: Matrix) -> Callable[..., None]:
-        return lambda _module, args: observe(matrix, args[0].flatten(0, -2))
-
-    with ExitStack() as stack:
-        for matrix in matrices:
-            stack.callback(matrix.owner.register_forward_pre_hook(hook(matrix)).remove)
-        yield

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_recon.blocks import decoder_layers, from_float32, matrices, to_float32
+from lit_recon.blocks import decoder_layers, from_float32, to_float32
+from lit_recon.matrices import matrices
 from lit_recon.models import no_progress_bars
 from lit_recon.windows import Window
 
@@ -91,16 +92,29 @@ class Checkpoint:
         self.device = device
         self.masks = PackedMasks()
         self._dtypes: dict[str, list[torch.dtype]] = {}
+        self._passed_on: list[Tensor] = []
 
     def bring_in(self, window: Window) -> None:
         """Put a window's weights on the device, in float32."""
+        self._passed_on = [parameter.detach().clone() for parameter in window.passed_on()]
         self._dtypes[window.name] = to_float32(window, self.device)
 
+    @torch.no_grad()
+    def round(self, window: Window) -> None:
+        """Have the window compute with what will be stored of its weights; it stays float32."""
+        for parameter, dtype in zip(window.parameters(), self._dtypes[window.name], strict=True):
+            parameter.copy_(parameter.to(dtype))
+
+    @torch.no_grad()
     def write_out(self, window: Window, masks: Mapping[str, Tensor]) -> None:
-        """Take a finished window back in the model's own dtypes, with its masks."""
+        """Take a finished window back in the model's own dtypes, with its masks; layers it does not keep as they were."""
         from_float32(window, self._dtypes.pop(window.name))
-        for name, mask in masks.items():
-            self.masks.add(name, mask)
+        for parameter, value in zip(window.passed_on(), self._passed_on, strict=True):
+            parameter.copy_(value)
+        dropped = {id(parameter) for parameter in window.passed_on()}
+        kept = {matrix.name for matrix in window.matrices() if id(matrix.weight) not in dropped}
+        for name in kept & set(masks):
+            self.masks.add(name, masks[name])
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write the model, its tokenizer and a model card as a Hugging Face folder, all at once."""

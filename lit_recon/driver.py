@@ -4,26 +4,31 @@
     2. one dense pass: its targets and the criterion's statistics together
     3. prune in place
     4. fit: a LightningModule over the window, a LightningDataModule over its activations, a fresh Trainer
-    5. advance the chain: the dense targets are the next window's inputs
+    5. advance the chain: with dense inputs and targets, the targets are the next window's inputs
     6. write the window out
 
-With dense inputs and dense targets no step of a window needs another window's result: windows could be reconstructed in
-any order, or in parallel. The only thing that is handed on is the dense chain.
+Single matrices share steps 1, 2, 5 and 6 with the other matrices of their layer.
+
+With dense inputs, targets and statistics no step of a window needs another window's result: windows could be
+reconstructed in any order, or in parallel (`Regime.independent`). The only thing that is handed on is the dense chain.
 """
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Protocol
 
-from lit_recon.activations import Chain
-from lit_recon.blocks import observed
+from torch import Tensor
+
+from lit_recon.activations import Activations
+from lit_recon.captured import MatrixData
+from lit_recon.chain import Chain, watching_nothing
 from lit_recon.checkpoint import Checkpoint
-from lit_recon.criteria import Criterion
-from lit_recon.masks import Pattern
 from lit_recon.metrics import Clock
-from lit_recon.reconstruction import Reconstructor, Statistics, WindowResult, prune
-from lit_recon.windows import Window
+from lit_recon.pruning import Pruner
+from lit_recon.reconstruction import Reconstructor, WindowResult
+from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
 
 class Listener(Protocol):
@@ -34,39 +39,81 @@ class Listener(Protocol):
 
 
 def walk(
-    windows: Sequence[Window],
+    windows: Sequence[AnyWindow],
     *,
     chain: Chain,
-    criterion: Criterion,
-    pattern: Pattern,
+    pruner: Pruner,
     reconstructor: Reconstructor,
     checkpoint: Checkpoint,
     clock: Clock,
     listeners: Sequence[Listener] = (),
 ) -> list[WindowResult]:
     """Prune and reconstruct `windows` in order; one result per window."""
-    results = []
+    results: list[WindowResult] = []
     with _quick_collection():
-        for window in windows:
-            with clock.phase("load"):
-                checkpoint.bring_in(window)
-            matrices = [matrix for matrix in window.matrices() if matrix.input_dim is not None]
-            statistics = Statistics(criterion, matrices)
+        for span, group in groupby(windows, key=lambda window: window.span):
             with clock.phase("teacher"):
-                chain.dense_pass(window, observed(statistics.watched, statistics.observe))
-            with clock.phase("prune"):
-                masks = prune(matrices, statistics, pattern)
-            with clock.phase("fit"):
-                result = reconstructor.fit(window, masks)
+                pruner.prepare(span)
+            with clock.phase("load"):
+                checkpoint.bring_in(span)
+            masks: dict[str, Tensor] = {}
+            single = [window for window in group if isinstance(window, MatrixWindow)]
+            work = (chain, pruner, reconstructor, clock)
+            for done, result in _matrices(span, single, *work) if single else _window(span, *work):
+                masks |= done
+                results.append(result)
+                for listener in listeners:
+                    listener.window_done(result)
             with clock.phase("advance"):
-                chain.advance()
+                checkpoint.round(span)
+                chain.advance(span)
             with clock.phase("commit"):
-                checkpoint.write_out(window, masks)
+                checkpoint.write_out(span, masks)
             gc.collect()  # Trainer, module and optimizer refer to each other and would wait, with their tensors
-            results.append(result)
-            for listener in listeners:
-                listener.window_done(result)
     return results
+
+
+Done = Iterator[tuple[Mapping[str, Tensor], WindowResult]]
+
+
+def _window(window: Window, chain: Chain, pruner: Pruner, reconstructor: Reconstructor, clock: Clock) -> Done:
+    """Steps 2 to 4 for a window of layers or a half: its masks and its result."""
+    with clock.phase("teacher"):
+        pruner.gather(window)
+    with clock.phase("prune"):
+        masks = pruner.prune(window.matrices())
+    with clock.phase("fit"), chain.decoder.ends_on(chain.compute.device) if window.head else nullcontext():
+        result = reconstructor.fit(window, masks, Activations.at(chain))
+    yield masks, result
+
+
+def _matrices(
+    layer: Window,
+    windows: Sequence[MatrixWindow],
+    chain: Chain,
+    pruner: Pruner,
+    reconstructor: Reconstructor,
+    clock: Clock,
+) -> Done:
+    """Steps 2 to 4 for the matrices of a layer, which stays dense until the last of them is done."""
+    data = MatrixData(layer, chain)
+    summed = reconstructor.uses_moments and data.one_source
+    shared = summed and chain.regime.independent  # one pass for targets, statistics and moments
+    with clock.phase("teacher"):
+        pruner.gather(layer, data.watching if shared else watching_nothing)
+        if summed and not shared:
+            chain.run(layer, chain.inputs_STD, None, data.watching)
+    for window in windows:
+        with clock.phase("teacher"):
+            known = data.moments(window) if reconstructor.uses_moments else data.activations(window)
+        with clock.phase("prune"):
+            window.open()
+            masks = pruner.prune(window.matrices())
+        with clock.phase("fit"):
+            result = reconstructor.fit(window, masks, known)
+        yield masks, result
+    for window in windows:
+        window.install()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.blocks import Decoder, call_layer, float32_on
 from lit_recon.compute import Compute
+from lit_recon.data.packing import PADDING
 
 LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
 
@@ -47,6 +48,34 @@ class Protocol:
 
 
 @torch.no_grad()
+def final_states(decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute) -> Tensor:
+    """Hidden states behind the last layer, (S, T, D) in float32 on the CPU; one layer at a time is on the device.
+
+    Args:
+        decoder: The model, resident on the CPU.
+        tokens_ST: Token ids, PADDING where a sample holds no text.
+        batch_size: Sequences per pass.
+        compute: Device and precision.
+    """
+    batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
+    hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0].cpu() for rows in batches])
+    for index, layer in enumerate(decoder.layers):
+        with float32_on(layer, compute.device):
+            for rows in batches:
+                call = decoder.calls(tokens_ST[rows])[index]
+                inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
+                with compute.autocast():
+                    hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+    return hidden_STD
+
+
+def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> float:
+    """Mean squared error of hidden states over the variance of the dense model's, where samples hold text."""
+    states_ND, dense_ND = states_STD[tokens_ST != PADDING], dense_STD[tokens_ST != PADDING]
+    return ((states_ND - dense_ND).square().mean() / dense_ND.var(0, correction=0).mean()).item()
+
+
+@torch.no_grad()
 def perplexity(model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute) -> float:
     """Perplexity of `model`, resident on the CPU, on S sequences of T tokens.
 
@@ -57,15 +86,7 @@ def perplexity(model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, co
         compute: Device and precision.
     """
     decoder = Decoder(model, compute.device)
-    batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
-    hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0] for rows in batches])
-    for index, layer in enumerate(decoder.layers):
-        with float32_on(layer, compute.device):
-            for rows in batches:
-                call = decoder.calls(tokens_ST[rows])[index]
-                inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
-                with compute.autocast():
-                    hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+    hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute)
     metric = Perplexity().to(compute.device)
     for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
         metric.update(logits_BCV, targets_BC)

@@ -23,13 +23,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lit_recon.cache import cache_folder
+from lit_recon.chain import Regime
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples
 from lit_recon.job import Job, run
 from lit_recon.masks import Pattern
 from lit_recon.plan import Workload
-from lit_recon.startup import Problems, check_output, check_steps, check_windows, explain_override, quiet
+from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
+from lit_recon.windows import check_partition, partition
 
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
@@ -42,8 +44,8 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
-    names = ("model", "data", "criterion", "pattern", "windows", "module", "trainer")
-    model, source, criterion, pattern, make_windows, module, trainer = (
+    names = ("model", "data", "criterion", "pattern", "chain", "windows", "module", "trainer")
+    model, source, criterion, pattern, regime, make_windows, module, trainer = (
         problems.instantiate(cfg[name], name) for name in names
     )
     output = Path(cfg.output_dir)
@@ -60,11 +62,13 @@ def prepare(cfg: DictConfig) -> Job:
     problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
     if source:
         problems.check(source.check)
+    problems.check(check_combination, cfg)
     problems.raise_all()
     assert compute is not None
     model.check()
-    windows = make_windows(model.skeleton())
-    check_windows(windows, pattern, allow_unscored=cfg.allow_unscored)
+    skeleton = model.skeleton()
+    check_partition(skeleton, **make_windows.keywords)
+    check_pattern([matrix for window in partition(skeleton) for matrix in window.matrices()], pattern)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     return Job(
@@ -74,12 +78,17 @@ def prepare(cfg: DictConfig) -> Job:
         samples=samples,
         criterion=criterion,
         pattern=pattern,
+        regime=regime,
         windows=make_windows,
+        kind=cfg.windows.by,
+        size=cfg.windows.get("size", 4),
+        units=None if cfg.prune_by == "window" else partial(partition, by=cfg.prune_by),
+        allow_unscored=cfg.allow_unscored,
         module=module,
         trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),
         compute=compute,
         workload=_workload(cfg, samples),
-        recipe=_recipe(cfg, criterion, pattern),
+        recipe=_recipe(cfg, criterion, pattern, regime),
         output=output,
         config=OmegaConf.to_yaml(cfg, resolve=True),
         seed=cfg.seed,
@@ -92,20 +101,37 @@ def _given() -> set[str]:
     return {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
 
 
-def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern) -> dict[str, str]:
+def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern, regime: Regime) -> dict[str, str]:
     """What was done, in the words of the settings."""
     recipe = {
         "criterion": type(criterion).__name__,
         "pattern": pattern.describe(),
-        "windows": cfg.windows.by + (f" of {cfg.windows.size}" if "size" in cfg.windows else ""),
+        "windows": _describe_windows(cfg.windows),
         "module": cfg.module._target_.rpartition(".")[2],
-        "inputs": "dense",
-        "targets": "dense",
+        **regime.describe(),
         "epochs": str(cfg.trainer.max_epochs),
         "batch_size": str(cfg.data.batch_size),
     }
     rate = OmegaConf.select(cfg, "module.optimizer.lr")
     return recipe | ({"learning_rate": f"{rate:g}"} if rate is not None else {})
+
+
+def _describe_windows(windows: DictConfig) -> str:
+    size = f" of {windows.size}" if "size" in windows else ""
+    stride = f" every {windows.stride}" if windows.get("stride") else ""
+    return windows.by + size + stride + (", logits at the end" if windows.get("head") else "")
+
+
+def check_combination(cfg: DictConfig) -> None:
+    """Raise a ValueError for settings that are right by themselves but mean nothing together."""
+    problems = []
+    if cfg.module._target_.endswith("LeastSquaresModule") and cfg.windows.by != "matrix":
+        problems.append(f"module=least_squares solves for single matrices; use windows=matrix, not {cfg.windows.by}.")
+    units = ("window", "half", "block", "model")
+    if cfg.prune_by not in units:
+        problems.append(f"prune_by={cfg.prune_by}: expected one of {', '.join(units)}.")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _workload(cfg: DictConfig, samples: Samples) -> Workload:
@@ -114,6 +140,7 @@ def _workload(cfg: DictConfig, samples: Samples) -> Workload:
         max_steps=cfg.trainer.max_steps,
         accumulate=cfg.trainer.accumulate_grad_batches,
         evaluation_tokens=samples.evaluation_ST.numel(),
+        uses_moments=cfg.module._target_.endswith("LeastSquaresModule"),
     )
 
 
@@ -131,6 +158,8 @@ def _fit(cfg: DictConfig) -> None:
         _stop("interrupted: nothing was written.", status=1)
     try:
         run(job, console)
+    except Refusal as error:
+        _stop(str(error), status=2)
     except KeyboardInterrupt as interrupt:
         kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
         _stop(f"interrupted: {str(interrupt) or f'{job.output} is unfinished; {kept}'}.", status=1)

@@ -1,15 +1,13 @@
-"""What is measured beside perplexity: relative errors, seconds per phase, peak memory."""
+"""What is measured beside perplexity: seconds per phase, peak memory."""
 
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-
-from lit_recon.activations import Chain
-from lit_recon.windows import Window
 
 PHASES = ("load", "teacher", "prune", "fit", "advance", "commit", "evaluate")
 
@@ -35,18 +33,20 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def relative_error(window: Window, chain: Chain, first: int, last: int, *, variance: float) -> float:
-    """Mean squared error of the window's outputs over the variance of the targets, for samples `first` to `last`."""
-    total = torch.zeros((), dtype=torch.float64, device=chain.compute.device)
-    for rows in chain.batches(first, last):
-        targets_BTD = chain.targets_STD[rows].to(chain.compute.device, non_blocking=True)
-        total += (chain.outputs(window, rows) - targets_BTD).square().sum(dtype=torch.float64)
-    return total.item() / (last - first) / chain.targets_STD[0].numel() / variance
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process had so far: resident on the CPU, allocated on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # unlike getrusage, it can be reset
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak from now on; on other systems than Linux, the peak of a process on the CPU stays what it was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.activations import Chain
-from lit_recon.blocks import float32_on
+from lit_recon.blocks import LayerCall, float32_on
+from lit_recon.chain import Chain
 from lit_recon.evaluate import LOGITS_BYTES
-from lit_recon.windows import Window
+from lit_recon.matrices import routers
+from lit_recon.windows import AnyWindow, HalfWindow, Window, partition
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _FLOAT32 = 4
@@ -31,12 +32,14 @@ class Workload:
         max_steps: Bound on optimizer steps; -1 for none.
         accumulate: Batches per optimizer step.
         evaluation_tokens: Tokens of one evaluation; three are made.
+        uses_moments: Whether matrices are solved for from moments.
     """
 
     epochs: int
     max_steps: int
     accumulate: int
     evaluation_tokens: int
+    uses_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class Plan:
         parameters: Parameters of the model.
         prunable: Parameters that the criterion scores.
         unscored: Matrices of the layers that it does not.
+        routers: Matrices that choose among experts; they stay dense.
         steps: Optimizer steps per window.
         peak_bytes: Predicted peak memory.
+        peaks_by_kind: The same for each kind of window.
         seconds: Predicted time of walk and evaluation.
     """
 
@@ -57,9 +62,20 @@ class Plan:
     parameters: int
     prunable: int
     unscored: int
+    routers: int
     steps: int
     peak_bytes: int
+    peaks_by_kind: dict[str, int]
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What one batch of one window showed."""
+
+    saved_bytes: int
+    seconds: float
+    parameters: int
 
 
 def steps_per_window(chain: Chain, work: Workload) -> int:
@@ -69,65 +85,107 @@ def steps_per_window(chain: Chain, work: Workload) -> int:
     return steps if work.max_steps < 0 else min(steps, work.max_steps)
 
 
-def make_plan(windows: Sequence[Window], chain: Chain, work: Workload) -> Plan:
-    """Measure the first window on one batch and extrapolate.
+def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kind: str, size: int = 1) -> Plan:
+    """Measure the first layer on one batch and extrapolate.
 
     Args:
         windows: All windows, with the model's weights.
         chain: The chain at the first window.
         work: How often each of them will be run.
+        kind: What kind of windows they are.
+        size: Layers per window, for "blocks".
     """
-    model = chain.decoder.model
-    found = [matrix for window in windows for matrix in window.matrices()]
-    scored = sum(matrix.weight.numel() for matrix in found if matrix.input_dim is not None)
-    saved_bytes, forward_seconds = _probe(windows[0], chain)
-    steps = steps_per_window(chain, work)
-    largest = max(sum(parameter.numel() for parameter in window.parameters()) for window in windows)
-    # Besides the weights themselves: gradients, two moments, and the pruned weights to go back to.
-    training = largest * 4 * _FLOAT32 + saved_bytes
+    model, depth = chain.decoder.model, len(chain.decoder.layers)
+    layers = partition(model, by="block")
+    found = [matrix for layer in layers for matrix in layer.matrices()]
+    probes = {"block": _probe(layers[0], chain)}
+    if isinstance(windows[0], HalfWindow):
+        probes["half"] = max((_probe(half, chain) for half in windows[:2]), key=lambda probe: probe.saved_bytes)
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    scale = largest / probes["block"].parameters  # the first layer may be smaller than others
+    training = {
+        "matrix": _matrix_bytes(layers[0], chain, work.uses_moments),
+        "half": int(_training_bytes(probes["half"]) * scale) if "half" in probes else 0,
+        "block": int(_training_bytes(probes["block"]) * scale),
+        f"blocks of {size}": int(_training_bytes(probes["block"]) * scale * size),
+        "model": _training_bytes(probes["block"]) * depth,
+    }
     head_weights = model.get_output_embeddings().weight.numel()
     # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
-    hidden = chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    per_sample = forward_seconds / chain.batch_size * len(windows)
-    total, held_out = len(chain.tokens_ST), chain.num_held_out
-    trained = steps * work.accumulate * chain.batch_size
-    passes = total + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
-    evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
-    # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
-    body = sum(parameter.numel() for window in windows for parameter in window.parameters())
-    head = 1 + 3 * head_weights / max(1, body)
+    evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
+    resident = _resident(model, chain)
+    masters = {name: _masters(model, chain, largest, name, size, depth) for name in training}
+    peaks = {name: resident + masters[name] + max(size, evaluation) for name, size in training.items() if size}
+    steps = steps_per_window(chain, work)
     return Plan(
         windows=len(windows),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        prunable=scored,
+        prunable=sum(matrix.weight.numel() for matrix in found if matrix.input_dim is not None),
         unscored=sum(matrix.input_dim is None for matrix in found),
+        routers=sum(len(routers(layer)) for layer in chain.decoder.layers),
         steps=steps,
-        peak_bytes=_resident(model, chain, largest) + max(training, evaluation + hidden),
-        seconds=per_sample * (passes + evaluated * head),
+        peak_bytes=peaks[f"blocks of {size}" if kind == "blocks" else kind],
+        peaks_by_kind=peaks,
+        seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
     )
 
 
-def _resident(model: PreTrainedModel, chain: Chain, largest: int) -> int:
-    """Bytes that stay through the run: on a GPU a window's masters; on the CPU this process and the whole model.
+def _training_bytes(probe: _Probe) -> int:
+    """Gradients, two moments, the pruned weights to go back to, and what the backward keeps of a batch."""
+    return probe.parameters * 4 * _FLOAT32 + probe.saved_bytes
+
+
+def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> int:
+    """What is there for single matrices: a copy of the layer; inputs and products of one matrix, or all moments."""
+    shapes = [matrix.by_expert(matrix.weight).shape for matrix in layer.matrices() if matrix.input_dim is not None]
+    copy = sum(experts * outputs * inputs for experts, outputs, inputs in shapes)
+    if uses_moments:  # calibration and held-out, in float32; those in work once more in float64
+        widest = max(inputs for _, _, inputs in shapes)
+        return _FLOAT32 * (copy + 2 * sum({(e, i): e * i * i for e, _, i in shapes}.values()) + 12 * widest * widest)
+    rows = chain.tokens_ST.numel()
+    return _FLOAT32 * (copy + max(2 * rows * inputs + 2 * rows * outputs + 4 * outputs * inputs for _, outputs, inputs in shapes))
+
+
+def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, head: float) -> float:
+    """Seconds of walk and evaluation, from those of one layer's forward on a batch."""
+    depth, total, held_out = len(chain.decoder.layers), len(chain.tokens_ST), chain.num_held_out
+    trained = steps / depth * work.accumulate * chain.batch_size
+    passes = total * chain.regime.passes + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
+    evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
+    # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
+    return forward / chain.batch_size * (depth * passes + evaluated * (depth + 3 * head))
+
+
+def _resident(model: PreTrainedModel, chain: Chain) -> int:
+    """Bytes that stay through the run: nothing on a GPU; on the CPU this process, the whole model and the chain.
 
     The model's file may be mapped and not read yet, so its size is added to what is resident without shared pages.
     """
-    masters = largest * _FLOAT32
     if chain.compute.device.type == "cuda":
-        return masters
+        return 0
     memory = psutil.Process().memory_info()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return memory.rss - getattr(memory, "shared", 0) + weights + (0 if model.dtype == torch.float32 else masters)
+    arrays = chain.inputs_STD.nbytes * (chain.regime.arrays - 1)  # one is there already
+    return memory.rss - getattr(memory, "shared", 0) + weights + arrays
 
 
-def _probe(window: Window, chain: Chain) -> tuple[int, float]:
-    """Bytes that autograd keeps for one batch's backward beside the weights, and the seconds of a forward."""
-    rows = slice(0, min(chain.batch_size, chain.num_samples))
+def _masters(model: PreTrainedModel, chain: Chain, largest: int, kind: str, size: int, depth: int) -> int:
+    """Bytes of a window's float32 weights, where they are not the model's own."""
+    if chain.compute.device.type != "cuda" and model.dtype == torch.float32:
+        return 0
+    return largest * _FLOAT32 * {"model": depth, f"blocks of {size}": size}.get(kind, 1)
+
+
+def _probe(window: Window, chain: Chain) -> _Probe:
+    """Run a window on one batch, with what autograd keeps for its backward beside the weights."""
+    rows_B = torch.arange(min(chain.batch_size, chain.num_samples))
+    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device)
+    calls = chain.calls(rows_B)
     kept: dict[int, int] = {}
     with float32_on(window, chain.compute.device):
-        chain.outputs(window, rows)  # the first call of a shape pays for set-up
-        seconds = min(_seconds(window, chain, rows) for _ in range(5))
+        _seconds(window, inputs_BTD, calls, chain)  # the first call of a shape pays for set-up
+        seconds = min(_seconds(window, inputs_BTD, calls, chain) for _ in range(5))
         weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
 
         def count(tensor: Tensor) -> None:  # nothing is unpacked; a tensor kept here would keep the graph for ever
@@ -135,15 +193,17 @@ def _probe(window: Window, chain: Chain) -> tuple[int, float]:
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
 
-        window.requires_grad_(True)
-        inputs_BTD = chain.inputs_STD[rows].to(chain.compute.device)
+        for parameter in window.trained():
+            parameter.requires_grad_(True)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
-            window(inputs_BTD, chain.decoder.calls(chain.tokens_ST[rows]))
+            window(inputs_BTD, calls)
         window.requires_grad_(False)
-    return sum(kept.values()), seconds
+    return _Probe(sum(kept.values()), seconds, sum(parameter.numel() for parameter in window.trained()))
 
 
-def _seconds(window: Window, chain: Chain, rows: slice) -> float:
+@torch.no_grad()
+def _seconds(window: Window, inputs_BTD: Tensor, calls: list[LayerCall], chain: Chain) -> float:
     start = time.perf_counter()
-    chain.outputs(window, rows).sum().item()  # reading a value waits for a GPU
+    with chain.compute.autocast():
+        window(inputs_BTD, calls).sum().item()  # reading a value waits for a GPU
     return time.perf_counter() - start

@@ -125,6 +125,12 @@ def number(value: float | None) -> float:
     return math.nan if value is None or not math.isfinite(value) else float(value)
 
 
+def measure(windows: Sequence[Mapping[str, Any]]) -> str:
+    """What the errors of the windows are, "relative error" or "KL divergence"; just "error" if they differ in it."""
+    measures = {window.get("measure", "relative error") for window in windows}
+    return measures.pop() if len(measures) == 1 else "error"
+
+
 def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -> Figure:
     """The gap between the dense and the pruned model on a line, and where on it the reconstructed model is.
 
@@ -161,7 +167,7 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
 
 
 def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Relative error of each window of results.json before and after reconstruction, and the share that is left."""
+    """Error of each window of results.json before and after reconstruction, and the share that is left."""
     figure = Figure((WIDTH, 4.9), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     depth = range(len(windows))
@@ -174,7 +180,7 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
     for when, color, label in (("before", PRUNED, "pruned"), ("after", RECONSTRUCTED, "reconstructed")):
         upper.plot(depth, held_out[when], "o-", color=color, linewidth=1, markersize=size, label=label)
     _make_logarithmic(upper.yaxis)
-    upper.set_ylabel("held-out relative error")
+    upper.set_ylabel(f"held-out {measure(windows)}")
     lower.axhline(1, color=PRUNED, linewidth=1.2, label="pruned")
     for errors, style, label in ((held_out, "o-", "held-out"), (calibration, "--", "calibration")):
         left = [after / before if before else math.nan for before, after in zip(*errors.values(), strict=True)]
@@ -220,7 +226,7 @@ def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, C
             y = [number(value) for _, value in curve]
             axes.plot(x, y, color=color, linewidth=1.4, markersize=3.5, marker="o" if len(curve) <= crowd else "")
     _make_logarithmic(axes.yaxis)
-    axes.set_ylabel("loss (variance of the target = 1)")
+    axes.set_ylabel("loss (variance of the target = 1)" if measure(windows) == "relative error" else "loss")
     _depth_axis(axes, windows, "each column: its optimizer steps, left to right")
     lines = [
         Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),

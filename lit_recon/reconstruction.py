@@ -1,4 +1,4 @@
-"""Prune one window and win back what it lost: the two steps of the walk that change weights.
+"""Win back what pruning cost a window: the step of the walk that trains.
 
 A reconstruction is accepted if the error on held-out samples became smaller; otherwise the window keeps its pruned
 weights. A fit that diverges starts again from them once, with half the learning rate.
@@ -17,14 +17,11 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_recon.activations import ActivationDataModule, Chain
-from lit_recon.blocks import Matrix
+from lit_recon.activations import Activations
 from lit_recon.callbacks import FiniteLoss, FirstHeldOut, LearningRate
-from lit_recon.criteria import Criterion
 from lit_recon.logger import RunLogger
-from lit_recon.masks import Pattern
-from lit_recon.metrics import relative_error
-from lit_recon.windows import Window
+from lit_recon.moments import Moments
+from lit_recon.windows import AnyWindow
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +31,11 @@ NOT_BETTER = "held-out error did not improve: kept its pruned weights"
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What became of one window; errors are relative errors (see lit_recon.metrics.relative_error)."""
+    """What became of one window.
+
+    Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
+    window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says.
+    """
 
     name: str
     relative_error_before: float
@@ -45,37 +46,7 @@ class WindowResult:
     steps: int
     seconds: float
     note: str = ""
-
-
-class Statistics:
-    """What a criterion gathers of the inputs of some matrices.
-
-    Args:
-        criterion: The criterion.
-        matrices: The matrices that will be pruned.
-    """
-
-    def __init__(self, criterion: Criterion, matrices: Sequence[Matrix]) -> None:
-        self.criterion = criterion
-        self.by_name = {matrix.name: criterion.start(matrix.rows(matrix.weight)) for matrix in matrices}
-        self.watched = [matrix for matrix in matrices if self.by_name[matrix.name] is not None]
-
-    def observe(self, matrix: Matrix, inputs_NI: Tensor) -> None:
-        """Add what a watched matrix is multiplied by."""
-        self.by_name[matrix.name] = self.criterion.update(self.by_name[matrix.name], inputs_NI)
-
-
-@torch.no_grad()
-def prune(matrices: Sequence[Matrix], statistics: Statistics, pattern: Pattern) -> dict[str, Tensor]:
-    """Zero the weights that the criterion finds least important, in place; the masks (True = kept) by matrix name."""
-    masks = {}
-    for matrix in matrices:
-        rows_OI = matrix.rows(matrix.weight)
-        scores_OI = statistics.criterion.scores(rows_OI, statistics.by_name[matrix.name])
-        mask = matrix.rows(pattern(scores_OI))
-        matrix.weight.mul_(mask)
-        masks[matrix.name] = mask
-    return masks
+    measure: str = "relative error"
 
 
 class Reconstructor:
@@ -84,9 +55,8 @@ class Reconstructor:
     Args:
         module: Makes the LightningModule from (window, masks, variance).
         trainer: Makes the Trainer from `callbacks` and `logger`.
-        chain: The activations at the current boundary.
         logger: The run's log.
-        batch_size: Samples per training batch.
+        device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds its index.
         callbacks: Callbacks of every Trainer, for example a progress display.
     """
@@ -96,30 +66,33 @@ class Reconstructor:
         module: Callable[..., LightningModule],
         trainer: Callable[..., Trainer],
         *,
-        chain: Chain,
         logger: RunLogger,
-        batch_size: int,
+        device: torch.device,
         seed: int,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.module = module
         self.trainer = trainer
-        self.chain = chain
         self.logger = logger
-        self.batch_size = batch_size
+        self.device = device
         self.seed = seed
         self.callbacks = list(callbacks)
 
-    def fit(self, window: Window, masks: Mapping[str, Tensor]) -> WindowResult:
-        """Train a pruned window towards the chain's targets; keep the result if it is better on held-out samples."""
+    @property
+    def uses_moments(self) -> bool:
+        """Whether the module is fed with moments (lit_recon.moments) instead of activations."""
+        return getattr(getattr(self.module, "func", self.module), "uses_moments", False)
+
+    def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: Activations | Moments) -> WindowResult:
+        """Train a pruned window towards its targets; keep the result if it is better on held-out samples."""
         start = time.perf_counter()
-        variance = self.chain.target_variance()
-        before, held_out_before = after, held_out_after = self._errors(window, variance)
-        pruned = [parameter.detach().clone() for parameter in window.parameters()]
+        variance = data.variance()
+        before, held_out_before = after, held_out_after = data.errors(window, variance)
+        pruned = [parameter.detach().clone() for parameter in window.trained()]
         note, steps = DIVERGED, 0
         for factor in (1.0, 0.5):
-            steps, diverged = self._train(window, masks, variance, factor)
-            after, held_out_after = self._errors(window, variance)
+            steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
+            after, held_out_after = data.errors(window, variance)
             if not diverged and math.isfinite(held_out_after):
                 note = "" if factor == 1.0 else "loss was not finite: reconstructed at half the learning rate"
                 break
@@ -132,34 +105,39 @@ class Reconstructor:
             after, note = before, DIVERGED if note == DIVERGED else NOT_BETTER
         _check_zeros(window, masks)
         self.logger.end_window()
-        seconds = round(time.perf_counter() - start, 3)
-        return WindowResult(window.name, before, after, held_out_before, held_out_after, accepted, steps, seconds, note)
-
-    def _errors(self, window: Window, variance: float) -> tuple[float, float]:
-        """Relative errors on as many calibration samples as there are held-out ones, and on those."""
-        train, total = self.chain.num_samples, len(self.chain.tokens_ST)
-        return (
-            relative_error(window, self.chain, 0, min(train, total - train), variance=variance),
-            relative_error(window, self.chain, train, total, variance=variance),
+        return WindowResult(
+            window.name,
+            before,
+            after,
+            held_out_before,
+            held_out_after,
+            accepted,
+            steps,
+            round(time.perf_counter() - start, 3),
+            note,
+            "relative error" if window.head is None else "KL divergence",
         )
 
-    def _train(self, window: Window, masks: Mapping[str, Tensor], variance: float, factor: float) -> tuple[int, bool]:
+    def _train(
+        self, module: LightningModule, window: AnyWindow, data: Activations | Moments, factor: float
+    ) -> tuple[int, bool]:
         """Fit once; how many steps the optimizer made, and whether the loss diverged."""
         guard = FiniteLoss()
         self.logger.start_window(window.name)
-        module = self.module(window, masks, variance)
-        data = ActivationDataModule(self.chain, batch_size=self.batch_size, seed=self.seed + window.indices.start)
         trainer = self.trainer(
-            logger=self.logger, callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks]
+            logger=self.logger,
+            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
+            **data.trainer_settings,
         )
-        window.requires_grad_(True)
+        for parameter in window.trained():
+            parameter.requires_grad_(True)
         try:
             with _interruptible():
-                trainer.fit(module, datamodule=data)
+                trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)
-        window.to(self.chain.compute.device)  # the Trainer's teardown moved it to the CPU
+        window.to(self.device)  # the Trainer's teardown moved it to the CPU
         return trainer.global_step, guard.diverged
 
 
@@ -177,12 +155,12 @@ def _interruptible() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _restore(window: Window, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(window.parameters(), weights, strict=True):
+def _restore(window: AnyWindow, weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(window.trained(), weights, strict=True):
         parameter.copy_(weight)
 
 
-def _check_zeros(window: Window, masks: Mapping[str, Tensor]) -> None:
+def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:
     """Raise if training moved a pruned weight: only an optimizer that mixes weights of one matrix can do that."""
     for matrix in window.matrices():
         if matrix.name in masks and torch.count_nonzero(matrix.weight[~masks[matrix.name]]):

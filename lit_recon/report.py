@@ -1,6 +1,6 @@
 """What a person looks at after a run: report.html, one self-contained page, and a table that compares runs.
 
-    python -m lit_recon.report RUN [RUN ...]
+    python -m lit_recon.report [--markdown] RUN [RUN ...]
 
 redraws the figures and the page of each run from what it left behind and prints the table; nothing is computed again.
 """
@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_recon.plots import duration, number, read_results, write_figures
+from lit_recon.plots import duration, measure, number, read_results, write_figures
 
 FILES = {
     "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",
@@ -40,10 +41,25 @@ LABELS = {  # where the key of results.json alone does not say it
     "recipe.windows": "window",
     "recipe.inputs": "window inputs from",
     "recipe.targets": "window targets from",
+    "recipe.statistics": "statistics from",
     "protocol.context": "tokens per sequence",
     "protocol.windows": "sequences",
     "protocol.tokens": "predicted tokens",
     "tokens.calibration": "calibration tokens",
+}
+WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take; not loading and evaluating
+COLUMNS = {  # of the comparison: as a line of text, and on the terminal
+    "run": "run",
+    "window": "window",
+    "perplexity, dense": "perplexity\n\ndense",
+    "perplexity, pruned": "\n\npruned",
+    "perplexity, reconstructed": "\nrecon-\nstructed",
+    "share of the gap recovered": "share of\nthe gap\nrecovered",
+    "relative error": "relative\nerror",
+    "time, walk": "time\n\nwalk",
+    "time, total": "\n\ntotal",
+    "peak memory, walk": "peak\nmemory\nwalk",
+    "peak memory, total": "\n\ntotal",
 }
 
 
@@ -68,13 +84,14 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error, "duration": duration}
+    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error}
+    templates.filters |= {"duration": duration, "memory": as_memory}
     page = templates.get_template("report.html.j2").render(
         results=results,
         images=images,
         verdict=verdict(results),
         depth=depth_summary(results["windows"]),
-        memory=as_memory(results["peak_memory_bytes"]),
+        measure=measure(results["windows"]),
         facts={title: facts(results, *keys) for title, keys in FACTS.items()},
         kinds=sparsity_by_kind(results["sparsity"]["by_matrix"]),
         **places(run),
@@ -166,31 +183,92 @@ def as_error(value: float | None) -> str:
     return f"{value:#.3g}" if math.isfinite(value) else "not finite"
 
 
-def as_memory(num_bytes: float) -> str:
-    """Gigabytes (10^9 bytes) with two decimals."""
-    return f"{num_bytes / 1e9:.2f} GB"
+def as_memory(num_bytes: float | None) -> str:
+    """Gigabytes (10^9 bytes) with two decimals; a dash for none."""
+    return "–" if num_bytes is None else f"{num_bytes / 1e9:.2f} GB"
+
+
+def named(runs: Sequence[Path]) -> dict[str, Path]:
+    """The runs by the shortest name that tells them apart: their path below the folder that holds them all."""
+    folders = [Path(os.path.abspath(run)) for run in runs]
+    parent = os.path.commonpath([folder.parent for folder in folders])
+    return {folder.relative_to(parent).as_posix(): run for folder, run in zip(folders, runs, strict=True)}
+
+
+def settings(results: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was, each setting in words that need no label."""
+    plain, protocol = ("criterion", "pattern", "module", "windows"), results["protocol"]
+    recipe = {
+        key: value if key in plain else f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}"
+        for key, value in results["recipe"].items()
+    }
+    return (
+        {"model": results["model"]["name"]}
+        | recipe
+        | {
+            "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
+            "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
+            "seed": f"seed {results['seed']}",
+        }
+    )
+
+
+def told_apart(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """The main settings that all runs share, and what each run was: its window, and what differs between the runs."""
+    described = {name: settings(results) for name, results in runs.items()}
+    values: dict[str, set[str]] = defaultdict(set)
+    for key, text in (setting for one in described.values() for setting in one.items()):
+        values[key].add(text)
+    shared = {key: min(texts) for key, texts in values.items() if len(texts) == 1}
+    what = {}
+    for name, one in described.items():
+        told = {key: text for key, text in one.items() if key not in shared or key == "module"}
+        if told.get("module") == "ReconstructionModule":  # the default
+            del told["module"]
+        what[name] = ", ".join(({"windows": one["windows"]} | told).values())
+    main = ("model", "criterion", "pattern", "calibration", "evaluation")
+    return ", ".join(shared[key] for key in main if key in shared), what
+
+
+def cells(results: Mapping[str, Any]) -> list[str]:
+    """The numbers of a run as COLUMNS has them."""
+    seconds, error = results["seconds"], results.get("relative_error") or {}
+    return [
+        *(as_perplexity(results["perplexity"][state]) for state in ("dense", "pruned", "reconstructed")),
+        as_share(results["gap_recovered"]),
+        as_error(error.get("reconstructed")),
+        duration(sum(seconds[phase] for phase in WALK)),
+        duration(seconds["total"]),
+        as_memory(results.get("walk_peak_memory_bytes")),
+        as_memory(results["peak_memory_bytes"]),
+    ]
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row per run; what it was stands below its name, so that the numbers fit into 80 columns.
+    """One row per run; what it was stands below its name, so that all fits into 120 columns.
 
     Args:
-        runs: The content of results.json by the run's folder.
+        runs: The content of results.json by the run's name.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, leading=1)
-    table.add_column("run\nmodel\ncriterion, pattern, windows", overflow="fold", vertical="bottom")
-    headers = "perplexity\n\ndense", "\n\npruned", "\nrecon-\nstructed", "share of\nthe gap\nrecovered", "\n\ntime"
-    for header in (*headers, "\npeak\nmemory"):
+    shared, what = told_apart(runs)
+    table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    first, second, *headers = COLUMNS.values()
+    table.add_column(f"{first}\n{second}", overflow="fold", vertical="bottom")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for name, results in runs.items():
-        perplexity, recipe = results["perplexity"], results["recipe"]
-        what = ", ".join(recipe[part] for part in ("criterion", "pattern", "windows"))
-        numbers = [as_perplexity(perplexity[state]) for state in ("dense", "pruned", "reconstructed")]
-        numbers += [as_share(results["gap_recovered"]), duration(results["seconds"]["total"])]
-        numbers += [as_memory(results["peak_memory_bytes"])]
-        title = Text.assemble((name, "bold"), f"\n{results['model']['name']}\n{what}")  # Text: no markup in names
-        table.add_row(title, *numbers)
+        table.add_row(Text.assemble((name, "bold"), f"\n{what[name]}"), *cells(results))  # Text: no markup in names
     return table
+
+
+def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The comparison as a table of GitHub's Markdown, to be put below what all runs share."""
+    what = told_apart(runs)[1]
+    rows = [
+        [re.sub(r"([\\|*`<\[~])", r"\\\1", cell) for cell in (name, what[name], *cells(runs[name]))] for name in runs
+    ]
+    rule = ["---", "---", *["---:"] * (len(COLUMNS) - 2)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS), rule, *rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,10 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Redraw the figures and report.html of finished runs and print one table that compares them.",
     )
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/2025-01-31_12-00"
+        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/2025-01-31_12-00-00"
     )
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, for a README or a paper")
+    chosen = parser.parse_args(arguments)
     runs, problems = {}, []
-    for run in parser.parse_args(arguments).runs:
+    for run in chosen.runs:
         try:
             runs[run] = read_results(run)
         except ValueError as error:
@@ -215,10 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_report(run)
         except OSError as error:
             parser.exit(2, f"{run}: the report cannot be written ({error}); expected a folder you may write to.\n")
+    named_results = {name: runs[run] for name, run in named(list(runs)).items()}
+    if chosen.markdown:
+        sys.stdout.write(as_markdown(named_results))
+        return 0
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width; rich would take 80 and wrap
-    console.print(comparison({str(run): results for run, results in runs.items()}))
+    console.print(comparison(named_results))
     return 0
 
 

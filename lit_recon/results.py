@@ -22,9 +22,13 @@ _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a run found; the fields are those of results.json."""
+    """Everything that a run found; the fields are those of results.json.
+
+    `relative_error` is that of the last layer's hidden states on the held-out samples: windows of any kind compare by it.
+    """
 
     perplexity: dict[str, float]
+    relative_error: dict[str, float]
     protocol: Protocol
     model: dict[str, Any]
     recipe: dict[str, str]
@@ -32,6 +36,8 @@ class Results:
     windows: Sequence[WindowResult]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    walk_peak_memory_bytes: int
+    predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int
 
@@ -73,6 +79,8 @@ def table(results: Results, run: Path) -> Table:
         shown.add_row(f"perplexity {key}", f"{value:.2f}")
     gap = results.gap_recovered
     shown.add_row("gap recovered", "none to recover" if gap is None else f"{gap:.0%}")
+    errors = results.relative_error
+    shown.add_row("relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states)")
     sparsities = results.sparsity
     shown.add_row("sparsity", f"{sparsities['prunable']:.1%} of prunable, {sparsities['total']:.1%} of all parameters")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from lit_recon.masks import Pattern
-from lit_recon.windows import Window
+from lit_recon.matrices import Matrix
 
 RUN_FILES = ("config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures")
 
@@ -118,30 +118,35 @@ def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
         )
 
 
-def check_windows(windows: Sequence[Window], pattern: Pattern, *, allow_unscored: bool) -> None:
-    """Raise a ValueError for matrices that the pattern does not fit or that cannot be scored."""
-    problems = Problems()
-    found = [matrix for window in windows for matrix in window.matrices()]
-    unscored = [matrix for matrix in found if matrix.input_dim is None]
-    if unscored and not allow_unscored:
-        share = sum(m.weight.numel() for m in unscored) / sum(m.weight.numel() for m in found)
-        names = ", ".join(matrix.name for matrix in unscored[:3]) + (", ..." if len(unscored) > 3 else "")
-        problems.add(
-            f"{len(unscored)} of {len(found)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
-            f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
-        )
+class Refusal(Exception):
+    """The user asked for something that cannot be, which only the model's weights could tell."""
+
+
+def check_pattern(matrices: Sequence[Matrix], pattern: Pattern) -> None:
+    """Raise a ValueError for matrices that the pattern does not fit."""
     misfits: list[str] = []
-    for matrix in found:
+    for matrix in matrices:
         if matrix.input_dim is not None:
             try:
-                pattern.check(matrix.name, *matrix.rows(matrix.weight).shape)
+                pattern.check(matrix.name, *matrix.by_expert(matrix.weight).shape[1:])
             except ValueError as error:
                 misfits.append(str(error))
-    for message in misfits[:3]:
-        problems.add(message)
-    if len(misfits) > 3:
-        problems.add(f"... and {len(misfits) - 3} more matrices.")
-    problems.raise_all()
+    more = [f"... and {len(misfits) - 3} more matrices."] if len(misfits) > 3 else []
+    if misfits:
+        raise ValueError("\n".join(misfits[:3] + more))
+
+
+def check_scored(matrices: Sequence[Matrix], *, allow_unscored: bool) -> None:
+    """Raise a ValueError for matrices that cannot be scored, unless that is allowed."""
+    unscored = [matrix for matrix in matrices if matrix.input_dim is None]
+    if not unscored or allow_unscored:
+        return
+    share = sum(m.weight.numel() for m in unscored) / sum(m.weight.numel() for m in matrices)
+    names = ", ".join(matrix.name for matrix in unscored[:3]) + (", ..." if len(unscored) > 3 else "")
+    raise ValueError(
+        f"{len(unscored)} of {len(matrices)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
+        f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
+    )
 
 
 def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> str:

@@ -1,49 +1,72 @@
 """Windows: the parts of a model that are reconstructed at once.
 
-    tokens -> embeddings -> | layer 0 | layer 1 | layer 2 | layer 3 | layer 4 | -> head
-    block                   | block_00| block_01| block_02| block_03| block_04|
-    blocks, size 2          |    blocks_00_01   |    blocks_02_03   | block_04|      the last one may be shorter
-    model                   |                     model                       |
+    tokens -> embeddings -> |  layer 0  |  layer 1  |  layer 2  |  layer 3  |  layer 4  | -> head
+    matrix                  |q k v o g..|q k v o g..|     each matrix against its own dense product
+    half                    | att | mlp | att | mlp | att | mlp | att | mlp | att | mlp |
+    block                   |  block_00 |  block_01 |  block_02 |  block_03 |  block_04 |
+    blocks, size 2          |     blocks_00_01      |     blocks_02_03      |  block_04 |    the last may be shorter
+    blocks, size 3 stride 2 |           blocks_00_02            |    kept: layers 0 and 1
+                                                    |           blocks_02_04            |
+    model                   |                          model                            |
 
-A window is a module that maps the hidden states at its start to those at its end. Windows follow each other without a
-gap, so that one window's output is the next one's input.
+Most windows map the hidden states at their start to those at their end and follow each other without a gap. The halves
+of a parallel layer (halves.py) start both from its input. Matrices have inputs of their own, which are observed while
+their layer, still dense, runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lit_recon.blocks import LayerCall, Matrix, call_layer, decoder_layers, matrices
+from lit_recon.blocks import Decoder, LayerCall, call_layer, decoder_layers, float32_on
+from lit_recon.halves import SIDES, Split, run_half, split_layer
+from lit_recon.matrices import Matrix, matrices
+
+KINDS = ("matrix", "half", "block", "blocks", "model")
 
 
 class Window(nn.Module):
     """Consecutive layers of a model, called one after the other.
 
-    Args:
+    Attributes:
         name: Unique in a partition, and sorting in the order of the walk.
-        layers: The layers of the window.
-        first: Index of its first layer in the model.
-        prefix: Qualified name of the model's list of layers, for example "model.layers".
+        indices: Indices of its layers in the model.
+        kept: How many of its layers, from the first, keep what they learn here; the others are in the next window too.
+        branch: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
+        head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
     """
 
-    def __init__(self, name: str, layers: Sequence[nn.Module], *, first: int, prefix: str) -> None:
+    def __init__(
+        self, name: str, layers: Sequence[nn.Module], *, first: int, prefix: str, kept: int | None = None
+    ) -> None:
         super().__init__()
         self.name = name
         self.layers = nn.ModuleList(layers)
         self.indices = range(first, first + len(layers))
         self.prefix = prefix
+        self.kept = len(layers) if kept is None else kept
+        self.branch: str | None = None
+        self.head: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
         """Hidden states at the end of the window, (B, T, D), given those at its start.
 
         Args:
-            hidden_BTD: Hidden states at the window's start.
+            hidden_BTD: Hidden states at the window's start, or at the first of `layers`.
             calls: The recorded arguments of every layer of the model, for a batch of this shape.
+            layers: Which of the window's layers to run.
         """
-        for index, layer in zip(self.indices, self.layers, strict=True):
-            hidden_BTD = call_layer(layer, hidden_BTD, calls[index])
+        for index, layer in list(zip(self.indices, self.layers, strict=True))[layers]:
+            hidden_BTD = self._run(layer, hidden_BTD, calls[index])
         return hidden_BTD
+
+    def _run(self, layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
+        return call_layer(layer, hidden_BTD, call)
 
     def matrices(self) -> list[Matrix]:
         """The window's matrices, named as in the model."""
@@ -53,29 +76,237 @@ class Window(nn.Module):
             for matrix in matrices(layer, f"{self.prefix}.{index}")
         ]
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained in this window."""
+        return list(self.parameters())
 
-def partition(model: PreTrainedModel, *, by: str = "block", size: int = 1) -> list[Window]:
-    """Cut a model into windows, in order, so that every layer is in exactly one of them.
+    def passed_on(self) -> list[nn.Parameter]:
+        """The parameters that the next window needs as they were: those of the layers that are not kept."""
+        return [parameter for layer in self.layers[self.kept :] for parameter in layer.parameters()]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the window uses parameters that an earlier one has trained."""
+        return False
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Have the window as it is in the dense model, as far as an earlier window has changed it."""
+        yield
+
+    @property
+    def span(self) -> "Window":
+        """The window between whose ends the chain steps."""
+        return self
+
+
+class HalfWindow(Window):
+    """The attention or the MLP half of one layer.
 
     Args:
-        model: The model; the windows share its layers.
-        by: "block" (one layer each), "blocks" (`size` layers each, the last window may be shorter) or "model".
-        size: Layers per window for "blocks".
+        name: Unique in a partition.
+        layer: The layer.
+        index: Its index in the model.
+        prefix: Qualified name of the model's list of layers.
+        split: How the layer falls into halves.
+        side: "attention" or "mlp".
+    """
+
+    def __init__(self, name: str, layer: nn.Module, *, index: int, prefix: str, split: Split, side: str) -> None:
+        super().__init__(name, [], first=index, prefix=prefix)
+        self.indices, self.kept = range(index, index + 1), 1
+        self.side, self.split = side, split
+        object.__setattr__(self, "layer", layer)  # not registered: it holds the other half too
+        other = split.children[SIDES[1 - SIDES.index(side)]]
+        self.used = nn.ModuleList(child for name, child in layer.named_children() if name not in other)
+        self.branch = ("first" if side == "attention" else "second") if split.parallel else None
+        # Trained in the first half, and needed as they were for the second one's targets; norms, so that they are small.
+        borrowed = split.shared if side == "mlp" else []
+        self._borrowed = [(layer.get_parameter(name), layer.get_parameter(name).detach().clone()) for name in borrowed]
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
+        """Hidden states at the end of the half, (B, T, D), given those at its start."""
+        if not range(1)[layers]:
+            return hidden_BTD
+        return run_half(self.layer, self.split, self.side, hidden_BTD, calls[self.indices.start])
+
+    def matrices(self) -> list[Matrix]:
+        """The half's matrices."""
+        mine = {id(parameter) for parameter in self.trained()}
+        return [
+            matrix
+            for matrix in matrices(self.layer, f"{self.prefix}.{self.indices.start}")
+            if id(matrix.weight) in mine
+        ]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The half's own parameters."""
+        return [self.layer.get_parameter(name) for name in self.split.trained[self.side]]
+
+    def passed_on(self) -> list[nn.Parameter]:
+        """Nothing: the second half is reconstructed on top of the first."""
+        return []
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the half uses norms that the first one has trained."""
+        return bool(self._borrowed)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Have the parameters that the first half has trained as they were."""
+        changed = [parameter.data for parameter, _ in self._borrowed]
+        for parameter, value in self._borrowed:
+            parameter.data = value.to(parameter)
+        try:
+            yield
+        finally:
+            for (parameter, _), value in zip(self._borrowed, changed, strict=True):
+                parameter.data = value
+
+
+class MatrixWindow(nn.Module):
+    """One matrix by itself: its product with inputs of its own, without bias.
+
+    The layer stays dense until all its matrices are done: `open` takes a copy to work on, `install` puts it into the
+    layer.
+
+    Args:
+        matrix: The matrix, in its layer.
+        layer: The window of the whole layer, which its siblings share.
+    """
+
+    branch = None
+    head = None
+
+    def __init__(self, matrix: Matrix, layer: Window) -> None:
+        super().__init__()
+        self.matrix = matrix
+        within = matrix.name.removeprefix(f"{layer.prefix}.{layer.indices.start}.")
+        self.name = f"{layer.name}.{within.removesuffix('.weight')}"
+        self.indices = layer.indices
+        object.__setattr__(self, "span", layer)
+        self.weight: nn.Parameter = matrix.weight
+
+    def open(self) -> None:
+        """Work on a copy of the weight from now on."""
+        self.weight = nn.Parameter(self.matrix.weight.detach().clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the copy into the layer."""
+        self.matrix.weight.copy_(self.weight)
+        self.weight = self.matrix.weight
+
+    def forward(self, inputs_BTI: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """The products, (B, T, O).
+
+        Args:
+            inputs_BTI: What the matrix is multiplied by.
+            calls: One call, whose `experts` says which expert each row goes to; empty for a plain matrix.
+        """
+        (matrix,) = self.matrices()
+        weight_EOI = matrix.by_expert(matrix.weight)
+        if not calls:
+            return functional.linear(inputs_BTI, weight_EOI[0])
+        inputs_NI, experts_N = inputs_BTI.flatten(0, 1), calls[0].kwargs["experts"].flatten()
+        order_N = experts_N.argsort(stable=True)
+        counts = torch.bincount(experts_N, minlength=len(weight_EOI)).tolist()
+        by_expert = inputs_NI[order_N].split(counts)
+        products_NO = torch.cat([functional.linear(*pair) for pair in zip(by_expert, weight_EOI, strict=True)])
+        return products_NO[order_N.argsort()].unflatten(0, inputs_BTI.shape[:2])
+
+    def matrices(self) -> list[Matrix]:
+        """The matrix, with the weight that is worked on."""
+        return [Matrix(self.matrix.name, self.weight, self.matrix.input_dim)]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The weight."""
+        return [self.weight]
+
+
+AnyWindow = Window | MatrixWindow
+
+
+def check_partition(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
+) -> None:
+    """Check the arguments of `partition`, also on a model without weights.
 
     Raises:
-        ValueError: An unknown kind, a size that is not positive, or a model whose layers cannot be found.
+        ValueError: An unknown kind, a size or stride out of range, or a model whose layers cannot be found.
     """
-    prefix, layers = decoder_layers(model)
-    sizes = {"block": 1, "blocks": size, "model": len(layers)}
-    if by not in sizes:
-        raise ValueError(f"windows.by={by!r}: expected one of {', '.join(sizes)}.")
+    depth = len(decoder_layers(model)[1])
+    if by not in KINDS:
+        raise ValueError(f"windows.by={by!r}: expected one of {', '.join(KINDS)}.")
     if type(size) is not int or size < 1:
         raise ValueError(f"windows.size={size}: expected at least 1 layer per window.")
-    step, digits = sizes[by], max(2, len(str(len(layers) - 1)))
-    windows = []
-    for first in range(0, len(layers), step):
-        members = layers[first : first + step]
-        last = first + len(members) - 1
-        name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
-        windows.append(Window("model" if by == "model" else name, list(members), first=first, prefix=prefix))
+    if stride is not None and (type(stride) is not int or not 1 <= stride <= size):
+        raise ValueError(f"windows.stride={stride}: expected 1 to windows.size={size} layers from window to window.")
+    if size > depth:
+        raise ValueError(f"windows.size={size}: the model has {depth} layers; use windows=model for all of them.")
+    if head and by == "matrix":
+        raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
+
+
+def partition(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
+) -> list[AnyWindow]:
+    """Cut a model into windows, in order, so that each of its layers is kept in exactly one of them.
+
+    Args:
+        model: The model, with its weights; the windows share them.
+        by: One of KINDS.
+        size: Layers per window for "blocks"; the last window may be shorter.
+        stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
+            and each keeps its first `stride` layers. None: `size`.
+        head: Have the last window's loss on the logits.
+
+    Raises:
+        ValueError: What `check_partition` finds, or layers that do not fall into halves.
+    """
+    check_partition(model, by=by, size=size, stride=stride, head=head)
+    prefix, layers = decoder_layers(model)
+    if by == "half":
+        windows: list[AnyWindow] = list(_halves(model))
+    else:
+        size = {"blocks": size, "model": len(layers)}.get(by, 1)
+        windows = list(_spans(list(layers), prefix, size=size, stride=stride or size))
+        if by == "model":
+            windows[0].name = "model"
+    if by == "matrix":
+        windows = [MatrixWindow(matrix, layer) for layer in windows for matrix in layer.matrices() if matrix.input_dim is not None]
+    if head:
+        windows[-1].head = Decoder(model, torch.device("cpu")).logits
     return windows
+
+
+def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> Iterator[Window]:
+    """Windows of whole layers."""
+    digits = max(2, len(str(len(layers) - 1)))
+    for first in range(0, len(layers), stride):
+        members = layers[first : first + size]
+        last = first + len(members) - 1
+        is_last = last == len(layers) - 1
+        name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
+        yield Window(name, members, first=first, prefix=prefix, kept=None if is_last else stride)
+        if is_last:
+            return
+
+
+@torch.no_grad()
+def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
+    """Attention and MLP half of each layer. Layers that are built alike are taken apart once."""
+    decoder = Decoder(model, torch.device("cpu"))
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens_BT = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    hidden_BTD, calls = decoder.embed(tokens_BT)
+    digits = max(2, len(str(len(calls) - 1)))
+    splits: dict[str, Split] = {}
+    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
+        if repr(layer) not in splits:
+            with float32_on(layer, hidden_BTD.device):
+                splits[repr(layer)] = split_layer(layer, hidden_BTD, call)
+        for side in SIDES:
+            name, split = f"half_{index:0{digits}}_{side}", splits[repr(layer)]
+            yield HalfWindow(name, layer, index=index, prefix=decoder.prefix, split=split, side=side)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from lit_recon.data import hub, packing
 from lit_recon.data.files import Files
 from lit_recon.data.hub import Hub
-from lit_recon.data.packing import draw, pack
+from lit_recon.data.packing import PADDING, draw, pack
 from lit_recon.data.python_docs import PythonDocs, divide
 from lit_recon.data.source import Part, TextSource
 
@@ -156,6 +156,65 @@ def test_documents_in_many_batches_give_the_same_pieces_as_in_one(tokenizer, tmp
     assert torch.equal(pack(documents, tokenizer, length=7, cache=tmp_path / "batches"), whole)
 
 
+# ---- packing by documents
+
+
+def by_document(documents: list[str], tokenizer: PreTrainedTokenizerFast, *, length: int, cache: Path) -> list:
+    pieces = pack(documents, tokenizer, length=length, cache=cache, packing="documents")
+    assert pieces.dtype == torch.int32 and pieces.shape[1] == length
+    return pieces.tolist()
+
+
+def test_padding_is_the_index_that_torch_ignores():
+    assert torch.nn.CrossEntropyLoss().ignore_index == PADDING
+
+
+def test_by_documents_each_piece_is_of_one_document_and_the_last_ends_with_end_of_text_and_padding(tokenizer, tmp_path):
+    # abc|d|___ and ef|
+    assert by_document(["abcd", "ef"], tokenizer, length=3, cache=tmp_path) == [
+        ascii_ids("abc"),
+        [*ascii_ids("d"), EOS, PADDING],
+        [*ascii_ids("ef"), EOS],
+    ]
+
+
+def test_by_documents_bos_opens_every_piece_and_counts_in_its_length(tmp_path):
+    assert by_document(["abcdef", "g"], byte_tokenizer(bos=True), length=5, cache=tmp_path) == [
+        [BOS, *ascii_ids("abcd")],
+        [BOS, *ascii_ids("ef"), EOS, PADDING],
+        [BOS, *ascii_ids("g"), EOS, PADDING, PADDING],
+    ]
+
+
+def test_by_documents_a_document_that_fills_its_pieces_has_no_room_for_end_of_text(tokenizer, tmp_path):
+    assert by_document(["abcdef"], tokenizer, length=3, cache=tmp_path) == [ascii_ids("abc"), ascii_ids("def")]
+
+
+def test_by_documents_a_rest_of_one_token_is_dropped_whether_or_not_bos_is_before_it(tmp_path):
+    without_eos = byte_tokenizer(eos=False)
+    assert by_document(["abcd", "e", "fg"], without_eos, length=3, cache=tmp_path) == [
+        ascii_ids("abc"),
+        [*ascii_ids("fg"), PADDING],
+    ]
+    opened = byte_tokenizer(eos=False, bos=True)
+    assert by_document(["abcd", "e", "fg"], opened, length=4, cache=tmp_path) == [
+        [BOS, *ascii_ids("abc")],
+        [BOS, *ascii_ids("fg"), PADDING],
+    ]
+
+
+def test_by_documents_full_pieces_of_one_token_behind_bos_are_kept(tmp_path):
+    opened = byte_tokenizer(eos=False, bos=True)
+    assert by_document(["ab"], opened, length=2, cache=tmp_path) == [[BOS, 97], [BOS, 98]]
+
+
+def test_documents_too_short_for_a_piece_give_none_in_either_way(tokenizer, tmp_path):
+    assert by_document([], tokenizer, length=4, cache=tmp_path) == []
+    assert by_document(["a"], byte_tokenizer(eos=False), length=4, cache=tmp_path) == []
+    assert pack([], tokenizer, length=4, cache=tmp_path).shape == (0, 4)
+    assert pack(["a"], tokenizer, length=4, cache=tmp_path).shape == (0, 4)
+
+
 def test_tokenizing_leaves_the_environment_as_it_was(tokenizer, tmp_path, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     pack(["abc"], tokenizer, length=2, cache=tmp_path)
@@ -202,6 +261,17 @@ def test_other_text_tokenizer_or_length_is_another_entry_of_the_cache(
     pack(["some text"], tokenizer, length=4, cache=tmp_path)
     pack(documents, byte_tokenizer(**tokenizer_settings), length=length, cache=tmp_path)
     assert len(cached_files(tmp_path)) == 2
+
+
+def test_the_way_of_packing_is_part_of_the_key_and_padded_pieces_come_back_from_the_cache(
+    tokenizer, tmp_path, monkeypatch
+):
+    fixed = pack(["abcd", "ef"], tokenizer, length=3, cache=tmp_path)
+    first = by_document(["abcd", "ef"], tokenizer, length=3, cache=tmp_path)
+    assert len(cached_files(tmp_path)) == 2 and first != fixed.tolist()
+    monkeypatch.setattr(packing, "_tokens", lambda *_: pytest.fail("tokenized again"))
+    assert by_document(["abcd", "ef"], tokenizer, length=3, cache=tmp_path) == first
+    assert torch.equal(pack(["abcd", "ef"], tokenizer, length=3, cache=tmp_path), fixed)
 
 
 def truncate(path: Path) -> None:
@@ -309,6 +379,35 @@ def test_too_few_tokens_names_both_numbers_and_what_to_lower_for_every_part(toke
     assert "66 (660 tokens)" in calibration and "data.num_samples or data.length" in calibration
     assert "70 (700 tokens)" in held_out and "data.num_held_out or data.length" in held_out
     assert "3 samples of 200 tokens (600 tokens)" in evaluation and "data.evaluation_samples" in evaluation
+
+
+def test_by_documents_samples_are_single_documents_and_the_evaluation_stays_as_it_is(tokenizer, tmp_path):
+    source = Words(num_samples=60, length=13, packing="documents", num_held_out=60, evaluation_length=21)
+    samples = source.samples(tokenizer, seed=0, cache=tmp_path)
+    # ten bytes, end-of-text, two of padding; all 60 are drawn, each once
+    for drawn, name in ((samples.calibration_ST, "calibra"), (samples.held_out_ST, "held_ou")):
+        assert drawn.dtype == torch.int64 and (drawn[:, 11:] == PADDING).all()
+        assert sorted(texts(drawn[:, :11])) == [f"{name}{number:03}|" for number in range(60)]
+    assert samples.evaluation_ST.shape == (16, 21)
+    assert texts(samples.evaluation_ST)[:2] == ["evaluat000|evaluat001", "|evaluat002|evaluat00"]
+
+
+def test_too_few_samples_by_documents_are_told_with_their_tokens_without_padding(tokenizer, tmp_path):
+    settings = {"num_held_out": 1, "evaluation_samples": 4, "evaluation_length": 200}
+    source = Words(num_samples=61, length=13, packing="documents", **settings)
+    with pytest.raises(ValueError) as error:
+        source.samples(tokenizer, seed=0, cache=tmp_path)
+    calibration, evaluation = str(error.value).splitlines()
+    # 60 documents of ten bytes and end-of-text
+    assert "60 samples of at most 13 tokens (660 tokens), asked for are 61 (at most 793 tokens)" in calibration
+    assert "3 samples of 200 tokens (600 tokens), asked for are 4 (800 tokens)" in evaluation
+
+
+def test_an_unknown_way_of_packing_is_one_message_with_the_choices():
+    with pytest.raises(ValueError) as error:
+        Words(packing="document").check()
+    assert str(error.value) == "data.packing='document': choose one of fixed, documents"
+    Words(packing="documents").check()
 
 
 def test_all_wrong_settings_are_told_in_one_message():

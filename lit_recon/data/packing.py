@@ -1,8 +1,9 @@
-"""Packing: documents become token sequences of one length, without padding and without truncation.
+"""Packing: documents become token sequences of one length, without truncation.
 
-The tokens of all documents are concatenated, the tokenizer's end-of-text token between two documents, and cut into
-pieces of exactly `length` tokens. A tokenizer that opens a text with a token of its own (BOS) gets that token at the
-start of every piece, since the model expects it there. The pieces are cached on disk.
+`fixed` concatenates the tokens of all documents, the tokenizer's end-of-text token between two, and cuts them into
+pieces of exactly `length` tokens. `documents` cuts each document by itself, the end-of-text token behind it, and pads
+the rest. A tokenizer that opens a text with a token of its own (BOS) gets that token at the start of every piece,
+since the model expects it there. The pieces are cached on disk.
 
 Shapes: P pieces, S samples, T tokens.
 """
@@ -12,7 +13,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 import torch
@@ -23,32 +26,44 @@ from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
+Packing = Literal["fixed", "documents"]
+
+PADDING = -100  # token id of a position that holds no text; -100 is torch's ignore_index
+LEAST_TOKENS = 2  # of a padded piece, beside BOS: one to see and one to predict
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which needs some hundred bytes of memory for each
 CACHE_VERSION = 1  # of what the cached pieces depend on beside their key: the code below
 
 
-def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int, cache: Path) -> Tensor:
+def pack(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    cache: Path,
+    packing: Packing = "fixed",
+) -> Tensor:
     """All pieces that the documents give, in their order.
 
     Args:
         documents: Texts without a common context.
         tokenizer: Fast or slow.
         length: Tokens of a piece, BOS included.
-        cache: Folder that keeps the result, in `tokens/`, keyed by text, tokenizer and length.
+        cache: Folder that keeps the result, in `tokens/`, keyed by text, tokenizer, length and packing.
+        packing: `fixed`: pieces run on from one document into the next. `documents`: each piece is of one document;
+            the last piece of a document has the end-of-text token if the tokenizer has one and the piece has room.
 
     Returns:
-        int32, (P, length); the rest that does not fill a piece is dropped.
+        int32, (P, length). What does not fill a piece is dropped if `fixed`; if `documents`, it is padded on the right
+        with PADDING, and dropped only where it has less than two tokens, end-of-text included and BOS not.
     """
     opening = _opening(tokenizer)
-    key = _key(documents, tokenizer, opening=opening, length=length)
+    key = _key(documents, tokenizer, opening=opening, length=length, packing=packing)
     path = cache / "tokens" / f"{key}.safetensors"
     pieces_PT = _read(path, key, length)
     if pieces_PT is None:
-        tokens = _tokens(documents, tokenizer)
         stride = length - len(opening)
-        number = len(tokens) // stride
-        pieces_PT = torch.tensor(tokens[: number * stride], dtype=torch.int32).view(number, stride)
-        pieces_PT = torch.cat([pieces_PT.new_tensor(opening).expand(number, -1), pieces_PT], dim=1)
+        least = stride if packing == "fixed" else min(LEAST_TOKENS, stride)
+        pieces_PT = _cut(_runs(documents, tokenizer, packing), opening=opening, stride=stride, least=least)
         _write(path, key, pieces_PT)
     return pieces_PT
 
@@ -66,16 +81,31 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of all documents, the end-of-text token between them if the tokenizer has one."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens: list[int] = []
+def _runs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: Packing) -> list[list[int]]:
+    """The tokens that pieces may share: of each document, or of all; end-of-text is behind or between documents."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    runs = [tokens + end for tokens in _tokens(documents, tokenizer)]
+    if packing == "documents":
+        return runs
+    joined = list(chain.from_iterable(runs))
+    return [joined[: len(joined) - len(end)]]
+
+
+def _cut(runs: Sequence[list[int]], *, opening: list[int], stride: int, least: int) -> Tensor:
+    """Each run in pieces of `stride` tokens behind the opening; of a rest, padded pieces of `least` tokens or more."""
+    texts = [run[start : start + stride] for run in runs for start in range(0, len(run), stride)]
+    rows = [opening + text + [PADDING] * (stride - len(text)) for text in texts if len(text) >= least]
+    return torch.tensor(rows, dtype=torch.int32).view(len(rows), len(opening) + stride)
+
+
+def _tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each document."""
+    tokens: list[list[int]] = []
     with _no_parallelism():
         for batch in _batches(documents):
             # verbose=False: no warning that a document is longer than the model's context; it is cut into pieces.
-            for document in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                tokens += document + separator
-    return tokens[: len(tokens) - len(separator)]
+            tokens += tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -110,14 +140,22 @@ def _no_parallelism() -> Iterator[None]:
         del os.environ[name]
 
 
-def _key(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, opening: Sequence[int], length: int) -> str:
+def _key(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    opening: Sequence[int],
+    length: int,
+    packing: Packing,
+) -> str:
     """SHA-256 of everything that decides the pieces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer has no description of itself
         described = f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())}"
     else:
         described = backend.to_str()
-    digest = hashlib.sha256(f"{CACHE_VERSION} {length} {list(opening)} {tokenizer.eos_token_id}".encode())
+    settings = f"{CACHE_VERSION} {packing} {length} {list(opening)} {tokenizer.eos_token_id}"
+    digest = hashlib.sha256(settings.encode())
     for text in (described, *documents):
         encoded = text.encode()
         digest.update(f"\0{len(encoded)}\0".encode())  # so that two documents are not one

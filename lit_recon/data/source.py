@@ -13,12 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_recon.data.packing import draw, pack
+from lit_recon.data.packing import PADDING, Packing, draw, pack
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ AT_LEAST_CHARACTERS = 1 << 20
 @dataclass(frozen=True)
 class Samples:
     """Tokens, int64, and where they are from.
+
+    Rows of calibration_ST and held_out_ST may end with PADDING (lit_recon.data.packing), which is no token of any
+    vocabulary: replace it before tokens are embedded. Rows of evaluation_ST are full.
 
     Attributes:
         calibration_ST: (num_samples, length), to train windows on.
@@ -66,6 +69,8 @@ class TextSource(ABC):
     Attributes:
         num_samples: Calibration samples.
         length: Tokens of each calibration and held-out sample.
+        packing: `fixed` cuts these samples from all documents joined; with `documents` each is of one document, and
+            padded where it is shorter. Evaluation samples are `fixed` always, so that perplexities compare.
         batch_size: Samples of a batch.
         num_held_out: Held-out samples.
         evaluation_samples: Sequences for perplexity, the first of the evaluation part; None takes all.
@@ -74,6 +79,7 @@ class TextSource(ABC):
 
     num_samples: int = 32
     length: int = 256
+    packing: Packing = "fixed"
     batch_size: int = 2
     num_held_out: int = 4
     evaluation_samples: int | None = 16
@@ -113,9 +119,9 @@ class TextSource(ABC):
             ValueError: The text cannot be read, or there is too little of it.
         """
         taken: set[str] = set()
-        evaluation_PT = pack(self._read("evaluation", taken), tokenizer, length=self.evaluation_length, cache=cache)
-        held_out_PT = pack(self._read("held_out", taken), tokenizer, length=self.length, cache=cache)
-        calibration_PT = pack(self._read("calibration", taken), tokenizer, length=self.length, cache=cache)
+        evaluation_PT = self._packed("evaluation", taken, tokenizer, cache)
+        held_out_PT = self._packed("held_out", taken, tokenizer, cache)
+        calibration_PT = self._packed("calibration", taken, tokenizer, cache)
         problems = [
             *self._shortage("calibration", calibration_PT),
             *self._shortage("held_out", held_out_PT),
@@ -136,11 +142,14 @@ class TextSource(ABC):
         smallest = {"num_samples": 1, "length": 2, "batch_size": 1, "num_held_out": 1, "evaluation_length": 2}
         if self.evaluation_samples is not None:
             smallest["evaluation_samples"] = 1
-        return [
+        problems = [
             f"data.{name}={getattr(self, name)!r}: give a whole number, {least} or more"
             for name, least in smallest.items()
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
+        if self.packing not in get_args(Packing):
+            problems.append(f"data.packing={self.packing!r}: choose one of {', '.join(get_args(Packing))}")
+        return problems
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
         """Setting and value: how many samples of a part, and of how many tokens."""
@@ -149,6 +158,14 @@ class TextSource(ABC):
         if part == "held_out":
             return "num_held_out", self.num_held_out, "length", self.length
         return "num_samples", self.num_samples, "length", self.length
+
+    def _packing(self, part: Part) -> Packing:
+        return "fixed" if part == "evaluation" else self.packing
+
+    def _packed(self, part: Part, taken: set[str], tokenizer: PreTrainedTokenizerBase, cache: Path) -> Tensor:
+        """Read and pack a part, without documents that are `taken`: int32, (P, T)."""
+        *_, length = self._asked(part)
+        return pack(self._read(part, taken), tokenizer, length=length, cache=cache, packing=self._packing(part))
 
     def _read(self, part: Part, taken: set[str]) -> list[str]:
         """Enough documents of a part, none of which is `taken`; adds them to `taken`."""
@@ -175,8 +192,9 @@ class TextSource(ABC):
         needed = 1 if number is None else number
         if len(pieces_PT) >= needed:
             return []
+        most = "at most " if self._packing(part) == "documents" else ""
         return [
-            f"{self.describe(part)}: the {part} part has {len(pieces_PT)} samples of {length} tokens "
-            f"({len(pieces_PT) * length} tokens), asked for are {needed} ({needed * length} tokens); "
+            f"{self.describe(part)}: the {part} part has {len(pieces_PT)} samples of {most}{length} tokens "
+            f"({int((pieces_PT != PADDING).sum())} tokens), asked for are {needed} ({most}{needed * length} tokens); "
             f"lower data.{setting} or data.{length_setting}, or give more text"
         ]

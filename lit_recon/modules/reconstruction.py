@@ -7,6 +7,7 @@ as AdamW then never moves them (nor does its weight decay), which costs less tha
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -15,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations import Batch
-from lit_recon.windows import Window
+from lit_recon.losses import kl_divergence
+from lit_recon.windows import AnyWindow
 
 
 class ReconstructionModule(LightningModule):
@@ -32,12 +34,13 @@ class ReconstructionModule(LightningModule):
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
-        loss: Function of (outputs, targets, variance=...) to a scalar.
+        loss: Function of (outputs, targets, variance=...) to a scalar; the divergence of the logits where the window
+            has a head.
     """
 
     def __init__(
         self,
-        window: Window,
+        window: AnyWindow,
         masks: Mapping[str, Tensor],
         variance: float,
         *,
@@ -49,7 +52,7 @@ class ReconstructionModule(LightningModule):
         super().__init__()
         self.window = window
         self.variance = variance
-        self.loss = loss
+        self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
@@ -62,13 +65,13 @@ class ReconstructionModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        loss = self.loss(self(batch), batch.targets_BTD, variance=self.variance)
+        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
         self.log("loss/train", loss.detach(), batch_size=len(batch.inputs_BTD))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of one held-out batch."""
-        loss = self.loss(self(batch), batch.targets_BTD, variance=self.variance)
+        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
         self.log("loss/held_out", loss, batch_size=len(batch.inputs_BTD))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -83,7 +86,7 @@ class ReconstructionModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        optimizer = self._make_optimizer([p for p in self.window.parameters() if p.requires_grad])
+        optimizer = self._make_optimizer([parameter for parameter in self.window.trained() if parameter.requires_grad])
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

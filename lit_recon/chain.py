@@ -1,0 +1,314 @@
+"""The chain: hidden states of all samples at the current window boundary, and the way over a window to the next one.
+
+Two chains may be kept: the dense one, through the dense model all the way, and the sparse one, through the windows that
+are done. Which are needed follows from three choices (`Regime`); the paper's code (arXiv 2510.14444) has switches for
+the same, in the last column:
+
+    inputs  targets  statistics  memory  passes  the paper's code
+    dense   dense    dense       2       1       propagate_sparse_activations_prune=False
+    dense   dense    sparse      3       3       its default
+    sparse  dense    dense       3       2       ..._reconstruct=True, use_dense_targets=True, ..._prune=False
+    sparse  dense    sparse      3       3       ..._reconstruct=True, use_dense_targets=True
+    sparse  local    dense       4       3       ..._reconstruct=True, ..._prune=False
+    sparse  local    sparse      2       2       ..._reconstruct=True
+    mix     dense    dense       4       2       -
+    mix     dense    sparse      4       3       -
+    mix     local    dense       5       3       -
+    mix     local    sparse      5       4       -
+
+Memory counts arrays of all samples' hidden states, passes over the window per sample beside training. The halves of a
+parallel layer need one array more for each chain meanwhile, overlapping windows one for the dense chain.
+
+Shapes: S samples (calibration first, then held-out), B samples of a batch, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_recon.blocks import Decoder, LayerCall
+from lit_recon.compute import Compute
+from lit_recon.data.packing import PADDING
+from lit_recon.windows import Window
+
+CALIBRATION = ("calibration",)
+Watching = Callable[[str], AbstractContextManager]  # makes a context for the part of the samples that passes
+Forward = Callable[..., Tensor]  # of hidden states and calls
+
+
+def watching_nothing(part: str) -> AbstractContextManager:
+    """A pass that nothing watches."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """What windows are trained on, towards what, and what the criterion looks at.
+
+    Attributes:
+        inputs: "dense", "sparse", or "mix": mix * dense + (1 - mix) * sparse.
+        targets: "dense": the dense chain's next value; "local": the dense window applied to the window's own inputs.
+        statistics: Which chain the criterion's statistics come from, through the window before it is pruned.
+        mix: Share of the dense chain in mixed inputs.
+    """
+
+    inputs: str = "dense"
+    targets: str = "dense"
+    statistics: str = "dense"
+    mix: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the settings; all problems in one message."""
+        allowed = {
+            "inputs": ("dense", "sparse", "mix"),
+            "targets": ("dense", "local"),
+            "statistics": ("dense", "sparse"),
+        }
+        problems = [
+            f"chain.{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}."
+            for name, choices in allowed.items()
+            if getattr(self, name) not in choices
+        ]
+        if not isinstance(self.mix, (int, float)) or not 0 < self.mix < 1:
+            problems.append(
+                f"chain.mix={self.mix}: expected a share of the dense chain between 0 and 1; "
+                "for the ends use chain.inputs=sparse or dense."
+            )
+        if self.inputs == "dense" and self.targets == "local":
+            problems.append(
+                "chain.targets=local with chain.inputs=dense is nothing of its own: a window's own inputs are the dense "
+                "ones. Use chain.targets=dense, or chain.inputs=sparse or mix."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense chain is kept."""
+        return self.inputs != "sparse" or "dense" in (self.targets, self.statistics)
+
+    @property
+    def needs_sparse(self) -> bool:
+        """Whether the sparse chain is kept."""
+        return self.inputs != "dense" or self.statistics == "sparse"
+
+    @property
+    def arrays(self) -> int:
+        """How many arrays of all samples' hidden states are kept."""
+        needed = self.needs_dense + self.needs_sparse + (self.inputs == "mix")
+        return needed + 1 + (self.targets == "local" and self.needs_dense)
+
+    @property
+    def passes(self) -> int:
+        """Passes over a window per sample beside training."""
+        local = self.targets == "local"
+        apart = self.statistics == "sparse" and not (local and self.inputs == "sparse")
+        return self.needs_dense + local + apart + self.needs_sparse
+
+    @property
+    def independent(self) -> bool:
+        """Whether no window needs another one's result, so that they could be reconstructed in any order."""
+        return not self.needs_sparse
+
+    def describe(self) -> dict[str, str]:
+        """The choices, in the words of the settings."""
+        inputs = f"mix ({self.mix:g} dense)" if self.inputs == "mix" else self.inputs
+        return {"inputs": inputs, "targets": self.targets, "statistics": self.statistics}
+
+
+class Boundary:
+    """Hidden states of all samples at a window boundary, (S, T, D) in float32 on the CPU.
+
+    Attributes:
+        states_STD: The states.
+        aside_STD: Between the halves of a parallel layer: what the first one adds; None otherwise.
+    """
+
+    def __init__(self, states_STD: Tensor) -> None:
+        self.states_STD = states_STD
+        self.aside_STD: Tensor | None = None
+
+    def step(self, branch: str | None, outputs_STD: Tensor) -> Tensor | None:
+        """Step over a window whose outputs these are; the memory that is free now, if any.
+
+        Args:
+            branch: The window's branch.
+            outputs_STD: Its outputs for `states_STD`; their memory is taken over.
+        """
+        if branch == "first":
+            self.aside_STD = outputs_STD.sub_(self.states_STD)
+            return None
+        if branch == "second":
+            assert self.aside_STD is not None
+            outputs_STD.add_(self.aside_STD)
+            self.aside_STD = None
+        free_STD, self.states_STD = self.states_STD, outputs_STD
+        return free_STD
+
+
+class Chain:
+    """Hidden states at the current boundary, and what the window that starts there is trained on.
+
+    Args:
+        decoder: Embeds the tokens and knows every layer's arguments.
+        tokens_ST: Calibration samples, then held-out samples; PADDING where a sample holds no text.
+        num_samples: How many of them are for calibration.
+        batch_size: Samples per pass.
+        compute: Device and precision.
+        regime: Which chains are kept and what they serve for.
+
+    Attributes:
+        targets_STD: After `dense_pass`: what the window shall output.
+        valid_ST: Where samples hold text; None if all do everywhere.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokens_ST: Tensor,
+        *,
+        num_samples: int,
+        batch_size: int,
+        compute: Compute,
+        regime: Regime | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.tokens_ST = tokens_ST
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.compute = compute
+        self.regime = regime or Regime()
+        is_text_ST = tokens_ST != PADDING
+        self.valid_ST = None if is_text_ST.all() else is_text_ST
+        embedded_STD = self._pinned(
+            torch.cat([decoder.embed(batch_BT)[0].cpu() for batch_BT in tokens_ST.split(batch_size)])
+        )
+        self.dense = Boundary(embedded_STD) if self.regime.needs_dense else None
+        self.sparse = Boundary(embedded_STD.clone() if self.dense else embedded_STD) if self.regime.needs_sparse else None
+        self._outputs_STD = self._pinned(torch.zeros_like(embedded_STD))  # of the dense chain, if there is one
+        self._targets_STD: Tensor | None = None  # where they are not these outputs
+        self.targets_STD = self._outputs_STD
+        self._mixed_STD = torch.zeros_like(embedded_STD) if self.regime.inputs == "mix" else None
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are never trained on."""
+        return len(self.tokens_ST) - self.num_samples
+
+    @property
+    def inputs_STD(self) -> Tensor:
+        """What the window is trained on, (S, T, D)."""
+        if self._mixed_STD is not None:
+            return self._mixed_STD
+        boundary = self.sparse if self.regime.inputs == "sparse" else self.dense
+        assert boundary is not None
+        return boundary.states_STD
+
+    def batches(self, first: int, last: int) -> Iterator[slice]:
+        """Consecutive batches of the samples from `first` up to `last`."""
+        for start in range(first, last, self.batch_size):
+            yield slice(start, min(start + self.batch_size, last))
+
+    def calls(self, rows_B: Tensor) -> list[LayerCall]:
+        """Every layer's arguments for some samples, masks of padded ones included."""
+        return self.decoder.calls(self.tokens_ST[rows_B])
+
+    def dense_pass(self, window: Window, watching: Watching = watching_nothing) -> None:
+        """Run the window, before it is pruned, over all samples: targets, the dense chain's next value, statistics.
+
+        Args:
+            window: The window with its dense weights.
+            watching: Opened for the passes that the criterion shall look at.
+        """
+        regime = self.regime
+        if self._mixed_STD is not None:
+            assert self.dense and self.sparse
+            torch.lerp(self.sparse.states_STD, self.dense.states_STD, regime.mix, out=self._mixed_STD)
+        # Local targets on sparse inputs are on the way of sparse statistics; but not where an earlier window has changed
+        # what this one uses: targets are of the dense window, statistics of the window as it is now.
+        on_the_way = regime.targets == "local" and regime.inputs == "sparse" and not window.borrows
+        with window.dense():
+            if self.dense:
+                self._dense_outputs(window, watching if regime.statistics == "dense" else watching_nothing)
+            if regime.targets == "local":
+                watched = regime.statistics == "sparse" and on_the_way
+                self.run(window, self.inputs_STD, self._own_targets(), watching if watched else watching_nothing)
+        if regime.statistics == "sparse" and not on_the_way:
+            assert self.sparse
+            self.run(window, self.sparse.states_STD, None, watching, CALIBRATION)
+
+    def _dense_outputs(self, window: Window, watching: Watching) -> None:
+        """The dense chain's next value, behind the layers that are kept, and the dense targets, at the window's end."""
+        assert self.dense
+        kept, rest = slice(0, window.kept), slice(window.kept, None)
+        self.run(partial(window, layers=kept), self.dense.states_STD, self._outputs_STD, watching)
+        self.targets_STD = self._outputs_STD
+        if window.kept < len(window.indices):
+            self.run(partial(window, layers=rest), self._outputs_STD, self._own_targets(), watching)
+
+    def _own_targets(self) -> Tensor:
+        """Memory for targets that are not the dense chain's next value."""
+        if self._targets_STD is None:
+            self._targets_STD = self._pinned(torch.zeros_like(self._outputs_STD)) if self.dense else self._outputs_STD
+        self.targets_STD = self._targets_STD
+        return self.targets_STD
+
+    def advance(self, window: Window) -> None:
+        """Step over the window, which is reconstructed now, to the end of the layers that it keeps."""
+        if self.dense:
+            free_STD = self.dense.step(window.branch, self._outputs_STD)
+            self._outputs_STD = self._pinned(torch.zeros_like(self._outputs_STD)) if free_STD is None else free_STD
+        if self.sparse:
+            inputs_STD = self.sparse.states_STD
+            outputs_STD = torch.zeros_like(inputs_STD) if window.branch == "first" else inputs_STD
+            self.run(partial(window, layers=slice(0, window.kept)), inputs_STD, outputs_STD)
+            self.sparse.step(window.branch, outputs_STD)
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be inputs or targets of training
+    def run(
+        self,
+        forward: Forward,
+        inputs_STD: Tensor,
+        outputs_STD: Tensor | None,
+        watching: Watching = watching_nothing,
+        parts: Sequence[str] = ("calibration", "held_out"),
+    ) -> None:
+        """Run a window, or some layers of it, over all samples.
+
+        Args:
+            forward: Makes outputs of hidden states and calls.
+            inputs_STD: What it is run on.
+            outputs_STD: Where the outputs go; may be `inputs_STD`, and None drops them.
+            watching: Opened around the calibration samples, and around the held-out ones.
+            parts: Which of them to run.
+        """
+        ranges = {"calibration": (0, self.num_samples), "held_out": (self.num_samples, len(self.tokens_ST))}
+        for part in parts:
+            with watching(part):
+                for rows in self.batches(*ranges[part]):
+                    self._run_rows(forward, inputs_STD, outputs_STD, rows)
+
+    def _run_rows(self, forward: Forward, inputs_STD: Tensor, outputs_STD: Tensor | None, rows: slice) -> None:
+        """One batch; padded samples one by one and cut to their text, so that no observer ever sees a pad position."""
+        for part, length in self._unpadded(rows):
+            inputs_BTD = inputs_STD[part, :length].to(self.compute.device, non_blocking=True)
+            with self.compute.autocast():
+                outputs_BTD = forward(inputs_BTD, self.decoder.calls(self.tokens_ST[part, :length])).float()
+            if outputs_STD is not None:
+                outputs_STD[part, :length] = outputs_BTD
+
+    def _unpadded(self, rows: slice) -> Iterator[tuple[slice, int]]:
+        """The batch as it is; or, where it holds padding, each of its samples and its length."""
+        if self.valid_ST is None or self.valid_ST[rows].all():
+            yield rows, self.tokens_ST.shape[1]
+            return
+        for row in range(rows.start, rows.stop):
+            yield slice(row, row + 1), int(self.valid_ST[row].sum())
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """`tensor` in pinned memory if there is a GPU: only from there copies are asynchronous."""
+        return tensor.pin_memory() if self.compute.device.type == "cuda" else tensor

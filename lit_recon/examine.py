@@ -1,0 +1,47 @@
+"""What only a model with its weights can tell: how its matrices are used, and that replayed layers are the model.
+
+No architecture is trusted: before anything is written, a run sees that layers called one by one with their recorded
+arguments do what the model does.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_recon.blocks import Decoder
+from lit_recon.compute import Compute
+from lit_recon.data.packing import PADDING
+from lit_recon.evaluate import final_states
+from lit_recon.matrices import learn_input_dims
+from lit_recon.windows import partition
+
+LENGTH = 64  # tokens that the model is tried on
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits, relative to the largest
+
+
+@torch.no_grad()
+def examine(model: PreTrainedModel, tokens_ST: Tensor) -> None:
+    """Learn from one pass how matrices are used, and check that its layers can be replayed.
+
+    Args:
+        model: The model on the CPU.
+        tokens_ST: Samples, of which the first is used.
+
+    Raises:
+        ValueError: Replaying gives other logits: a layer depends on more than its own arguments.
+    """
+    tokens_BT = tokens_ST[:1, :LENGTH]
+    tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
+    outputs = []
+    matrices = [matrix for window in partition(model) for matrix in window.matrices()]
+    learn_input_dims(matrices, lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float()))
+    (expected_BTV,) = outputs
+    cpu = Compute(torch.device("cpu"), "32-true")
+    decoder = Decoder(model, cpu.device)
+    logits_BTV = decoder.logits(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
+    worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
+    if not worst <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"{type(model).__name__}: its layers, called one after the other, give other logits than the model (off by "
+            f"{worst:.1%}); they depend on more than the arguments they are called with, which is not supported."
+        )

@@ -1,0 +1,76 @@
+"""Exact least squares for one matrix: the weights with the smallest error that its mask allows, from moments alone.
+
+    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is       (solved by lit_recon.least_squares)
+
+The data are one batch, the normal equations of the calibration samples (lit_recon.moments), so that no activations are
+kept and no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lit_recon.least_squares import solve
+from lit_recon.moments import NormalEquations
+from lit_recon.windows import MatrixWindow
+
+
+class LeastSquaresModule(LightningModule):
+    """One matrix, solved for in a single step.
+
+    Args:
+        window: The pruned matrix.
+        masks: Its boolean mask (True = kept), by the matrix's name.
+        variance: Variance of the targets, the unit of the errors that are logged.
+        tolerance: Share of what a row of the matrix could gain that the solver may leave.
+        max_iterations: Bound on its iterations.
+    """
+
+    uses_moments = True  # the driver then gathers moments instead of activations
+
+    def __init__(
+        self, window: MatrixWindow, masks: Mapping[str, Tensor], variance: float, *, tolerance: float, max_iterations: int
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.window = window
+        self.masks = masks
+        self.variance = variance
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+
+    def training_step(self, batch: NormalEquations, batch_idx: int) -> None:
+        """Solve for each expert's weights (a plain matrix has one) and put them in place."""
+        (matrix,) = self.window.matrices()
+        weight_EOI = matrix.by_expert(matrix.weight.detach())  # a view
+        mask_EOI = matrix.by_expert(self.masks[matrix.name].to(weight_EOI.device))
+        start = batch.error(weight_EOI).item()
+        scale = batch.count.item() * weight_EOI.shape[1] * self.variance
+
+        def note(iteration: int, gained: float) -> None:
+            if self.logger and len(weight_EOI) == 1:
+                self.logger.log_metrics({"loss/train": start / self.variance - gained / scale}, iteration)
+
+        for weight_OI, mask_OI, gram_II, cross_OI in zip(
+            weight_EOI, mask_EOI, batch.gram_EII, batch.cross_EOI, strict=True
+        ):
+            solution_OI = solve(
+                weight_OI,
+                mask_OI,
+                gram_II,
+                cross_OI,
+                tolerance=self.tolerance,
+                max_iterations=self.max_iterations,
+                on_iteration=note,
+            )
+            weight_OI.copy_(solution_OI)
+
+    def validation_step(self, batch: NormalEquations, batch_idx: int) -> None:
+        """The relative error on held-out samples."""
+        (matrix,) = self.window.matrices()
+        error = batch.error(matrix.by_expert(matrix.weight.detach())) / self.variance
+        self.log("loss/held_out", error.float(), batch_size=1)
+
+    def configure_optimizers(self) -> None:
+        """None: the solution is exact."""
