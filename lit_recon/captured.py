@@ -10,7 +10,7 @@ Shapes: S samples, T positions, N rows, E experts, O outputs, I inputs.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,10 +18,21 @@ from torch import Tensor
 
 from lit_recon.activations import Activations
 from lit_recon.blocks import LayerCall
-from lit_recon.chain import Chain
+from lit_recon.chain import Chain, Regime
 from lit_recon.matrices import Product, observed
 from lit_recon.moments import Moments, Sums
-from lit_recon.windows import MatrixWindow, Window
+from lit_recon.windows import AnyWindow, MatrixWindow, Window
+
+
+def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
+    """Raise a ValueError for single matrices of experts whose inputs and targets would be of different tokens."""
+    experts = [window.name for window in windows if isinstance(window, MatrixWindow) and window.matrix.experts > 1]
+    if experts and regime.targets == "dense" and regime.inputs != "dense":
+        raise ValueError(
+            f"chain.inputs={regime.inputs} with chain.targets=dense and windows=matrix: experts see other tokens in the "
+            f"sparse chain than in the dense one ({len(experts)} such matrices, {experts[0]}); use chain.targets=local, "
+            "or larger windows."
+        )
 
 
 class _Rows:
@@ -59,16 +70,13 @@ class MatrixData:
 
     def activations(self, window: MatrixWindow) -> Activations:
         """The inputs and products of one matrix, in the layer run on the chain's inputs."""
-        regime = self.chain.regime
         if window.matrix.name not in self._names:
             self._kept = None
             self._names, self._kept = self._capture(window, self.chain.inputs_STD)
         assert self._kept
         inputs_STI, experts_ST, valid_ST, num_samples = self._kept
         sources_STI = inputs_STI
-        if regime.targets == "dense" and regime.inputs != "dense":
-            if window.matrix.experts > 1:
-                raise ValueError(f"{window.name}: experts see other tokens in the sparse chain; use chain.targets=local.")
+        if not self.one_source:
             assert self.chain.dense
             sources_STI = self._capture(window, self.chain.dense.states_STD)[1][0]
         calls = _calls(experts_ST) if window.matrix.experts > 1 else _no_calls
@@ -121,7 +129,8 @@ class MatrixData:
             if product.matrix.experts == 1:
                 recent[:] = [*recent[-_REMEMBERED:], (weakref.ref(product.inputs), name)]
             sums = self._sums[part].setdefault(
-                name, [Sums.zero(product.inputs.shape[-1], product.inputs.device) for _ in range(product.matrix.experts)]
+                name,
+                [Sums.zero(product.inputs.shape[-1], product.inputs.device) for _ in range(product.matrix.experts)],
             )
             sums[product.expert].add(product.rows_NI)
 
@@ -148,7 +157,7 @@ def _no_calls(rows_B: Tensor) -> list[LayerCall]:
     return []
 
 
-def _calls(experts_ST: Tensor):  # noqa: ANN202
+def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 

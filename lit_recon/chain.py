@@ -188,7 +188,9 @@ class Chain:
             torch.cat([decoder.embed(batch_BT)[0].cpu() for batch_BT in tokens_ST.split(batch_size)])
         )
         self.dense = Boundary(embedded_STD) if self.regime.needs_dense else None
-        self.sparse = Boundary(embedded_STD.clone() if self.dense else embedded_STD) if self.regime.needs_sparse else None
+        self.sparse = (
+            Boundary(embedded_STD.clone() if self.dense else embedded_STD) if self.regime.needs_sparse else None
+        )
         self._outputs_STD = self._pinned(torch.zeros_like(embedded_STD))  # of the dense chain, if there is one
         self._targets_STD: Tensor | None = None  # where they are not these outputs
         self.targets_STD = self._outputs_STD

@@ -93,9 +93,7 @@ def _close(candidate_BTD: Tensor, expected_BTD: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _sides(
-    layer: nn.Module, hidden_BTD: Tensor, call: LayerCall
-) -> tuple[dict[str, list[str]], Answers]:
+def _sides(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> tuple[dict[str, list[str]], Answers]:
     """The children with matrices, by side, and what each answers, as one call of the layer shows them."""
     children: dict[str, list[str]] = {side: [] for side in SIDES}
     answers: Answers = {}
@@ -116,9 +114,7 @@ def _sides(
     return children, answers
 
 
-def _silent_pass(
-    layer: nn.Module, silent: Sequence[str], answers: Answers
-) -> Callable[[Tensor, LayerCall], Tensor]:
+def _silent_pass(layer: nn.Module, silent: Sequence[str], answers: Answers) -> Callable[[Tensor, LayerCall], Tensor]:
     def run(hidden_BTD: Tensor, call: LayerCall) -> Tensor:
         with _silenced(layer, silent, answers):
             return call_layer(layer, hidden_BTD, call)
@@ -158,11 +154,15 @@ def _trained(
     """
     inside = {
         side: {
-            name for name, _ in layer.named_parameters() if any(name.startswith(child + ".") for child in children[side])
+            name
+            for name, _ in layer.named_parameters()
+            if any(name.startswith(child + ".") for child in children[side])
         }
         for side in SIDES
     }
-    outside = {name: parameter for name, parameter in layer.named_parameters() if name not in set().union(*inside.values())}
+    outside = {
+        name: parameter for name, parameter in layer.named_parameters() if name not in set().union(*inside.values())
+    }
     depends = {side: _with_gradient(outside, lambda run=halves[side]: run(hidden_BTD, call)) for side in SIDES}
     shared = [name for name in outside if all(name in depends[side] for side in SIDES)]
     belongs = {

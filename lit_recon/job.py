@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import Decoder
+from lit_recon.captured import check_regime
 from lit_recon.chain import Chain, Regime
 from lit_recon.checkpoint import Checkpoint, PackedMasks
 from lit_recon.compute import Compute
@@ -146,6 +147,7 @@ def load(job: Job) -> Loaded:
     examine(model, job.samples.calibration_ST)
     windows, units = job.windows(model), job.units(model) if job.units else []
     check_units(units, windows)
+    check_regime(windows, job.regime)
     layers = {id(window.span): window.span for window in windows}.values()
     found = [matrix for layer in layers for matrix in layer.matrices()]
     check_scored(found, allow_unscored=job.allow_unscored)
@@ -300,8 +302,9 @@ def _show_plan(job: Job, plan: Plan, protocol: Protocol, console: Console) -> No
         f"{job.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of them"
         + (f"; {plan.unscored} matrices stay dense" if plan.unscored else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
-        "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), {plan.steps} steps each, "
-        f"on {tokens} tokens of {job.samples.description}",
+        "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
+        + ("solved exactly, " if job.workload.uses_moments else f"{plan.steps} steps each, ")
+        + f"on {tokens} tokens of {job.samples.description}",
         "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
         "evaluate": protocol.describe(),
         "predicted": f"about {duration(plan.seconds)}, peak memory {plan.peak_bytes / 1e9:.2f} GB",

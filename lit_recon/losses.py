@@ -24,9 +24,7 @@ def mean_absolute(outputs_BTD: Tensor, targets_BTD: Tensor, *, variance: float) 
     return functional.l1_loss(outputs_BTD.float(), targets_BTD) / variance**0.5
 
 
-def kl_divergence(
-    outputs: Tensor, targets: Tensor, *, variance: float, head: Callable[[Tensor], Tensor]
-) -> Tensor:
+def kl_divergence(outputs: Tensor, targets: Tensor, *, variance: float, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Kullback-Leibler divergence of the logits from the dense model's, in nats per token; `variance` is not used.
 
     Args:

@@ -74,7 +74,12 @@ class Moments:
     calibration: NormalEquations
     held_out: NormalEquations
 
-    trainer_settings: ClassVar[dict[str, Any]] = {"max_epochs": 1, "max_steps": -1, "val_check_interval": 1.0, "log_every_n_steps": 1}
+    trainer_settings: ClassVar[dict[str, Any]] = {
+        "max_epochs": 1,
+        "max_steps": -1,
+        "val_check_interval": 1.0,
+        "log_every_n_steps": 1,
+    }
 
     @classmethod
     def of_products(cls, window: MatrixWindow, calibration: list[Sums], held_out: list[Sums]) -> "Moments":

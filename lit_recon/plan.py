@@ -144,7 +144,9 @@ def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> int:
         widest = max(inputs for _, _, inputs in shapes)
         return _FLOAT32 * (copy + 2 * sum({(e, i): e * i * i for e, _, i in shapes}.values()) + 12 * widest * widest)
     rows = chain.tokens_ST.numel()
-    return _FLOAT32 * (copy + max(2 * rows * inputs + 2 * rows * outputs + 4 * outputs * inputs for _, outputs, inputs in shapes))
+    return _FLOAT32 * (
+        copy + max(2 * rows * inputs + 2 * rows * outputs + 4 * outputs * inputs for _, outputs, inputs in shapes)
+    )
 
 
 def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, head: float) -> float:

@@ -59,7 +59,9 @@ class Statistics:
         ]
         scores_EOI = torch.stack(
             [
-                Magnitude().scores(weight_OI, None) if expert in unseen else self.criterion.scores(weight_OI, statistics)
+                Magnitude().scores(weight_OI, None)
+                if expert in unseen
+                else self.criterion.scores(weight_OI, statistics)
                 for expert, (weight_OI, statistics) in enumerate(
                     zip(matrix.by_expert(matrix.weight), self.by_name[matrix.name], strict=True)
                 )
@@ -171,9 +173,13 @@ def check_units(units: Sequence[Window], windows: Sequence[AnyWindow]) -> None:
         for unit in units:
             common = _names(unit) & names
             if common and common not in (names, _names(unit)):
-                raise ValueError(f"prune_by: {unit.name} and window {span.name} overlap in part; expected one in the other.")
+                raise ValueError(
+                    f"prune_by: {unit.name} and window {span.name} overlap in part; expected one in the other."
+                )
             if common and common != names and any(window.span is not window for window in windows):
-                raise ValueError("prune_by=half: single matrices are pruned in layers that stay dense; use block or model.")
+                raise ValueError(
+                    "prune_by=half: single matrices are pruned in layers that stay dense; use block or model."
+                )
 
 
 def _names(window: Window) -> set[str]:

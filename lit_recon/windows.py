@@ -275,7 +275,12 @@ def partition(
         if by == "model":
             windows[0].name = "model"
     if by == "matrix":
-        windows = [MatrixWindow(matrix, layer) for layer in windows for matrix in layer.matrices() if matrix.input_dim is not None]
+        windows = [
+            MatrixWindow(matrix, layer)
+            for layer in windows
+            for matrix in layer.matrices()
+            if matrix.input_dim is not None
+        ]
     if head:
         windows[-1].head = Decoder(model, torch.device("cpu")).logits
     return windows

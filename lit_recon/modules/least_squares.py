@@ -31,7 +31,13 @@ class LeastSquaresModule(LightningModule):
     uses_moments = True  # the driver then gathers moments instead of activations
 
     def __init__(
-        self, window: MatrixWindow, masks: Mapping[str, Tensor], variance: float, *, tolerance: float, max_iterations: int
+        self,
+        window: MatrixWindow,
+        masks: Mapping[str, Tensor],
+        variance: float,
+        *,
+        tolerance: float,
+        max_iterations: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
