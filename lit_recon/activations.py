@@ -167,7 +167,8 @@ class ActivationDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and join the layers' arguments to it, which are on the device already."""
-        return self.activations.join(*batch, device)
+        rows_B, inputs_BTD, targets_BTD = batch
+        return self.activations.join(rows_B, inputs_BTD, targets_BTD, device)
 
     def _loader(self, order: Iterable[int]) -> DataLoader:
         batches = BatchSampler(order, self.activations.batch_size, drop_last=False)

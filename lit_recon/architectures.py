@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lit_recon.blocks import Decoder
 from lit_recon.examine import examine
 from lit_recon.matrices import routers
-from lit_recon.windows import KINDS, HalfWindow, Window, partition
+from lit_recon.partition import KINDS, layer_windows
+from lit_recon.windows import HalfWindow
 
 VOCABULARY = 64
 COLUMNS = ("architecture", "halves", *KINDS, "covered", "remarks")
@@ -105,7 +106,7 @@ SHAPES = {
 
 
 def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
-    """A random model of a shape, with weights large enough that its layers matter, and norms that are not the identity."""
+    """A random model of a shape: weights large enough that its layers matter, and norms that are not the identity."""
     shape = SHAPES[name]
     config = AutoConfig.for_model(shape.model_type, **shape.settings | changes)
     attention = {"attn_implementation": changes["attn_implementation"]} if "attn_implementation" in changes else {}
@@ -127,8 +128,7 @@ def compose(model: PreTrainedModel, tokens_BT: Tensor, **settings: Any) -> Tenso
     decoder = Decoder(model, torch.device("cpu"))
     hidden_BTD, calls = decoder.embed(tokens_BT)
     added_BTD: Tensor | None = None
-    for window in partition(model, **settings):
-        assert isinstance(window, Window)
+    for window in layer_windows(model, **settings):
         outputs_BTD = window(hidden_BTD, calls, slice(0, window.kept))
         if window.branch == "first":
             added_BTD = outputs_BTD - hidden_BTD
@@ -144,7 +144,7 @@ def support(name: str) -> dict[str, str]:
     examine(model, tokens_BT)
     expected_BTV = model(tokens_BT, use_cache=False).logits
     row, remarks = dict.fromkeys(COLUMNS, ""), []
-    layers = partition(model)
+    layers = layer_windows(model)
     found = [matrix for layer in layers for matrix in layer.matrices()]
     row["matrix"] = "yes" if all(matrix.input_dim is not None for matrix in found) else "in part"
     for kind in KINDS[1:]:
@@ -155,7 +155,7 @@ def support(name: str) -> dict[str, str]:
         except ValueError as error:
             row[kind] = "refused"
             remarks.append(str(error).partition(";")[0])
-    halves = partition(model, by="half") if row["half"] == "yes" else []
+    halves = layer_windows(model, by="half") if row["half"] == "yes" else []
     if halves:
         row["halves"] = "sequential" if halves[0].branch is None else "parallel"
     shared = sorted({name for half in halves if isinstance(half, HalfWindow) for name in half.split.shared})

@@ -160,7 +160,7 @@ class Decoder:
 
             return forward
 
-        tokens_BT = tokens_BT.to(self._embeddings.weight.device)
+        tokens_BT = tokens_BT.to(self._embedding_device)
         is_text_BT = tokens_BT != PADDING
         mask = {} if is_text_BT.all() else {"attention_mask": is_text_BT.long()}
         with ExitStack() as stack:
@@ -201,8 +201,8 @@ class Decoder:
             return self.model(input_ids=tokens_BT, use_cache=False).logits
 
     @property
-    def _embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+    def _embedding_device(self) -> torch.device:
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @contextmanager
     def ends_on(self, device: torch.device) -> Iterator[None]:

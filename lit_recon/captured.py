@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lit_recon.activations import Activations
 from lit_recon.blocks import LayerCall
-from lit_recon.chain import Chain, Regime
+from lit_recon.chain import Chain
 from lit_recon.matrices import Product, observed
 from lit_recon.moments import Moments, Sums
+from lit_recon.regime import Regime
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
 
@@ -29,9 +30,9 @@ def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
     experts = [window.name for window in windows if isinstance(window, MatrixWindow) and window.matrix.experts > 1]
     if experts and regime.targets == "dense" and regime.inputs != "dense":
         raise ValueError(
-            f"chain.inputs={regime.inputs} with chain.targets=dense and windows=matrix: experts see other tokens in the "
-            f"sparse chain than in the dense one ({len(experts)} such matrices, {experts[0]}); use chain.targets=local, "
-            "or larger windows."
+            f"chain.inputs={regime.inputs} with chain.targets=dense and windows=matrix: experts see other tokens in "
+            f"the sparse chain than in the dense one ({len(experts)} such matrices, for example {experts[0]}); use "
+            "chain.targets=local, or larger windows."
         )
 
 

@@ -1,30 +1,13 @@
 """The chain: hidden states of all samples at the current window boundary, and the way over a window to the next one.
 
-Two chains may be kept: the dense one, through the dense model all the way, and the sparse one, through the windows that
-are done. Which are needed follows from three choices (`Regime`); the paper's code (arXiv 2510.14444) has switches for
-the same, in the last column:
-
-    inputs  targets  statistics  memory  passes  the paper's code
-    dense   dense    dense       2       1       propagate_sparse_activations_prune=False
-    dense   dense    sparse      3       3       its default
-    sparse  dense    dense       3       2       ..._reconstruct=True, use_dense_targets=True, ..._prune=False
-    sparse  dense    sparse      3       3       ..._reconstruct=True, use_dense_targets=True
-    sparse  local    dense       4       3       ..._reconstruct=True, ..._prune=False
-    sparse  local    sparse      2       2       ..._reconstruct=True
-    mix     dense    dense       4       2       -
-    mix     dense    sparse      4       3       -
-    mix     local    dense       5       3       -
-    mix     local    sparse      5       4       -
-
-Memory counts arrays of all samples' hidden states, passes over the window per sample beside training. The halves of a
-parallel layer need one array more for each chain meanwhile, overlapping windows one for the dense chain.
+Which chains are kept, and what for, is told by a Regime (regime.py). The halves of a parallel layer need one array of
+hidden states more for each chain meanwhile, windows that overlap one for the dense chain.
 
 Shapes: S samples (calibration first, then held-out), B samples of a batch, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,6 +16,7 @@ from torch import Tensor
 from lit_recon.blocks import Decoder, LayerCall
 from lit_recon.compute import Compute
 from lit_recon.data.packing import PADDING
+from lit_recon.regime import Regime
 from lit_recon.windows import Window
 
 CALIBRATION = ("calibration",)
@@ -43,81 +27,6 @@ Forward = Callable[..., Tensor]  # of hidden states and calls
 def watching_nothing(part: str) -> AbstractContextManager:
     """A pass that nothing watches."""
     return nullcontext()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Regime:
-    """What windows are trained on, towards what, and what the criterion looks at.
-
-    Attributes:
-        inputs: "dense", "sparse", or "mix": mix * dense + (1 - mix) * sparse.
-        targets: "dense": the dense chain's next value; "local": the dense window applied to the window's own inputs.
-        statistics: Which chain the criterion's statistics come from, through the window before it is pruned.
-        mix: Share of the dense chain in mixed inputs.
-    """
-
-    inputs: str = "dense"
-    targets: str = "dense"
-    statistics: str = "dense"
-    mix: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the settings; all problems in one message."""
-        allowed = {
-            "inputs": ("dense", "sparse", "mix"),
-            "targets": ("dense", "local"),
-            "statistics": ("dense", "sparse"),
-        }
-        problems = [
-            f"chain.{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}."
-            for name, choices in allowed.items()
-            if getattr(self, name) not in choices
-        ]
-        if not isinstance(self.mix, (int, float)) or not 0 < self.mix < 1:
-            problems.append(
-                f"chain.mix={self.mix}: expected a share of the dense chain between 0 and 1; "
-                "for the ends use chain.inputs=sparse or dense."
-            )
-        if self.inputs == "dense" and self.targets == "local":
-            problems.append(
-                "chain.targets=local with chain.inputs=dense is nothing of its own: a window's own inputs are the dense "
-                "ones. Use chain.targets=dense, or chain.inputs=sparse or mix."
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense chain is kept."""
-        return self.inputs != "sparse" or "dense" in (self.targets, self.statistics)
-
-    @property
-    def needs_sparse(self) -> bool:
-        """Whether the sparse chain is kept."""
-        return self.inputs != "dense" or self.statistics == "sparse"
-
-    @property
-    def arrays(self) -> int:
-        """How many arrays of all samples' hidden states are kept."""
-        needed = self.needs_dense + self.needs_sparse + (self.inputs == "mix")
-        return needed + 1 + (self.targets == "local" and self.needs_dense)
-
-    @property
-    def passes(self) -> int:
-        """Passes over a window per sample beside training."""
-        local = self.targets == "local"
-        apart = self.statistics == "sparse" and not (local and self.inputs == "sparse")
-        return self.needs_dense + local + apart + self.needs_sparse
-
-    @property
-    def independent(self) -> bool:
-        """Whether no window needs another one's result, so that they could be reconstructed in any order."""
-        return not self.needs_sparse
-
-    def describe(self) -> dict[str, str]:
-        """The choices, in the words of the settings."""
-        inputs = f"mix ({self.mix:g} dense)" if self.inputs == "mix" else self.inputs
-        return {"inputs": inputs, "targets": self.targets, "statistics": self.statistics}
 
 
 class Boundary:
@@ -230,8 +139,8 @@ class Chain:
         if self._mixed_STD is not None:
             assert self.dense and self.sparse
             torch.lerp(self.sparse.states_STD, self.dense.states_STD, regime.mix, out=self._mixed_STD)
-        # Local targets on sparse inputs are on the way of sparse statistics; but not where an earlier window has changed
-        # what this one uses: targets are of the dense window, statistics of the window as it is now.
+        # The pass for local targets on sparse inputs serves sparse statistics too; but not where an earlier window has
+        # changed what this one uses: targets are of the dense window, statistics of the window as it is now.
         on_the_way = regime.targets == "local" and regime.inputs == "sparse" and not window.borrows
         with window.dense():
             if self.dense:

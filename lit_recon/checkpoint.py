@@ -107,7 +107,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def write_out(self, window: Window, masks: Mapping[str, Tensor]) -> None:
-        """Take a finished window back in the model's own dtypes, with its masks; layers it does not keep as they were."""
+        """Take a finished window back in the model's own dtypes, with its masks; layers not kept, as they were."""
         from_float32(window, self._dtypes.pop(window.name))
         for parameter, value in zip(window.passed_on(), self._passed_on, strict=True):
             parameter.copy_(value)

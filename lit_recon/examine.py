@@ -13,7 +13,7 @@ from lit_recon.compute import Compute
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import final_states
 from lit_recon.matrices import learn_input_dims
-from lit_recon.windows import partition
+from lit_recon.partition import layer_windows
 
 LENGTH = 64  # tokens that the model is tried on
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits, relative to the largest
@@ -33,7 +33,7 @@ def examine(model: PreTrainedModel, tokens_ST: Tensor) -> None:
     tokens_BT = tokens_ST[:1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
     outputs = []
-    matrices = [matrix for window in partition(model) for matrix in window.matrices()]
+    matrices = [matrix for window in layer_windows(model) for matrix in window.matrices()]
     learn_input_dims(matrices, lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float()))
     (expected_BTV,) = outputs
     cpu = Compute(torch.device("cpu"), "32-true")

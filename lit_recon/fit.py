@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lit_recon.cache import cache_folder
-from lit_recon.chain import Regime
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples
 from lit_recon.job import Job, run
 from lit_recon.masks import Pattern
+from lit_recon.partition import check_partition, layer_windows
 from lit_recon.plan import Workload
+from lit_recon.regime import Regime
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
-from lit_recon.windows import check_partition, partition
 
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
@@ -68,7 +68,7 @@ def prepare(cfg: DictConfig) -> Job:
     model.check()
     skeleton = model.skeleton()
     check_partition(skeleton, **make_windows.keywords)
-    check_pattern([matrix for window in partition(skeleton) for matrix in window.matrices()], pattern)
+    check_pattern([matrix for window in layer_windows(skeleton) for matrix in window.matrices()], pattern)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     return Job(
@@ -82,7 +82,7 @@ def prepare(cfg: DictConfig) -> Job:
         windows=make_windows,
         kind=cfg.windows.by,
         size=cfg.windows.get("size", 4),
-        units=None if cfg.prune_by == "window" else partial(partition, by=cfg.prune_by),
+        units=None if cfg.prune_by == "window" else partial(layer_windows, by=cfg.prune_by),
         allow_unscored=cfg.allow_unscored,
         module=module,
         trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),

@@ -15,6 +15,7 @@ Shapes: B samples, T tokens, D hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _trained(
     outside = {
         name: parameter for name, parameter in layer.named_parameters() if name not in set().union(*inside.values())
     }
-    depends = {side: _with_gradient(outside, lambda run=halves[side]: run(hidden_BTD, call)) for side in SIDES}
+    depends = {side: _with_gradient(outside, partial(halves[side], hidden_BTD, call)) for side in SIDES}
     shared = [name for name in outside if all(name in depends[side] for side in SIDES)]
     belongs = {
         "attention": inside["attention"] | depends["attention"],

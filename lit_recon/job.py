@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import Decoder
 from lit_recon.captured import check_regime
-from lit_recon.chain import Chain, Regime
+from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint, PackedMasks
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
@@ -37,6 +37,7 @@ from lit_recon.plots import duration
 from lit_recon.progress import WalkProgress
 from lit_recon.pruning import Pruner, check_units
 from lit_recon.reconstruction import Reconstructor, WindowResult
+from lit_recon.regime import Regime
 from lit_recon.report import write_report
 from lit_recon.results import Results, model_card, sparsity, table
 from lit_recon.startup import Refusal, check_pattern, check_scored, clear_output

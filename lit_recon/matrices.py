@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-# How a product reads its second operand: the position of the inputs among the arguments (the weight comes next), and the
+# How a product reads its operands: the position of the inputs among the arguments (the weight comes next), and the
 # dimension of the weight that is summed over.
 _PRODUCTS = {
     "linear": (0, -1),

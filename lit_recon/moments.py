@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_recon.activations import Activations
-from lit_recon.windows import MatrixWindow
+from lit_recon.windows import AnyWindow, MatrixWindow
 
 
 @dataclass
@@ -47,24 +47,24 @@ class NormalEquations(NamedTuple):
         cross_EOI: B, of each expert.
         square: ||Y||^2 over all rows.
         mean_square: Square of the mean of Y over all rows, summed over outputs.
-        count: Number of rows.
+        num_rows: Number of rows.
     """
 
     gram_EII: Tensor
     cross_EOI: Tensor
     square: Tensor
     mean_square: Tensor
-    count: Tensor
+    num_rows: Tensor
 
     def error(self, weight_EOI: Tensor) -> Tensor:
         """Mean squared error of the matrix's products, per row and output; in float64, since large terms cancel."""
         weight_EOI, gram_EII, cross_EOI = (tensor.double() for tensor in (weight_EOI, self.gram_EII, self.cross_EOI))
         total = ((weight_EOI @ gram_EII - 2 * cross_EOI) * weight_EOI).sum() + self.square
-        return total.clamp(min=0) / self.count / weight_EOI.shape[1]
+        return total.clamp(min=0) / self.num_rows / weight_EOI.shape[1]
 
     def variance(self) -> Tensor:
         """Variance of the targets around their mean per output."""
-        return (self.square / self.count - self.mean_square) / self.cross_EOI.shape[1]
+        return (self.square / self.num_rows - self.mean_square) / self.cross_EOI.shape[1]
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Moments:
         """Variance of the calibration targets around their mean per output: the unit of relative errors."""
         return self.calibration.variance().item()
 
-    def errors(self, window: MatrixWindow, variance: float) -> tuple[float, float]:
+    def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
         """Relative errors of the matrix on the calibration and on the held-out samples."""
         (matrix,) = window.matrices()
         weight_EOI = matrix.by_expert(matrix.weight.detach())

@@ -17,7 +17,8 @@ from lit_recon.blocks import LayerCall, float32_on
 from lit_recon.chain import Chain
 from lit_recon.evaluate import LOGITS_BYTES
 from lit_recon.matrices import routers
-from lit_recon.windows import AnyWindow, HalfWindow, Window, partition
+from lit_recon.partition import layer_windows
+from lit_recon.windows import AnyWindow, HalfWindow, Window
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _FLOAT32 = 4
@@ -96,11 +97,11 @@ def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kin
         size: Layers per window, for "blocks".
     """
     model, depth = chain.decoder.model, len(chain.decoder.layers)
-    layers = partition(model, by="block")
+    layers = layer_windows(model)
     found = [matrix for layer in layers for matrix in layer.matrices()]
     probes = {"block": _probe(layers[0], chain)}
-    if isinstance(windows[0], HalfWindow):
-        probes["half"] = max((_probe(half, chain) for half in windows[:2]), key=lambda probe: probe.saved_bytes)
+    if halves := [window for window in windows[:2] if isinstance(window, HalfWindow)]:
+        probes["half"] = max((_probe(half, chain) for half in halves), key=_training_bytes)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     scale = largest / probes["block"].parameters  # the first layer may be smaller than others
     training = {

@@ -24,7 +24,8 @@ _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", 
 class Results:
     """Everything that a run found; the fields are those of results.json.
 
-    `relative_error` is that of the last layer's hidden states on the held-out samples: windows of any kind compare by it.
+    `relative_error` is that of the last layer's hidden states on the held-out samples; all kinds of windows
+    compare by it.
     """
 
     perplexity: dict[str, float]

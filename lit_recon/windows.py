@@ -16,18 +16,14 @@ their layer, still dense, runs.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from lit_recon.blocks import Decoder, LayerCall, call_layer, decoder_layers, float32_on
-from lit_recon.halves import SIDES, Split, run_half, split_layer
+from lit_recon.blocks import LayerCall, call_layer
+from lit_recon.halves import SIDES, Split, run_half
 from lit_recon.matrices import Matrix, matrices
-
-KINDS = ("matrix", "half", "block", "blocks", "model")
 
 
 class Window(nn.Module):
@@ -116,13 +112,18 @@ class HalfWindow(Window):
         super().__init__(name, [], first=index, prefix=prefix)
         self.indices, self.kept = range(index, index + 1), 1
         self.side, self.split = side, split
-        object.__setattr__(self, "layer", layer)  # not registered: it holds the other half too
+        self._layer = (layer,)  # in a tuple, not registered: it holds the other half too
         other = split.children[SIDES[1 - SIDES.index(side)]]
         self.used = nn.ModuleList(child for name, child in layer.named_children() if name not in other)
         self.branch = ("first" if side == "attention" else "second") if split.parallel else None
-        # Trained in the first half, and needed as they were for the second one's targets; norms, so that they are small.
+        # Norms that the first half trains, and that the second one's targets need as they were.
         borrowed = split.shared if side == "mlp" else []
         self._borrowed = [(layer.get_parameter(name), layer.get_parameter(name).detach().clone()) for name in borrowed]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer of which this is a half."""
+        return self._layer[0]
 
     def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
         """Hidden states at the end of the half, (B, T, D), given those at its start."""
@@ -176,8 +177,7 @@ class MatrixWindow(nn.Module):
         layer: The window of the whole layer, which its siblings share.
     """
 
-    branch = None
-    head = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, matrix: Matrix, layer: Window) -> None:
         super().__init__()
@@ -185,8 +185,13 @@ class MatrixWindow(nn.Module):
         within = matrix.name.removeprefix(f"{layer.prefix}.{layer.indices.start}.")
         self.name = f"{layer.name}.{within.removesuffix('.weight')}"
         self.indices = layer.indices
-        object.__setattr__(self, "span", layer)
+        self._span = (layer,)  # in a tuple, not registered
         self.weight: nn.Parameter = matrix.weight
+
+    @property
+    def span(self) -> Window:
+        """The window of the whole layer, over which the chain steps once all its matrices are done."""
+        return self._span[0]
 
     def open(self) -> None:
         """Work on a copy of the weight from now on."""
@@ -226,92 +231,3 @@ class MatrixWindow(nn.Module):
 
 
 AnyWindow = Window | MatrixWindow
-
-
-def check_partition(
-    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
-) -> None:
-    """Check the arguments of `partition`, also on a model without weights.
-
-    Raises:
-        ValueError: An unknown kind, a size or stride out of range, or a model whose layers cannot be found.
-    """
-    depth = len(decoder_layers(model)[1])
-    if by not in KINDS:
-        raise ValueError(f"windows.by={by!r}: expected one of {', '.join(KINDS)}.")
-    if type(size) is not int or size < 1:
-        raise ValueError(f"windows.size={size}: expected at least 1 layer per window.")
-    if stride is not None and (type(stride) is not int or not 1 <= stride <= size):
-        raise ValueError(f"windows.stride={stride}: expected 1 to windows.size={size} layers from window to window.")
-    if size > depth:
-        raise ValueError(f"windows.size={size}: the model has {depth} layers; use windows=model for all of them.")
-    if head and by == "matrix":
-        raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
-
-
-def partition(
-    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
-) -> list[AnyWindow]:
-    """Cut a model into windows, in order, so that each of its layers is kept in exactly one of them.
-
-    Args:
-        model: The model, with its weights; the windows share them.
-        by: One of KINDS.
-        size: Layers per window for "blocks"; the last window may be shorter.
-        stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
-            and each keeps its first `stride` layers. None: `size`.
-        head: Have the last window's loss on the logits.
-
-    Raises:
-        ValueError: What `check_partition` finds, or layers that do not fall into halves.
-    """
-    check_partition(model, by=by, size=size, stride=stride, head=head)
-    prefix, layers = decoder_layers(model)
-    if by == "half":
-        windows: list[AnyWindow] = list(_halves(model))
-    else:
-        size = {"blocks": size, "model": len(layers)}.get(by, 1)
-        windows = list(_spans(list(layers), prefix, size=size, stride=stride or size))
-        if by == "model":
-            windows[0].name = "model"
-    if by == "matrix":
-        windows = [
-            MatrixWindow(matrix, layer)
-            for layer in windows
-            for matrix in layer.matrices()
-            if matrix.input_dim is not None
-        ]
-    if head:
-        windows[-1].head = Decoder(model, torch.device("cpu")).logits
-    return windows
-
-
-def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> Iterator[Window]:
-    """Windows of whole layers."""
-    digits = max(2, len(str(len(layers) - 1)))
-    for first in range(0, len(layers), stride):
-        members = layers[first : first + size]
-        last = first + len(members) - 1
-        is_last = last == len(layers) - 1
-        name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
-        yield Window(name, members, first=first, prefix=prefix, kept=None if is_last else stride)
-        if is_last:
-            return
-
-
-@torch.no_grad()
-def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
-    """Attention and MLP half of each layer. Layers that are built alike are taken apart once."""
-    decoder = Decoder(model, torch.device("cpu"))
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens_BT = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
-    hidden_BTD, calls = decoder.embed(tokens_BT)
-    digits = max(2, len(str(len(calls) - 1)))
-    splits: dict[str, Split] = {}
-    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
-        if repr(layer) not in splits:
-            with float32_on(layer, hidden_BTD.device):
-                splits[repr(layer)] = split_layer(layer, hidden_BTD, call)
-        for side in SIDES:
-            name, split = f"half_{index:0{digits}}_{side}", splits[repr(layer)]
-            yield HalfWindow(name, layer, index=index, prefix=decoder.prefix, split=split, side=side)

@@ -1,6 +1,6 @@
 """Exact least squares for one matrix: the weights with the smallest error that its mask allows, from moments alone.
 
-    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is       (solved by lit_recon.least_squares)
+    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved by lit_recon.least_squares)
 
 The data are one batch, the normal equations of the calibration samples (lit_recon.moments), so that no activations are
 kept and no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
@@ -8,7 +8,6 @@ kept and no optimizer is needed. TensorBoard shows the error over the iterations
 
 from collections.abc import Mapping
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class LeastSquaresModule(LightningModule):
         weight_EOI = matrix.by_expert(matrix.weight.detach())  # a view
         mask_EOI = matrix.by_expert(self.masks[matrix.name].to(weight_EOI.device))
         start = batch.error(weight_EOI).item()
-        scale = batch.count.item() * weight_EOI.shape[1] * self.variance
+        scale = batch.num_rows.item() * weight_EOI.shape[1] * self.variance
 
         def note(iteration: int, gained: float) -> None:
             if self.logger and len(weight_EOI) == 1:

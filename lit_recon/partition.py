@@ -1,0 +1,105 @@
+"""Cuts a model into windows; windows.py has the drawing."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_recon.blocks import Decoder, decoder_layers, float32_on
+from lit_recon.halves import SIDES, Split, split_layer
+from lit_recon.windows import AnyWindow, HalfWindow, MatrixWindow, Window
+
+KINDS = ("matrix", "half", "block", "blocks", "model")
+
+
+def check_partition(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
+) -> None:
+    """Check the arguments of `partition`, also on a model without weights.
+
+    Raises:
+        ValueError: An unknown kind, a size or stride out of range, or a model whose layers cannot be found.
+    """
+    depth = len(decoder_layers(model)[1])
+    if by not in KINDS:
+        raise ValueError(f"windows.by={by!r}: expected one of {', '.join(KINDS)}.")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"windows.size={size}: expected at least 1 layer per window.")
+    if stride is not None and (type(stride) is not int or not 1 <= stride <= size):
+        raise ValueError(f"windows.stride={stride}: expected 1 to windows.size={size} layers from window to window.")
+    if size > depth:
+        raise ValueError(f"windows.size={size}: the model has {depth} layers; use windows=model for all of them.")
+    if head and by == "matrix":
+        raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
+
+
+def partition(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
+) -> list[AnyWindow]:
+    """Cut a model into windows, in order, so that each of its layers is kept in exactly one of them.
+
+    Args:
+        model: The model, with its weights; the windows share them.
+        by: One of KINDS.
+        size: Layers per window for "blocks"; the last window may be shorter.
+        stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
+            and each keeps its first `stride` layers. None: `size`.
+        head: Have the last window's loss on the logits.
+
+    Raises:
+        ValueError: What `check_partition` finds, or layers that do not fall into halves.
+    """
+    check_partition(model, by=by, size=size, stride=stride, head=head)
+    windows = layer_windows(model, by="block" if by == "matrix" else by, size=size, stride=stride)
+    if head:
+        windows[-1].head = Decoder(model, torch.device("cpu")).logits
+    if by != "matrix":
+        return list(windows)
+    found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
+    return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
+
+
+def layer_windows(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None
+) -> list[Window]:
+    """A partition into windows of layers or halves, which follow each other along the chain; see `partition`."""
+    prefix, layers = decoder_layers(model)
+    if by == "half":
+        return list(_halves(model))
+    size = {"blocks": size, "model": len(layers)}.get(by, 1)
+    windows = list(_spans(list(layers), prefix, size=size, stride=stride or size))
+    if by == "model":
+        windows[0].name = "model"
+    return windows
+
+
+def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> Iterator[Window]:
+    """Windows of whole layers."""
+    digits = max(2, len(str(len(layers) - 1)))
+    for first in range(0, len(layers), stride):
+        members = layers[first : first + size]
+        last = first + len(members) - 1
+        is_last = last == len(layers) - 1
+        name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
+        yield Window(name, members, first=first, prefix=prefix, kept=None if is_last else stride)
+        if is_last:
+            return
+
+
+@torch.no_grad()
+def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
+    """Attention and MLP half of each layer. Layers that are built alike are taken apart once."""
+    decoder = Decoder(model, torch.device("cpu"))
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens_BT = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    hidden_BTD, calls = decoder.embed(tokens_BT)
+    digits = max(2, len(str(len(calls) - 1)))
+    splits: dict[str, Split] = {}
+    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
+        if repr(layer) not in splits:
+            with float32_on(layer, hidden_BTD.device):
+                splits[repr(layer)] = split_layer(layer, hidden_BTD, call)
+        for side in SIDES:
+            name, split = f"half_{index:0{digits}}_{side}", splits[repr(layer)]
+            yield HalfWindow(name, layer, index=index, prefix=decoder.prefix, split=split, side=side)
