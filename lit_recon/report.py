@@ -47,6 +47,7 @@ LABELS = {  # where the key of results.json alone does not say it
     "protocol.tokens": "predicted tokens",
     "tokens.calibration": "calibration tokens",
 }
+DEFAULT_MODULE = "ReconstructionModule"
 WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take; not loading and evaluating
 COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "run": "run",
@@ -54,12 +55,12 @@ COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "perplexity, dense": "perplexity\n\ndense",
     "perplexity, pruned": "\n\npruned",
     "perplexity, reconstructed": "\nrecon-\nstructed",
-    "share of the gap recovered": "share of\nthe gap\nrecovered",
+    "share of the gap": "share\nof the\ngap",
     "relative error": "relative\nerror",
     "time, walk": "time\n\nwalk",
     "time, total": "\n\ntotal",
-    "peak memory, walk": "peak\nmemory\nwalk",
-    "peak memory, total": "\n\ntotal",
+    "peak GB, walk": "peak GB\n\nwalk",
+    "peak GB, total": "\n\ntotal",
 }
 
 
@@ -197,35 +198,29 @@ def named(runs: Sequence[Path]) -> dict[str, Path]:
 
 def settings(results: Mapping[str, Any]) -> dict[str, str]:
     """What a run was, each setting in words that need no label."""
-    plain, protocol = ("criterion", "pattern", "module", "windows"), results["protocol"]
-    recipe = {
-        key: value if key in plain else f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}"
-        for key, value in results["recipe"].items()
+    recipe, protocol = results["recipe"], results["protocol"]
+    words = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
+    words |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
+    return words | {
+        "model": results["model"]["name"],
+        "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
+        "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
+        "seed": f"seed {results['seed']}",
     }
-    return (
-        {"model": results["model"]["name"]}
-        | recipe
-        | {
-            "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
-            "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
-            "seed": f"seed {results['seed']}",
-        }
-    )
 
 
 def told_apart(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
     """The main settings that all runs share, and what each run was: its window, and what differs between the runs."""
     described = {name: settings(results) for name, results in runs.items()}
-    values: dict[str, set[str]] = defaultdict(set)
-    for key, text in (setting for one in described.values() for setting in one.items()):
-        values[key].add(text)
-    shared = {key: min(texts) for key, texts in values.items() if len(texts) == 1}
+    values = defaultdict(set)
+    for one in described.values():
+        for key, text in one.items():
+            values[key].add(text)
+    shared = {key: texts.pop() for key, texts in values.items() if len(texts) == 1 and key != "module"}
     what = {}
     for name, one in described.items():
-        told = {key: text for key, text in one.items() if key not in shared or key == "module"}
-        if told.get("module") == "ReconstructionModule":  # the default
-            del told["module"]
-        what[name] = ", ".join(({"windows": one["windows"]} | told).values())
+        told = [one[key] for key in one if key not in shared and key != "windows" and one[key] != DEFAULT_MODULE]
+        what[name] = ", ".join([one["windows"], *told])
     main = ("model", "criterion", "pattern", "calibration", "evaluation")
     return ", ".join(shared[key] for key in main if key in shared), what
 
@@ -239,22 +234,17 @@ def cells(results: Mapping[str, Any]) -> list[str]:
         as_error(error.get("reconstructed")),
         duration(sum(seconds[phase] for phase in WALK)),
         duration(seconds["total"]),
-        as_memory(results.get("walk_peak_memory_bytes")),
-        as_memory(results["peak_memory_bytes"]),
+        as_memory(results.get("walk_peak_memory_bytes")).removesuffix(" GB"),
+        as_memory(results["peak_memory_bytes"]).removesuffix(" GB"),
     ]
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row per run; what it was stands below its name, so that all fits into 120 columns.
-
-    Args:
-        runs: The content of results.json by the run's name.
-    """
+    """A row per run (results.json by the run's name); what it was stands below its name, so that 120 columns do."""
     shared, what = told_apart(runs)
     table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    first, second, *headers = COLUMNS.values()
-    table.add_column(f"{first}\n{second}", overflow="fold", vertical="bottom")
-    for header in headers:
+    table.add_column("run\nwindow", overflow="fold", vertical="bottom")
+    for header in list(COLUMNS.values())[2:]:
         table.add_column(header, justify="right", no_wrap=True)
     for name, results in runs.items():
         table.add_row(Text.assemble((name, "bold"), f"\n{what[name]}"), *cells(results))  # Text: no markup in names
@@ -263,23 +253,18 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """The comparison as a table of GitHub's Markdown, to be put below what all runs share."""
-    what = told_apart(runs)[1]
-    rows = [
-        [re.sub(r"([\\|*`<\[~])", r"\\\1", cell) for cell in (name, what[name], *cells(runs[name]))] for name in runs
-    ]
-    rule = ["---", "---", *["---:"] * (len(COLUMNS) - 2)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS), rule, *rows])
+    _, what = told_apart(runs)
+    rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
+    for name, results in runs.items():
+        rows.append([re.sub(r"([\\|*`<\[~])", r"\\\1", text) for text in (name, what[name], *cells(results))])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the reports of the runs on the command line and print their table; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_recon.report",
-        description="Redraw the figures and report.html of finished runs and print one table that compares them.",
-    )
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/2025-01-31_12-00-00"
-    )
+    about = "Redraw the figures and report.html of finished runs and print one table that compares them."
+    parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, for a README or a paper")
     chosen = parser.parse_args(arguments)
     runs, problems = {}, []
@@ -300,8 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(as_markdown(named_results))
         return 0
     console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width; rich would take 80 and wrap
+    console.width = max(console.width, 120)  # rich would cut numbers to a narrower terminal's width, or a pipe's, 80
     console.print(comparison(named_results))
     return 0
 

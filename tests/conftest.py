@@ -1,67 +1,51 @@
-"""Tiny random models, one per layer shape that exists now, and a command line that runs in this process. No network."""
+"""Tiny random models, what is trained of them, and a command line that runs in this process. No network."""
 
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_recon import fit
+from lit_recon.activations import Activations
+from lit_recon.architectures import VOCABULARY, tiny_model
+from lit_recon.blocks import Decoder
+from lit_recon.chain import Chain
 from lit_recon.compute import Compute
+from lit_recon.criteria.magnitude import Magnitude
+from lit_recon.logger import RunLogger
+from lit_recon.masks import Unstructured
+from lit_recon.partition import partition
+from lit_recon.pruning import Pruner
+from lit_recon.reconstruction import Reconstructor
+from lit_recon.regime import Regime
+from lit_recon.windows import AnyWindow, Window
 
-VOCABULARY = 64
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    # sequential halves, rotary positions
-    "llama": lambda: LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64),
-    # layers that differ: every second one attends to a window of 8 tokens
-    "gemma2": lambda: Gemma2Config(
-        **SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=8, max_position_embeddings=64
-    ),
-    # Conv1D matrices, stored (inputs, outputs)
-    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64),
-    # parallel halves
-    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=48, max_position_embeddings=64),
-    # dropout in its default configuration
-    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
-    # positions as a bias that the model hands to each layer
-    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4),
-}
 CPU = Compute(torch.device("cpu"), "32-true")
+KINDS = (
+    "llama",  # sequential halves, rotary positions
+    "gemma2",  # layers that differ: every second one attends to a window of 8 tokens
+    "gpt2",  # Conv1D matrices, stored (inputs, outputs)
+    "gpt_neox",  # parallel halves
+    "opt",  # dropout in its default configuration
+    "bloom",  # positions as a bias that the model hands to each layer
+    "mixtral",  # experts in one parameter, and a router
+)
+Masks = Mapping[str, Tensor]
 
 
-def tiny_model(kind: str, **changes: object) -> PreTrainedModel:
-    """A random model with weights large enough that its layers matter."""
-    config = CONFIGS[kind]()
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.2)
-    return model.eval().requires_grad_(False)
-
-
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Each tiny model in turn."""
     return tiny_model(request.param)
@@ -71,6 +55,48 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def tokens_ST() -> torch.Tensor:
     """Random tokens, longer than the tiny sliding window."""
     return torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def chain_of(
+    model: PreTrainedModel, tokens_ST: Tensor, num_samples: int, batch_size: int = 2, regime: Regime | None = None
+) -> Chain:
+    """A chain at the model's first layer, on the CPU in float32."""
+    decoder = Decoder(model, CPU.device)
+    return Chain(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, regime=regime)
+
+
+def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 4) -> tuple[Activations, Window, Masks]:
+    """The model's first layer, half of its weights zeroed, with its inputs and dense targets."""
+    chain = chain_of(model, tokens_ST, num_samples)
+    window = partition(model)[0]
+    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
+    pruner.gather(window)
+    return Activations.at(chain), window, pruner.prune(window.matrices())
+
+
+def trainer(**settings: object) -> Callable[..., Trainer]:
+    """The Trainer of the real configuration, on the CPU in float32."""
+    return instantiate(
+        OmegaConf.load(fit.CONF / "fit.yaml").trainer, accelerator="cpu", precision="32-true", **settings
+    )
+
+
+def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModule]:
+    """The module of the real configuration; `settings` replace its arguments, `cls` itself."""
+    made = instantiate(OmegaConf.load(fit.CONF / "module" / "reconstruction.yaml"), _convert_="all")
+    optimizer = partial(made.keywords["optimizer"], lr=lr)
+    return partial(settings.pop("cls", made.func), **made.keywords | {"optimizer": optimizer} | settings)
+
+
+def reconstructor(run: Path, make: Callable[..., LightningModule], **settings: object) -> Reconstructor:
+    """A Reconstructor as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
+    settings = {"max_epochs": 4} | settings
+    return Reconstructor(make, trainer(**settings), logger=RunLogger(run), device=CPU.device, seed=0)
+
+
+def weights(window: AnyWindow) -> dict[str, Tensor]:
+    """A copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in window.named_parameters()}
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:

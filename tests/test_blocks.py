@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import CPU, tiny_model
+from conftest import CPU
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_recon.blocks import Decoder, call_layer, decoder_layers, matrices, observed, patched_forward
+from lit_recon.architectures import tiny_model
+from lit_recon.blocks import Decoder, call_layer, decoder_layers, patched_forward
+from lit_recon.matrices import Product, matrices, observed
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -73,12 +75,15 @@ def test_a_model_without_a_list_of_its_layers_is_refused_with_the_lists_found() 
 
 @pytest.mark.parametrize(("kind", "input_dim"), [("llama", 1), ("gpt2", 0)])
 def test_rows_of_a_matrix_are_its_outputs_whichever_way_it_is_stored(kind: str, input_dim: int) -> None:
-    for matrix in matrices(decoder_layers(tiny_model(kind))[1][0], "layers.0"):
-        assert matrix.input_dim == input_dim
-        inputs = torch.eye(matrix.rows(matrix.weight).shape[1])
-        bias = getattr(matrix.owner, "bias", None)
-        outputs = matrix.owner(inputs) - (0 if bias is None else bias)
-        torch.testing.assert_close(outputs.T, matrix.rows(matrix.weight))
+    layer = decoder_layers(tiny_model(kind))[1][0]
+    for matrix in matrices(layer, ""):
+        assert matrix.input_dim == input_dim and matrix.experts == 1
+        owner = layer.get_submodule(matrix.name.removesuffix(".weight"))
+        (weight_OI,) = matrix.by_expert(matrix.weight)
+        bias = getattr(owner, "bias", None)
+        outputs = owner(torch.eye(weight_OI.shape[1])) - (0 if bias is None else bias)
+        torch.testing.assert_close(outputs.T, weight_OI)
+        assert torch.equal(matrix.as_weight(matrix.by_expert(matrix.weight)), matrix.weight)
 
 
 def test_the_matrices_of_a_llama_layer_are_its_seven_projections() -> None:
@@ -91,8 +96,11 @@ def test_the_matrices_of_a_llama_layer_are_its_seven_projections() -> None:
 def test_what_is_observed_is_what_the_matrix_is_multiplied_by() -> None:
     linear = nn.Linear(3, 2)
     (matrix,) = matrices(linear, "linear")
-    seen = []
-    with observed([matrix], lambda which, inputs_NI: seen.append((which.name, inputs_NI))):
-        linear(torch.ones(2, 5, 3))
+    inputs = torch.arange(30.0).view(2, 5, 3)
+    seen: list[Product] = []
+    with observed([matrix], seen.append):
+        linear(inputs)
     linear(torch.zeros(1, 3))
-    assert [(name, tuple(inputs.shape)) for name, inputs in seen] == [("linear.weight", (10, 3))]
+    (product,) = seen
+    assert (product.matrix.name, product.expert, product.input_dim) == ("linear.weight", 0, 1)
+    assert torch.equal(product.rows_NI, inputs.view(10, 3))

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, letter_tokenizer, tiny_model
+from conftest import CPU, chain_of, letter_tokenizer
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_recon import checkpoint as checkpoint_file
+from lit_recon.architectures import VOCABULARY, tiny_model
 from lit_recon.checkpoint import Checkpoint, PackedMasks
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.evaluate import Protocol
 from lit_recon.masks import Unstructured
-from lit_recon.reconstruction import Statistics, prune
+from lit_recon.partition import partition
+from lit_recon.pruning import Pruner
 from lit_recon.results import Results
-from lit_recon.windows import partition
 
 SHAPES = [(1,), (7,), (8,), (3, 5), (16, 9), (2, 3, 11)]
 
@@ -45,10 +46,14 @@ def assert_same_masks(read: PackedMasks, masks: dict[str, Tensor]) -> None:
 def pruned(model: PreTrainedModel) -> Checkpoint:
     """A checkpoint over a model of which every window was pruned and written out."""
     made = Checkpoint(model, CPU.device)
+    tokens_ST = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    chain = chain_of(model, tokens_ST, 1)
+    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
     for window in partition(model):
         made.bring_in(window)
-        matrices = window.matrices()
-        masks = prune(matrices, Statistics(Magnitude(), matrices), Unstructured(sparsity=0.5))
+        pruner.gather(window)
+        masks = pruner.prune(window.matrices())
+        chain.advance(window)
         made.write_out(window, masks)
     return made
 
@@ -129,6 +134,41 @@ def test_a_window_is_float32_in_work_and_in_the_models_own_dtype_before_and_afte
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").dtype == dtype
 
 
+def test_a_rounded_window_computes_with_what_will_be_stored_of_it() -> None:
+    model = tiny_model("llama").bfloat16()
+    made = Checkpoint(model, CPU.device)
+    window = partition(model)[1]
+    made.bring_in(window)
+    trained = {}
+    for name, parameter in window.named_parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+        trained[name] = parameter.clone()
+    made.round(window)
+    for name, parameter in window.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, trained[name].bfloat16().float()) and not torch.equal(parameter, trained[name])
+    made.write_out(window, {})
+    for name, parameter in window.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, trained[name].bfloat16()), name
+
+
+def test_layers_that_a_window_does_not_keep_are_written_out_as_they_were_and_without_masks() -> None:
+    model = tiny_model("llama")
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    made = Checkpoint(model, CPU.device)
+    first, _ = partition(model, by="blocks", size=2, stride=1)
+    made.bring_in(first)
+    for parameter in first.parameters():
+        parameter.zero_()
+    made.write_out(
+        first, {matrix.name: torch.zeros_like(matrix.weight, dtype=torch.bool) for matrix in first.matrices()}
+    )
+    assert len(made.masks) == 7 and all(name.startswith("model.layers.0.") for name in made.masks)
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if name.startswith("model.layers.0.") else dense[name]
+        assert torch.equal(parameter, expected), name
+
+
 def test_tied_embeddings_stay_tied(tokens_ST: Tensor, tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     made = pruned(model)
@@ -187,13 +227,16 @@ def test_masks_that_could_not_be_written_whole_leave_the_earlier_file(
 def results(seed: int) -> Results:
     return Results(
         perplexity={"dense": 10.0, "pruned": 20.0, "reconstructed": 14.0},
+        relative_error={"pruned": 0.3, "reconstructed": 0.1},
         protocol=Protocol(dataset="d", split="evaluation", context=4, windows=1, tokens=3, precision="32-true"),
         model={"name": "tiny"},
         recipe={"criterion": "Magnitude"},
         sparsity={"total": 0.4, "by_matrix": {}},
         windows=[],
         seconds={"total": 1.0},
-        peak_memory_bytes=1,
+        peak_memory_bytes=2,
+        walk_peak_memory_bytes=1,
+        predicted={"seconds": 1.0, "peak_memory_bytes": 2},
         tokens={"calibration": 4},
         seed=seed,
     )

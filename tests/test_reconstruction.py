@@ -2,68 +2,31 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, tiny_model
-from hydra.utils import instantiate
-from lightning import LightningModule, Trainer
-from omegaconf import OmegaConf
+from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
+from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.activations import Batch, Chain
-from lit_recon.blocks import Decoder
+from lit_recon.activations import Batch
+from lit_recon.architectures import tiny_model
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.driver import walk
-from lit_recon.fit import CONF
-from lit_recon.logger import RunLogger
 from lit_recon.masks import Unstructured
-from lit_recon.metrics import Clock, relative_error
+from lit_recon.metrics import Clock
 from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
-from lit_recon.reconstruction import Reconstructor, Statistics, WindowResult, prune
-from lit_recon.windows import Window, partition
-
-Masks = Mapping[str, Tensor]
-
-
-def trainer(**settings: object) -> Callable[..., Trainer]:
-    """The Trainer of the real configuration, on the CPU in float32."""
-    return instantiate(OmegaConf.load(CONF / "fit.yaml").trainer, accelerator="cpu", precision="32-true", **settings)
-
-
-def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModule]:
-    """The module of the real configuration; `settings` replace its arguments, `cls` itself."""
-    made = instantiate(OmegaConf.load(CONF / "module" / "reconstruction.yaml"), _convert_="all")
-    optimizer = partial(made.keywords["optimizer"], lr=lr)
-    return partial(settings.pop("cls", made.func), **made.keywords | {"optimizer": optimizer} | settings)
-
-
-def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 4) -> tuple[Chain, Window, Masks]:
-    """The model's first window, half of its weights zeroed, with the chain that holds its dense targets."""
-    chain = Chain(Decoder(model, CPU.device), tokens_ST, num_samples=num_samples, batch_size=2, compute=CPU)
-    window = partition(model)[0]
-    chain.dense_pass(window, nullcontext())
-    matrices = window.matrices()
-    return chain, window, prune(matrices, Statistics(Magnitude(), matrices), Unstructured(sparsity=0.5))
-
-
-def reconstructor(chain: Chain, run: Path, make: Callable[..., LightningModule], **settings: object) -> Reconstructor:
-    """A Reconstructor as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
-    settings = {"max_epochs": 4} | settings
-    return Reconstructor(make, trainer(**settings), chain=chain, logger=RunLogger(run), batch_size=2, seed=0)
-
-
-def weights(window: Window) -> dict[str, Tensor]:
-    """A copy of all parameters."""
-    return {name: parameter.detach().clone() for name, parameter in window.named_parameters()}
+from lit_recon.partition import partition
+from lit_recon.pruning import Pruner
+from lit_recon.reconstruction import WindowResult
+from lit_recon.windows import Window
 
 
 def same(window: Window, before: dict[str, Tensor]) -> bool:
@@ -72,17 +35,15 @@ def same(window: Window, before: dict[str, Tensor]) -> bool:
 
 
 def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(model, tokens_ST)
+    data, window, masks = pruned_window(model, tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, module()).fit(window, masks)
+    result = reconstructor(tmp_path, module()).fit(window, masks, data)
     assert result.accepted and result.note == "" and result.steps == 8
     assert 0 < result.held_out_after < 0.97 * result.held_out_before
     assert 0 < result.relative_error_after < 0.97 * result.relative_error_before
     assert not same(window, before)
-    variance = chain.target_variance()
-    assert result.held_out_after == relative_error(window, chain, 4, 6, variance=variance), (
-        "of the weights that are kept"
-    )
+    assert result.held_out_after == data.error(window, 4, 6, data.variance()), "of the weights that are kept"
+    assert result.measure == "relative error"
 
 
 @pytest.mark.parametrize(
@@ -91,9 +52,9 @@ def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tok
 def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
     tokens_ST: Tensor, tmp_path: Path, settings: dict, tried: str
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, module(**settings)).fit(window, masks)
+    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note
     assert same(window, before)
     assert result.relative_error_after == result.relative_error_before
@@ -116,9 +77,9 @@ class Idle(LightningModule):
 
 
 def test_a_module_whose_steps_have_no_loss_keeps_the_pruned_weights(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, Idle).fit(window, masks)
+    result = reconstructor(tmp_path, Idle).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
 
 
@@ -130,9 +91,9 @@ class Solver(Idle):
 
 
 def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    assert not reconstructor(chain, tmp_path, Solver).fit(window, masks).accepted
+    assert not reconstructor(tmp_path, Solver).fit(window, masks, data).accepted
     assert same(window, before)
 
 
@@ -151,9 +112,9 @@ class Ascending(LightningModule):
 
 
 def test_a_module_of_the_users_own_that_worsens_its_window_changes_nothing(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(chain, tmp_path, Ascending).fit(window, masks)
+    result = reconstructor(tmp_path, Ascending).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
     assert result.held_out_after > result.held_out_before
 
@@ -176,10 +137,10 @@ class Diverging(ReconstructionModule):
 def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_two_tries(
     tokens_ST: Tensor, tmp_path: Path, when: int
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
     made = type("Always", (Diverging,), {"rates": [], "when": when})
-    result = reconstructor(chain, tmp_path, module(cls=made), max_epochs=1).fit(window, masks)
+    result = reconstructor(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
     assert same(window, before)
     assert not result.accepted and result.steps == 0
     assert "not finite" in result.note and "half the learning rate" in result.note and "kept" in result.note
@@ -193,12 +154,12 @@ def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_two_tries(
 def test_a_window_that_diverges_is_reconstructed_at_exactly_half_the_rate(
     tokens_ST: Tensor, tmp_path: Path, scheduler: Callable | None
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
     if scheduler is None:  # then groups have no initial_lr until the rate is halved
         made.training_step = lambda self, batch, index: constant_rate_step(self, batch, index)
     settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
-    result = reconstructor(chain, tmp_path, module(**settings)).fit(window, masks)
+    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
     assert result.accepted and result.steps == 8
     assert result.note == "loss was not finite: reconstructed at half the learning rate"
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
@@ -209,11 +170,11 @@ def test_a_window_that_diverges_is_reconstructed_at_exactly_half_the_rate(
 def test_a_second_try_that_makes_the_window_worse_is_not_called_a_reconstruction(
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
     made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
-    result = reconstructor(chain, tmp_path, module(cls=made)).fit(window, masks)
+    result = reconstructor(tmp_path, module(cls=made)).fit(window, masks, data)
     assert made.rates[-1] < made.limit, "the second try was finite"
     assert not result.accepted and same(window, before)
     assert result.note == "held-out error did not improve: kept its pruned weights"
@@ -239,35 +200,32 @@ class Shifting(torch.optim.SGD):
 def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named(
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    made = reconstructor(chain, tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    made = reconstructor(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
     with pytest.raises(RuntimeError, match=r"moved pruned weights of model\.layers\.0\.self_attn\.q_proj\.weight"):
-        made.fit(window, masks)
+        made.fit(window, masks, data)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 3), (4, 6), (1, 6)])
 def test_relative_error_is_mean_squared_error_over_variance(tokens_ST: Tensor, first: int, last: int) -> None:
-    chain, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
-    outputs = window(chain.inputs_STD[first:last], chain.decoder.calls(tokens_ST[first:last])).numpy().astype("f8")
-    targets = chain.targets_STD[first:last].numpy().astype("f8")
+    data, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
+    outputs = window(data.inputs_STD[first:last], data.calls(torch.arange(first, last))).numpy().astype("f8")
+    targets = data.targets_STD[first:last].numpy().astype("f8")
     expected = np.mean((outputs - targets) ** 2) / 0.7
-    assert relative_error(window, chain, first, last, variance=0.7) == pytest.approx(expected, rel=1e-5)
+    assert data.error(window, first, last, 0.7) == pytest.approx(expected, rel=1e-5)
 
 
 def test_errors_are_of_held_out_samples_and_of_as_many_calibration_samples(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    variance = chain.target_variance()
-    on_both = (
-        relative_error(window, chain, 0, 2, variance=variance),
-        relative_error(window, chain, 4, 6, variance=variance),
-    )
-    result = reconstructor(chain, tmp_path, module()).fit(window, masks)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    variance = data.variance()
+    on_both = data.error(window, 0, 2, variance), data.error(window, 4, 6, variance)
+    result = reconstructor(tmp_path, module()).fit(window, masks, data)
     assert (result.relative_error_before, result.held_out_before) == on_both
 
 
 def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: Path) -> None:
-    chain, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    reconstructor(chain, tmp_path, module()).fit(window, masks)
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    reconstructor(tmp_path, module()).fit(window, masks, data)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in window.parameters())
 
 
@@ -293,9 +251,10 @@ class Inventory:
         self.bytes.append(sum(storages.values()))
 
 
-def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path) -> None:
-    model = tiny_model("llama", num_hidden_layers=6, layer_types=None)
-    chain = Chain(Decoder(model, CPU.device), tokens_ST, num_samples=4, batch_size=2, compute=CPU)
+@pytest.mark.parametrize(("by", "per_layer"), [("block", 1), ("half", 2), ("matrix", 7)])
+def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path, by: str, per_layer: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    chain = chain_of(model, tokens_ST, 4)
     kept = Inventory()
     settings = module().keywords
 
@@ -305,19 +264,20 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
     def make_module(*arguments: object) -> LightningModule:
         return kept.made(ReconstructionModule(*arguments, **settings | {"optimizer": make_optimizer}))
 
-    made = reconstructor(chain, tmp_path, make_module, max_epochs=1)
+    made = reconstructor(tmp_path, make_module, max_epochs=1)
     make_trainer = made.trainer
     made.trainer = lambda **arguments: kept.made(make_trainer(**arguments))
     walk(
-        partition(model),
+        partition(model, by=by),
         chain=chain,
-        criterion=Magnitude(),
-        pattern=Unstructured(sparsity=0.5),
+        pruner=Pruner(Magnitude(), Unstructured(sparsity=0.5), chain),
         reconstructor=made,
         checkpoint=Checkpoint(model, CPU.device),
         clock=Clock(),
         listeners=[kept],
     )
-    assert len(kept.fits) == 6 * 3
+    assert len(kept.fits) == 6 * per_layer * 3
     assert kept.alive == [], "modules, Trainers or optimizers of windows that are done"
-    assert len(set(kept.bytes)) == 1, f"bytes of tensors after each window: {kept.bytes}"
+    for layer in range(6):  # the matrices of a layer differ in size
+        found = kept.bytes[layer * per_layer : (layer + 1) * per_layer]
+        assert found == kept.bytes[:per_layer], f"bytes of tensors after each window: {kept.bytes}"

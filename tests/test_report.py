@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_recon.plots import duration, error_over_depth, learning_curves, read_curves, read_results, write_figures
-from lit_recon.report import as_error, as_perplexity, main, sparsity_by_kind, verdict, write_report
+from lit_recon.report import COLUMNS, as_error, as_perplexity, main, sparsity_by_kind, verdict, write_report
 
 STEPS = 16
 FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]
@@ -48,7 +49,16 @@ def results_of(num_windows: int) -> dict[str, Any]:
             }
             for index in range(num_windows)
         ],
-        "seconds": {"load": 3.2, "teacher": 9.0, "prune": 1.0, "fit": 30.1, "evaluate": 22.0, "total": 71.04},
+        "seconds": {
+            "load": 3.2,
+            "teacher": 9.0,
+            "prune": 1.0,
+            "fit": 30.1,
+            "advance": 0.5,
+            "commit": 0.4,
+            "evaluate": 22.0,
+            "total": 71.04,
+        },
         "peak_memory_bytes": 1512345678,
         "tokens": {"calibration": 8192},
         "versions": {"lit_recon": "0.1.0", "torch": "2.13.0"},
@@ -319,6 +329,26 @@ def test_numbers_read_well(text: str, expected: str) -> None:
     assert text == expected
 
 
+NEW = {  # what runs of earlier versions lack
+    "relative_error": {"pruned": 0.345678, "reconstructed": 0.123456},
+    "walk_peak_memory_bytes": 987_654_321,
+    "predicted": {"seconds": 65.43, "peak_memory_bytes": 1_400_000_000},
+}
+
+
+@pytest.fixture
+def granularity(tmp_path: Path) -> list[str]:
+    """The folders of three runs that differ in their windows, one with another module, one of an earlier version."""
+    matrix, half, old = results_of(2) | NEW, results_of(2) | NEW, results_of(2)
+    matrix["recipe"] |= {"windows": "matrix", "module": "LeastSquaresModule"}
+    half["recipe"] |= {"windows": "half", "module": "ReconstructionModule", "learning_rate": "0.002"}
+    half["seconds"] |= {"fit": 3700.0, "total": 12345.6}
+    half["perplexity"] |= {"pruned": 123456.789}
+    folder = tmp_path / "runs" / "granularity"
+    runs = {"matrix_least_squares": matrix, "half": half, "block": old}
+    return [str(make_run(folder / name, results)) for name, results in runs.items()]
+
+
 def test_the_command_rewrites_each_report_and_prints_one_table(
     two_windows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,30 +360,100 @@ def test_the_command_rewrites_each_report_and_prints_one_table(
     assert main([str(two_windows), str(other)]) == 0
     table = capsys.readouterr().out
     for text in (
-        str(two_windows),
-        str(other),
         "tiny-llama",
-        "Wanda, unstructured 50% per row, block",
+        "block, Wanda, unstructured 50% per row",
         "67.8%",
+        "block, Magnitude, 2:4 [kept]",
         "51.2%",
     ):
         assert text in table, text
-    for text in ("Magnitude, 2:4 [kept], block", "14.90", "22.35", "17.30", "71.0 s", "1.51 GB", "2.34 GB"):
+    for text in ("14.90", "22.35", "17.30", "71.0 s", "1.51", "2.34"):
         assert text in table, text
     assert table.count("recon-") == 1
     assert "67.8%" in (two_windows / "report.html").read_text(encoding="utf-8")
     assert (other / "report.html").exists() and (other / "figures" / "time.png").exists()
 
 
-def test_the_table_fits_80_columns_without_cutting_a_number(
-    two_windows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "60"}])  # pipe, terminal
+def test_the_table_has_a_row_of_whole_numbers_per_run_in_120_columns(
+    granularity: list[str],
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the width of a terminal only if it believes that there is one
-    monkeypatch.setenv("COLUMNS", "80")
-    main([str(two_windows)])
-    table = capsys.readouterr().out
-    for text in ("14.90", "22.35", "17.30", "67.8%", "71.0 s", "1.51 GB"):
-        assert text in table, text
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main(granularity)
+    lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 120 and not any("…" in line for line in lines)
+    shared = "tiny-llama, Wanda, unstructured 50% per row, 8,192 calibration tokens"
+    assert lines[0].startswith(shared) and "16 x 512 tokens" in " ".join(lines[:2])
+    rows = [line for line in lines if "14.90" in line]
+    first = "matrix_least_squares 14.90 22.35 17.30 67.8% 0.123 41.0 s 71.0 s 0.99 1.51"
+    assert len(rows) == 3 and rows[0].split() == first.split()
+    for text in ("half", "123,456.79", "1 h 01 min", "3 h 25 min", "0.99"):
+        assert text in rows[1], text
+    assert rows[2].split()[4:] == ["67.8%", "–", "41.0", "s", "71.0", "s", "–", "1.51"]
+    assert "matrix, LeastSquaresModule" in lines and "half" in lines and "block" in lines
+
+
+def test_markdown_is_the_whole_output_and_has_the_same_rows(
+    granularity: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["--markdown", *granularity]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| run | window | perplexity, dense | perplexity, pruned | perplexity, reconstructed | "
+        "share of the gap | relative error | time, walk | time, total | peak GB, walk | "
+        "peak GB, total |",
+        "| --- | --- |" + " ---: |" * 9,
+        "| matrix_least_squares | matrix, LeastSquaresModule | 14.90 | 22.35 | 17.30 | 67.8% | 0.123 | "
+        "41.0 s | 71.0 s | 0.99 | 1.51 |",
+        "| half | half | 14.90 | 123,456.79 | 17.30 | 67.8% | 0.123 | 1 h 01 min | 3 h 25 min | 0.99 | 1.51 |",
+        "| block | block | 14.90 | 22.35 | 17.30 | 67.8% | – | 41.0 s | 71.0 s | – | 1.51 |",
+    ]
+    assert all(Path(run, "report.html").exists() for run in granularity)
+
+
+def test_markdown_shows_names_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = results_of(1)
+    results["recipe"]["windows"] = "a|b <i>*c*"
+    main([str(make_run(tmp_path / "x|y", results)), "--markdown"])
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("| x\\|y | a\\|b \\<i>\\*c\\* | 14.90 |")
+    assert row.replace("\\|", "").count("|") == len(COLUMNS) + 1
+
+
+def test_rows_tell_every_setting_in_which_runs_differ_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = results_of(1), results_of(1) | {"seed": 8, "tokens": {"calibration": 32768}}
+    first["recipe"] |= {"learning_rate": "0.001", "epochs": "1"}
+    second["recipe"] |= {"learning_rate": "0.002", "epochs": "1", "statistics": "sparse"}
+    runs = [make_run(tmp_path / "a" / "run", first), make_run(tmp_path / "b" / "run", second)]
+    main(["--markdown", *map(str, runs)])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| a/run", "block, learning rate 0.001, 8,192 calibration tokens, seed 7"],
+        ["| b/run", "block, learning rate 0.002, 32,768 calibration tokens, seed 8"],
+    ]
+
+
+def test_the_page_has_what_newer_runs_measure(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run", results_of(2) | NEW)).read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    assert "Of the last layer's hidden states it is 0.346 after pruning and 0.123 after reconstruction." in page
+    assert "at the peak, 0.99 GB while windows were reconstructed; predicted were 65.4 s and 1.40 GB." in page
+
+
+def test_errors_that_are_no_relative_errors_are_not_called_so(tmp_path: Path) -> None:
+    results = results_of(2)
+    results["windows"][0]["measure"], results["windows"][1]["measure"] = "relative error", "KL divergence"
+    assert error_over_depth(results["windows"][:1]).axes[0].get_ylabel() == "held-out relative error"
+    assert error_over_depth(results["windows"][1:]).axes[0].get_ylabel() == "held-out KL divergence"
+    assert error_over_depth(results["windows"]).axes[0].get_ylabel() == "held-out error"
+    page = write_report(make_run(tmp_path / "run", results)).read_text(encoding="utf-8")
+    assert "where the loss was on the logits, their KL divergence in nats per token" in page
 
 
 def test_a_folder_that_is_no_run_gets_one_message_and_exit_status_2(two_windows: Path, tmp_path: Path) -> None:

@@ -4,12 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import nn
+from transformers import PreTrainedModel
 
+from lit_recon.architectures import tiny_model
 from lit_recon.masks import NM, Unstructured
-from lit_recon.startup import RUN_FILES, Problems, check_output, check_steps, check_windows, clear_output
-from lit_recon.windows import partition
+from lit_recon.matrices import Matrix
+from lit_recon.partition import layer_windows
+from lit_recon.startup import (
+    RUN_FILES,
+    Problems,
+    check_output,
+    check_pattern,
+    check_scored,
+    check_steps,
+    clear_output,
+)
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -53,20 +63,26 @@ def test_clearing_removes_a_runs_files_and_no_others(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def matrices_of(model: PreTrainedModel) -> list[Matrix]:
+    """All matrices of its layers."""
+    return [matrix for window in layer_windows(model) for matrix in window.matrices()]
+
+
 def test_misfitting_matrices_are_named_and_the_rest_counted() -> None:
-    windows = partition(tiny_model("llama"))
-    check_windows(windows, NM(n=2, m=4), allow_unscored=False)
+    matrices = matrices_of(tiny_model("llama"))
+    check_pattern(matrices, NM(n=2, m=4))
     with pytest.raises(ValueError, match=r"q_proj\.weight.*\n(.*\n)*\.\.\. and 18 more"):
-        check_windows(windows, NM(n=2, m=5), allow_unscored=False)
+        check_pattern(matrices, NM(n=2, m=5))
 
 
 def test_a_matrix_that_no_criterion_can_score_is_refused_unless_allowed() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.experts = nn.Parameter(torch.zeros(2, 16, 32))
-    windows = partition(model)
+    matrices = matrices_of(model)
+    check_scored(matrices_of(tiny_model("llama")), allow_unscored=False)
     with pytest.raises(ValueError, match=r"1 of 22 matrices \(\d+\.\d% .*mlp\.experts.*allow_unscored=true"):
-        check_windows(windows, Unstructured(sparsity=0.5), allow_unscored=False)
-    check_windows(windows, Unstructured(sparsity=0.5), allow_unscored=True)
+        check_scored(matrices, allow_unscored=False)
+    check_scored(matrices, allow_unscored=True)
 
 
 @pytest.mark.parametrize("steps", [(0, -1, 1), (-1, -1, 1), (1, 0, 1), (1, -1, 0), (1.5, -1, 1)])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lit_recon.activations import Chain
 from lit_recon.blocks import Decoder, call_layer
+from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.compute import Compute
 from lit_recon.criteria.wanda import Wanda
@@ -25,9 +25,10 @@ from lit_recon.metrics import Clock
 from lit_recon.models import WheelModel
 from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.partition import partition
+from lit_recon.pruning import Pruner
 from lit_recon.reconstruction import Reconstructor, WindowResult
 from lit_recon.startup import quiet
-from lit_recon.windows import partition
 
 WINDOWS, SAMPLES, HELD_OUT, LENGTH, BATCH, RATE = 8, 32, 4, 256, 2, 2e-3
 
@@ -135,17 +136,15 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     reconstructor = Reconstructor(
         module,
         functools.partial(trainer, precision=compute.precision),
-        chain=chain,
         logger=RunLogger(tmp_path),
-        batch_size=BATCH,
+        device=compute.device,
         seed=0,
     )
     race = Race(Decoder(plain, compute.device), chain.inputs_STD.clone(), tokens_ST, compute)
     walk(
         partition(ours)[:WINDOWS],
         chain=chain,
-        criterion=Wanda(),
-        pattern=Unstructured(sparsity=0.5),
+        pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
         reconstructor=reconstructor,
         checkpoint=Checkpoint(ours, compute.device),
         clock=Clock(),
