@@ -13,9 +13,7 @@ With dense inputs, targets and statistics no step of a window needs another wind
 reconstructed in any order, or in parallel (`Regime.independent`). The only thing that is handed on is the dense chain.
 """
 
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
@@ -27,7 +25,7 @@ from lit_recon.activations import Activations
 from lit_recon.captured import MatrixData
 from lit_recon.chain import Chain, watching_nothing
 from lit_recon.checkpoint import Checkpoint
-from lit_recon.metrics import Clock
+from lit_recon.metrics import Clock, release_memory
 from lit_recon.pruning import Pruner
 from lit_recon.reconstruction import Reconstructor, WindowResult
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
@@ -64,7 +62,7 @@ def walk(
             for done, result in _matrices(span, single, *work) if single else _window(span, *work):
                 masks |= done
                 results.append(result)
-                _release()
+                release_memory()
                 for listener in listeners:
                     listener.window_done(result)
             with clock.phase("advance"):
@@ -116,18 +114,6 @@ def _matrices(
         yield masks, result
     for window in windows:
         window.install()
-
-
-def _release() -> None:
-    """Give back what a window has used: Trainer, module and optimizer refer to each other and would wait to be found.
-
-    glibc keeps freed memory between small blocks that are still in use; after 30 layers of matrices that is a gigabyte.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
-        if trim is not None:
-            trim(0)
 
 
 @contextmanager

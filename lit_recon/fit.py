@@ -17,6 +17,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -33,6 +34,7 @@ from lit_recon.plan import Workload
 from lit_recon.regime import Regime
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
 
+REFUSED = 2  # exit status: the user asked for something that cannot be
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
 
@@ -144,7 +146,20 @@ def _workload(cfg: DictConfig, samples: Samples) -> Workload:
     )
 
 
+_refused: list[int] = []  # statuses of the runs of a sweep that were refused; the others go on
+
+
 def _fit(cfg: DictConfig) -> None:
+    """One run; of a sweep, a refusal is remembered and the next run begins."""
+    try:
+        _run(cfg)
+    except SystemExit as end:
+        if HydraConfig.get().mode is not RunMode.MULTIRUN or end.code != REFUSED:
+            raise
+        _refused.append(REFUSED)
+
+
+def _run(cfg: DictConfig) -> None:
     """Prepare and run; how a run ends is told in one message."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
@@ -153,13 +168,13 @@ def _fit(cfg: DictConfig) -> None:
     try:
         job = prepare(cfg)
     except ValueError as error:
-        _stop(str(error), status=2)
+        _stop(str(error), status=REFUSED)
     except KeyboardInterrupt:
         _stop("interrupted: nothing was written.", status=1)
     try:
         run(job, console)
     except Refusal as error:
-        _stop(str(error), status=2)
+        _stop(str(error), status=REFUSED)
     except KeyboardInterrupt as interrupt:
         kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
         _stop(f"interrupted: {str(interrupt) or f'{job.output} is unfinished; {kept}'}.", status=1)
@@ -172,11 +187,14 @@ def _stop(message: str, *, status: int) -> NoReturn:
 
 def main() -> None:
     """The command line; Hydra composes the configuration."""
+    _refused.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing it and exiting with 1
     try:
         hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(_fit)()
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(explain_override(error, sys.argv[1:], CONF), status=2)
+        _stop(explain_override(error, sys.argv[1:], CONF), status=REFUSED)
+    if _refused:
+        _stop(f"refused runs of the sweep: {len(_refused)}; see above.", status=REFUSED)
 
 
 if __name__ == "__main__":

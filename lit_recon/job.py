@@ -30,7 +30,7 @@ from lit_recon.evaluate import Protocol, final_states, perplexity, relative_erro
 from lit_recon.examine import examine
 from lit_recon.logger import RunLogger
 from lit_recon.masks import Pattern
-from lit_recon.metrics import Clock, peak_memory_bytes, reset_peak_memory
+from lit_recon.metrics import Clock, peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.models import HubModel, LanguageModel
 from lit_recon.plan import Plan, Workload, make_plan
 from lit_recon.plots import duration
@@ -76,6 +76,8 @@ class Job:
 def run(job: Job, console: Console) -> None:
     """Do it all, and leave behind the files of a run."""
     clock = Clock()
+    release_memory()  # what an earlier run of a sweep has left
+    reset_peak_memory(job.compute.device)
     seed_everything(job.seed, verbose=False)
     perplexities: dict[str, float] = {}
     walked = reconstruct(job, clock, console, perplexities)

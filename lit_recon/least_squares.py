@@ -41,7 +41,7 @@ def solve(
 ) -> Tensor:
     """The weights on the mask's support with the least squared error, within `tolerance` (see the file's top).
 
-    Inputs that are always zero leave the problem: their weights keep their start. Rows do not depend on each other, so
+    Weights of inputs that are always zero keep their start. Rows do not depend on each other, so
     matrices with the same inputs may be stacked.
 
     Args:
@@ -49,7 +49,8 @@ def solve(
         mask_OI: Boolean, True = kept.
         gram_II: G = X^T X; best in float64, which all but the iterations is computed in.
         cross_OI: B = Y^T X.
-        tolerance: Share of its possible gain that a row may leave at most; most rows leave a tenth of that.
+        tolerance: Share of its possible gain that a row may leave at most; most leave a tenth of that. Below 1e-8
+            the precision of float32 decides.
         max_iterations: Where all rows stop at the latest.
         on_iteration: Called with the number of each iteration, from 1, and what the objective has fallen by so far.
 
@@ -65,12 +66,12 @@ def solve(
     # With inputs of norm 1 an outlier counts like any other. The mask is the same: the scaling is diagonal.
     scale_I = torch.where(norms_I > 0, norms_I, 1)
     system_II = (gram_II / scale_I / scale_I[:, None]).fill_diagonal_(1 + DAMPING)
-    active_OI, limits = mask_OI & (norms_I > 0), (tolerance, max_iterations)
-    step_OI = _conjugate_gradients(system_II, residual_OI / scale_I, active_OI, *limits, on_iteration) / scale_I
+    limits = (tolerance, max_iterations)
+    step_OI = _conjugate_gradients(system_II, residual_OI / scale_I, mask_OI, *limits, on_iteration) / scale_I
     solution_OI = (start_OI + step_OI).float()
     change_OI = solution_OI.double() - start_OI.double()
     gain_O1 = (change_OI * (2 * residual_OI - change_OI @ gram_II)).sum(1, keepdim=True)
-    return torch.where(gain_O1 > 0, solution_OI, start_OI)  # the last bits of a start at the minimum can be rounded up
+    return torch.where(gain_O1 > 0, solution_OI, start_OI)  # rounding to float32 can cost more than there was to gain
 
 
 def _conjugate_gradients(

@@ -133,6 +133,17 @@ def test_a_start_that_is_the_minimum_does_not_get_worse(kind: str) -> None:
     assert (best.errors(best.solve(**EXACT)) <= best.errors(best.start) * (1 + 1e-12)).all()
 
 
+def test_a_row_keeps_its_start_where_rounding_to_float32_costs_more_than_there_is_to_gain() -> None:
+    case = problem("correlated", outputs=200)
+    noise = torch.randn(case.start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    best = case.start.double() * (1 + 2e-8 * noise)  # a third of the distance of two numbers in float32
+    near = Problem(case.start, case.mask, case.inputs, case.inputs @ best.T)
+    found = near.solve(**EXACT)
+    assert (near.errors(found) <= near.errors(near.start) * (1 + 1e-6)).all()
+    assert (found == near.start).all(1).any()
+    assert (found != near.start).any(1).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_off_the_mask_are_exact_zeros_whatever_the_start_has_there(kind: str) -> None:
     case = problem(kind)
