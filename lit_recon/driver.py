@@ -111,6 +111,7 @@ def _matrices(
             masks = pruner.prune(window.matrices())
         with clock.phase("fit"):
             result = reconstructor.fit(window, masks, known)
+        del known  # before the next matrix's activations are made
         yield masks, result
     for window in windows:
         window.install()

@@ -18,16 +18,6 @@ from torch import Tensor
 DAMPING = 1e-4
 
 
-def squared_error(weight_OI: Tensor, gram_II: Tensor, cross_OI: Tensor, target_square: float) -> float:
-    """||X W^T - Y||^2 from G = X^T X, B = Y^T X and ||Y||^2; in float64, and never negative.
-
-    It is a difference of large numbers: G and B that were summed in float32 leave errors of 1e-7 of ||Y||^2.
-    """
-    weight_OI = weight_OI.double()
-    change = (weight_OI * (weight_OI @ gram_II.double() - 2 * cross_OI.double())).sum()
-    return max(0.0, target_square + float(change))
-
-
 @torch.no_grad()
 def solve(
     start_OI: Tensor,

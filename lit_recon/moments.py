@@ -79,6 +79,7 @@ class Moments:
         "max_steps": -1,
         "val_check_interval": 1.0,
         "log_every_n_steps": 1,
+        "precision": "32-true",  # the solver's products would not survive autocast to 16 bits
     }
 
     @classmethod

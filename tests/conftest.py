@@ -76,9 +76,8 @@ def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 
 
 def trainer(**settings: object) -> Callable[..., Trainer]:
     """The Trainer of the real configuration, on the CPU in float32."""
-    return instantiate(
-        OmegaConf.load(fit.CONF / "fit.yaml").trainer, accelerator="cpu", precision="32-true", **settings
-    )
+    settings = {"accelerator": "cpu", "precision": "32-true"} | settings
+    return instantiate(OmegaConf.load(fit.CONF / "fit.yaml").trainer, **settings)
 
 
 def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModule]:
@@ -186,6 +185,8 @@ def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path)
         chosen = {override.partition("=")[0] for override in overrides}
         own = {"data": f"data.paths=[{text_file}]", "model": f"model.name={model_folder}"}  # of one member only
         dropped = {setting for group, setting in own.items() if group in chosen}
+        if "module=least_squares" in overrides:
+            dropped.add("module.optimizer.lr=1e-2")
         return command(*(setting for setting in settings if setting not in dropped), *overrides)
 
     return run

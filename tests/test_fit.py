@@ -191,7 +191,9 @@ def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]
         ("windows=model",),
         ("windows=model", "windows.head=true"),
         ("windows=half",),
-        ("windows=matrix",),
+        ("windows=matrix", "module.optimizer.lr=3e-3"),
+        ("windows=matrix", "module=least_squares", "data.num_samples=32"),
+        ("windows=matrix", "module=least_squares", "data.num_samples=32", "chain.inputs=sparse"),
         ("windows=half", "chain.inputs=sparse", "chain.targets=local", "chain.statistics=sparse"),
         ("chain.inputs=mix", "chain.statistics=sparse", "prune_by=half"),
         ("data.packing=documents",),
@@ -204,6 +206,14 @@ def test_other_settings_run_too(tiny_run: Callable[..., Ended], overrides: tuple
     ended = tiny_run(*overrides)
     assert ended.status == 0, ended.err
     assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
+
+
+def test_with_the_head_only_the_last_window_is_measured_on_the_logits(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("windows.head=true")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert [window["measure"] for window in windows] == ["relative error", "relative error", "KL divergence"]
+    assert all(window["accepted"] for window in windows)
 
 
 @pytest.mark.gpu
@@ -295,10 +305,7 @@ BAD_INPUT = {
     ("chain.targets=local",): ["chain.targets=local", "chain.inputs=dense"],
     ("chain.inputs=mix", "chain.mix=1"): ["chain.mix=1"],
     ("windows=half", "prune_by=layer"): ["prune_by=layer", "window, half, block, model"],
-    ("windows=half", "module=custom", "module._target_=lit_recon.modules.least_squares.LeastSquaresModule"): [
-        "windows=matrix",
-        "half",
-    ],
+    ("windows=half", "module=least_squares"): ["module=least_squares", "windows=matrix", "half"],
     ("criterion=custom",): ["criterion._target_"],
     ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
     ("output_dir=/proc/run",): ["/proc", "output_dir"],

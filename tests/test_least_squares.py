@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_recon.least_squares import DAMPING, solve, squared_error
+from lit_recon.least_squares import DAMPING, solve
 from lit_recon.masks import NM, Unstructured
 
 EXACT = {"tolerance": 1e-10, "max_iterations": 500}
@@ -246,14 +246,3 @@ def test_a_gram_that_is_none_is_refused() -> None:
     for wrong in (gram.clone().fill_(float("nan")), 2 * gram.diagonal().diag() - 50 * gram):
         with pytest.raises(torch.linalg.LinAlgError):
             solve(case.start, case.mask, wrong, cross)
-
-
-def test_the_squared_error_of_moments_is_that_of_activations_and_never_negative() -> None:
-    case = problem("other targets")
-    square = float(case.targets.square().sum())
-    expected = float(case.errors(case.start).sum())
-    assert squared_error(case.start, *case.moments, square) == pytest.approx(expected, rel=1e-9)
-    dense = problem("well conditioned", outputs=64)
-    perfect = torch.eye(64)
-    gram = dense.inputs.T @ dense.inputs
-    assert squared_error(perfect, gram, gram, float(gram.trace()) * (1 - 1e-12)) == 0

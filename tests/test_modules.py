@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import module, pruned_window, reconstructor, trainer, weights
+from conftest import CPU, module, pruned_window, reconstructor, trainer, weights
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from lit_recon.activations import Batch
 from lit_recon.architectures import tiny_model
+from lit_recon.fit import CONF
 from lit_recon.losses import mean_absolute, mean_squared
 from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.moments import Moments, Sums
+from lit_recon.partition import partition
 
 
 def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:
@@ -160,6 +165,31 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
     for (name, value), gradient in zip(before.items(), gradients, strict=True):
         mask = masks.get(f"model.layers.0.{name.removeprefix('layers.0.')}", torch.ones_like(value))
         torch.testing.assert_close(after[name], value - 1e-2 * gradient * mask, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Path, precision: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    different_NI = torch.randn(30, 32, generator=generator) * torch.logspace(0, -2, 32)
+    rows_NI = different_NI[torch.randint(0, 30, (256,), generator=generator)]  # few tokens: G is singular
+    window = partition(tiny_model("llama"), by="matrix")[0]
+    window.open()
+    sums = Sums.zero(32, CPU.device)
+    sums.add(rows_NI)
+    moments = Moments.of_products(window, [sums], [sums])
+    targets_NO = (rows_NI @ window.weight.T).double().numpy()
+    mask = torch.rand(window.weight.shape, generator=generator) < 0.5
+    window.weight.mul_(mask)
+    make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
+    result = reconstructor(tmp_path, make, precision=precision).fit(window, {window.matrix.name: mask}, moments)
+    assert torch.count_nonzero(window.weight[~mask]) == 0
+    left = 0.0
+    for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):
+        inputs = rows_NI.double().numpy()[:, kept]
+        left += ((inputs @ np.linalg.lstsq(inputs, target_N, rcond=None)[0] - target_N) ** 2).sum()
+    best = left / targets_NO.size / targets_NO.var(0).mean()
+    assert result.accepted and best < 0.6 * result.relative_error_before, "there is much to gain"
+    assert result.relative_error_after == pytest.approx(best, rel=0.01)
 
 
 class Twice(ReconstructionModule):
