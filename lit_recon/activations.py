@@ -81,10 +81,12 @@ class Activations:
 
     def variance(self) -> float:
         """Variance of the calibration targets around their mean per feature: the unit of relative errors."""
-        targets_STD = self.targets_STD[: self.num_samples]
-        valid_ST = None if self.valid_ST is None else self.valid_ST[: self.num_samples]
-        rows_ND = targets_STD.flatten(0, 1) if valid_ST is None else targets_STD[valid_ST]
-        return rows_ND.var(0, correction=0).mean().item()
+        return self.rows(self.targets_STD, slice(0, self.num_samples)).var(0, correction=0).mean().item()
+
+    def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
+        """Inputs or targets of some samples as rows without padding, (N, D)."""
+        chosen_STD = hidden_STD[samples]
+        return chosen_STD.flatten(0, 1) if self.valid_ST is None else chosen_STD[self.valid_ST[samples]]
 
     def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
         """Errors of the window on as many calibration samples as there are held-out ones, and on those.

@@ -12,13 +12,14 @@ Shapes: S samples, T positions, N rows, E experts, O outputs, I inputs.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_recon.activations import Activations
 from lit_recon.blocks import LayerCall
-from lit_recon.chain import Chain
+from lit_recon.chain import PARTS, Chain
 from lit_recon.matrices import Product, observed
 from lit_recon.moments import Moments, Sums
 from lit_recon.regime import Regime
@@ -36,21 +37,39 @@ def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
         )
 
 
-class _Rows:
-    """The inputs of some matrices of a layer, as rows, for calibration and held-out samples."""
+_REMEMBERED = 8  # inputs back that a matrix may share
 
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
-        self.inputs: dict[str, list[Tensor]] = {}
-        self.experts: dict[str, list[Tensor]] = {}
 
-    def add(self, part: str, product: Product) -> None:
-        """Keep the rows of one product."""
-        rows_NI = product.rows_NI
-        if product.matrix.experts > 1:
-            rows_NI = rows_NI[rows_NI.any(1)]  # zero where a layer gives every expert every token
-        self.inputs.setdefault(part, []).append(rows_NI.float().cpu())
-        self.experts.setdefault(part, []).append(torch.full((len(rows_NI),), product.expert))
+class _Leaders:
+    """Which matrices have the same input: the first of them that is used leads the others."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, str] = {}
+        self._recent: list[tuple[weakref.ref, str]] = []
+
+    def of(self, product: Product) -> str:
+        """Name of the matrix that leads the one of this product; its own where it leads."""
+        name = product.matrix.name
+        leader = next((other for inputs, other in self._recent if inputs() is product.inputs), name)
+        if leader == name and product.matrix.experts == 1:
+            self._recent = [*self._recent[-_REMEMBERED:], (weakref.ref(product.inputs), name)]
+        return self._by_name.setdefault(name, leader)
+
+    def led(self, leader: str) -> set[str]:
+        """Names of all matrices with the input of `leader`."""
+        return {name for name, other in self._by_name.items() if other == leader}
+
+    def __getitem__(self, name: str) -> str:
+        return self._by_name[name]
+
+
+class _Captured(NamedTuple):
+    """Inputs as samples: the expert of each row, which rows are real, and the number of calibration samples."""
+
+    inputs_STI: Tensor
+    experts_ST: Tensor
+    valid_ST: Tensor | None
+    num_samples: int
 
 
 class MatrixData:
@@ -64,76 +83,60 @@ class MatrixData:
     def __init__(self, layer: Window, chain: Chain) -> None:
         self.layer = layer
         self.chain = chain
-        self._names: set[str] = set()  # whose inputs are those that are kept now
-        self._kept: tuple[Tensor, Tensor, Tensor | None, int] | None = None
-        self._sums: dict[str, dict[str, list[Sums]]] = {"calibration": {}, "held_out": {}}
-        self._leader: dict[str, str] = {}
+        self._leaders = _Leaders()
+        self._names: set[str] = set()  # the matrices whose inputs are captured now
+        self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
+        self._sums: dict[str, dict[str, list[Sums]]] = {part: {} for part in PARTS}
 
     def activations(self, window: MatrixWindow) -> Activations:
         """The inputs and products of one matrix, in the layer run on the chain's inputs."""
         if window.matrix.name not in self._names:
-            self._kept = None
-            self._names, self._kept = self._capture(window, self.chain.inputs_STD)
-        assert self._kept
-        inputs_STI, experts_ST, valid_ST, num_samples = self._kept
-        sources_STI = inputs_STI
-        if not self.one_source:
-            assert self.chain.dense
-            sources_STI = self._capture(window, self.chain.dense.states_STD)[1][0]
-        calls = _calls(experts_ST) if window.matrix.experts > 1 else _no_calls
-        made = Activations(
-            sources_STI, sources_STI, valid_ST, calls, num_samples, self.chain.batch_size, self.chain.compute
+            self._captured = ()  # before the next ones are made
+            states = [self.chain.inputs_STD]
+            if not self.one_source:
+                assert self.chain.dense
+                states.append(self.chain.dense.states_STD)
+            self._captured = tuple(self._capture(window, states_STD) for states_STD in states)
+            self._names = self._leaders.led(self._leaders[window.matrix.name])
+        inputs, sources = self._captured[0], self._captured[-1]
+        calls = _calls(inputs.experts_ST) if window.matrix.experts > 1 else _no_calls
+        return Activations(
+            inputs.inputs_STI,
+            _products(window, sources.inputs_STI, calls, self.chain),
+            inputs.valid_ST,
+            calls,
+            inputs.num_samples,
+            self.chain.batch_size,
+            self.chain.compute,
         )
-        made.targets_STD = _products(window, made)
-        made.inputs_STD = inputs_STI
-        return made
 
-    def _capture(
-        self, window: MatrixWindow, states_STD: Tensor
-    ) -> tuple[set[str], tuple[Tensor, Tensor, Tensor | None, int]]:
-        """Names of the matrices with this input; inputs, expert of each row, validity, number of samples."""
-        kept, same = _Rows({window.matrix.name}), {window.matrix.name}
-        last: list[tuple[str, Tensor]] = []
+    def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured:
+        """What a matrix is multiplied by while the layer runs on these states."""
+        rows: dict[str, list[tuple[Tensor, int]]] = {part: [] for part in PARTS}
 
         @contextmanager
         def watching(part: str) -> Iterator[None]:
             def observe(product: Product) -> None:
+                self._leaders.of(product)
                 if product.matrix.name == window.matrix.name:
-                    kept.add(part, product)
-                last.append((product.matrix.name, product.inputs))
-                mine = [inputs for name, inputs in last if name == window.matrix.name]
-                same.update(name for name, inputs in last if mine and inputs is mine[-1])
-                del last[:-_REMEMBERED]
+                    rows[part].append((product.rows_NI.float().cpu(), product.expert))
 
             with observed(self.layer.matrices(), observe):
                 yield
 
         self.chain.run(self.layer, states_STD, None, watching)
-        length = self.chain.tokens_ST.shape[1]
-        chunks = [
-            _chunks(torch.cat(kept.inputs[part]), torch.cat(kept.experts[part]), length)
-            for part in ("calibration", "held_out")
-        ]
-        inputs_STI, experts_ST, valid_ST = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
-        return same, (inputs_STI, experts_ST, None if valid_ST.all() else valid_ST, len(chunks[0][0]))
+        return _as_samples(rows, self.chain.tokens_ST.shape[1])
 
     @contextmanager
     def watching(self, part: str) -> Iterator[None]:
         """Gather the moments of all matrices' inputs in a pass of the layer on the inputs that they are trained on."""
-        recent: list[tuple[weakref.ref, str]] = []
 
         def observe(product: Product) -> None:
-            name = product.matrix.name
-            leader = next((other for ref, other in recent if ref() is product.inputs), name)
-            if self._leader.setdefault(name, leader) != name:
-                return
-            if product.matrix.experts == 1:
-                recent[:] = [*recent[-_REMEMBERED:], (weakref.ref(product.inputs), name)]
-            sums = self._sums[part].setdefault(
-                name,
-                [Sums.zero(product.inputs.shape[-1], product.inputs.device) for _ in range(product.matrix.experts)],
-            )
-            sums[product.expert].add(product.rows_NI)
+            name, experts = product.matrix.name, product.matrix.experts
+            if self._leaders.of(product) == name:
+                width, device = product.inputs.shape[-1], product.inputs.device
+                sums = self._sums[part].setdefault(name, [Sums.zero(width, device) for _ in range(experts)])
+                sums[product.expert].add(product.rows_NI)
 
         with observed(self.layer.matrices(), observe):
             yield
@@ -141,17 +144,14 @@ class MatrixData:
     def moments(self, window: MatrixWindow) -> Moments:
         """What least squares needs to know of one matrix; its weight is still dense."""
         if self.one_source:
-            leader = self._leader[window.matrix.name]
-            return Moments.of_products(window, *(self._sums[part][leader] for part in ("calibration", "held_out")))
-        return Moments.of_activations(window, self.activations(window))
+            leader = self._leaders[window.matrix.name]
+            return Moments.of_products(window, *(self._sums[part][leader] for part in PARTS))
+        return Moments.of_activations(self.activations(window))
 
     @property
     def one_source(self) -> bool:
         """Whether a matrix's targets are its dense products with the inputs that it is trained on."""
         return self.chain.regime.inputs == "dense" or self.chain.regime.targets == "local"
-
-
-_REMEMBERED = 8  # products back that may have had the same input
 
 
 def _no_calls(rows_B: Tensor) -> list[LayerCall]:
@@ -162,23 +162,35 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
-def _chunks(rows_NI: Tensor, experts_N: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as samples of `length` positions, the expert of each, and which are rows: the last sample is padded."""
-    missing = -len(rows_NI) % length
-    valid_N = torch.ones(len(rows_NI), dtype=torch.bool)
-    if missing:
-        rows_NI = torch.cat([rows_NI, rows_NI.new_zeros(missing, rows_NI.shape[1])])
-        experts_N = torch.cat([experts_N, experts_N.new_zeros(missing)])
-        valid_N = torch.cat([valid_N, valid_N.new_zeros(missing)])
-    return rows_NI.unflatten(0, (-1, length)), experts_N.view(-1, length), valid_N.view(-1, length)
+def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int) -> _Captured:
+    """Rows, each run of them of one expert, as samples of `length` positions; the last of each part is padded.
+
+    `rows` is emptied on the way, so that they are there once.
+    """
+    samples = {part: -(-sum(len(run_NI) for run_NI, _ in runs) // length) for part, runs in rows.items()}
+    width = next(run_NI.shape[1] for runs in rows.values() for run_NI, _ in runs)
+    total = sum(samples.values()) * length
+    inputs_NI = torch.zeros(total, width)
+    experts_N, valid_N = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
+    end = 0
+    for part, runs in rows.items():
+        start, end = end, end + samples[part] * length
+        while runs:
+            run_NI, expert = runs.pop(0)
+            here = slice(start, start + len(run_NI))
+            inputs_NI[here], experts_N[here], valid_N[here] = run_NI, expert, True
+            start = here.stop
+    valid_ST = None if valid_N.all() else valid_N.view(-1, length)
+    return _Captured(inputs_NI.unflatten(0, (-1, length)), experts_N.view(-1, length), valid_ST, samples["calibration"])
 
 
 @torch.no_grad()
-def _products(window: MatrixWindow, activations: Activations) -> Tensor:
-    """The matrix's products with the inputs of `activations`, (S, T, O)."""
-    device, compute = activations.compute.device, activations.compute
+def _products(
+    window: MatrixWindow, inputs_STI: Tensor, calls: Callable[[Tensor], list[LayerCall]], chain: Chain
+) -> Tensor:
+    """The matrix's products with these inputs, (S, T, O)."""
     made = []
-    for rows_B in torch.arange(len(activations.inputs_STD)).split(activations.batch_size):
-        with compute.autocast():
-            made.append(window(activations.inputs_STD[rows_B].to(device), activations.calls(rows_B)).float().cpu())
+    for rows_B in torch.arange(len(inputs_STI)).split(chain.batch_size):
+        with chain.compute.autocast():
+            made.append(window(inputs_STI[rows_B].to(chain.compute.device), calls(rows_B)).float().cpu())
     return torch.cat(made)

@@ -19,7 +19,8 @@ from lit_recon.data.packing import PADDING
 from lit_recon.regime import Regime
 from lit_recon.windows import Window
 
-CALIBRATION = ("calibration",)
+PARTS = ("calibration", "held_out")  # of the samples
+CALIBRATION = PARTS[:1]
 Watching = Callable[[str], AbstractContextManager]  # makes a context for the part of the samples that passes
 Forward = Callable[..., Tensor]  # of hidden states and calls
 
@@ -174,10 +175,14 @@ class Chain:
             free_STD = self.dense.step(window.branch, self._outputs_STD)
             self._outputs_STD = self._pinned(torch.zeros_like(self._outputs_STD)) if free_STD is None else free_STD
         if self.sparse:
-            inputs_STD = self.sparse.states_STD
-            outputs_STD = torch.zeros_like(inputs_STD) if window.branch == "first" else inputs_STD
-            self.run(partial(window, layers=slice(0, window.kept)), inputs_STD, outputs_STD)
-            self.sparse.step(window.branch, outputs_STD)
+            self.step_over(self.sparse, window)
+
+    def step_over(self, boundary: Boundary, window: Window) -> None:
+        """Run a window as it is now from a boundary, and put the boundary at the end of the layers that it keeps."""
+        inputs_STD = boundary.states_STD
+        outputs_STD = torch.zeros_like(inputs_STD) if window.branch == "first" else inputs_STD
+        self.run(partial(window, layers=slice(0, window.kept)), inputs_STD, outputs_STD)
+        boundary.step(window.branch, outputs_STD)
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be inputs or targets of training
     def run(
@@ -186,7 +191,7 @@ class Chain:
         inputs_STD: Tensor,
         outputs_STD: Tensor | None,
         watching: Watching = watching_nothing,
-        parts: Sequence[str] = ("calibration", "held_out"),
+        parts: Sequence[str] = PARTS,
     ) -> None:
         """Run a window, or some layers of it, over all samples.
 

@@ -12,7 +12,7 @@ make up, because its norms come after the residual or the residual goes through 
 Shapes: B samples, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,7 @@ class Split:
 
 def run_half(layer: nn.Module, split: Split, side: str, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
     """The output of one half, (B, T, D): the layer with its other side answering zeros."""
-    with _silenced(layer, split.children[_other(side)], split.answers):
-        return call_layer(layer, hidden_BTD, call)
+    return _run_without(layer, split.children[_other(side)], split.answers, hidden_BTD, call)
 
 
 def split_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Split:
@@ -69,7 +68,7 @@ def split_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Split:
     missing = [side for side in SIDES if not children[side]]
     if missing:
         raise ValueError(f"{type(layer).__name__} has no {missing[0]} side; use windows=block.")
-    halves = {side: _silent_pass(layer, children[_other(side)], answers) for side in SIDES}
+    halves = {side: partial(_run_without, layer, children[_other(side)], answers) for side in SIDES}
     with torch.no_grad():
         whole_BTD = call_layer(layer, hidden_BTD, call)
         attention_BTD = halves["attention"](hidden_BTD, call)
@@ -115,12 +114,11 @@ def _sides(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> tuple[dict[
     return children, answers
 
 
-def _silent_pass(layer: nn.Module, silent: Sequence[str], answers: Answers) -> Callable[[Tensor, LayerCall], Tensor]:
-    def run(hidden_BTD: Tensor, call: LayerCall) -> Tensor:
-        with _silenced(layer, silent, answers):
-            return call_layer(layer, hidden_BTD, call)
-
-    return run
+def _run_without(
+    layer: nn.Module, silent: Sequence[str], answers: Answers, hidden_BTD: Tensor, call: LayerCall
+) -> Tensor:
+    with _silenced(layer, silent, answers):
+        return call_layer(layer, hidden_BTD, call)
 
 
 @contextmanager
@@ -144,7 +142,7 @@ def _silenced(layer: nn.Module, names: Sequence[str], answers: Answers) -> Itera
 def _trained(
     layer: nn.Module,
     children: dict[str, list[str]],
-    halves: dict[str, Callable[[Tensor, LayerCall], Tensor]],
+    halves: Mapping[str, Callable[[Tensor, LayerCall], Tensor]],
     hidden_BTD: Tensor,
     call: LayerCall,
 ) -> tuple[dict[str, list[str]], list[str]]:

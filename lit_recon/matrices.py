@@ -100,18 +100,21 @@ def _input_dim(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> int | No
 
 
 def routers(layer: nn.Module) -> list[nn.Parameter]:
-    """Matrices that choose among experts: one output per expert, in the module that holds the experts, beside them."""
+    """Matrices that choose among experts: one output per expert, the only matrix of its module, beside the experts.
+
+    The only one, since a shared expert may be as wide as there are experts, but has another matrix that leads back.
+    """
     found = []
     for parent in layer.modules():
-        for child in parent.children():
-            count, inside = _num_experts(child), {id(parameter) for parameter in child.parameters()}
-            if count > 1:
-                found += [
-                    parameter
-                    for parameter in parent.parameters()
-                    if parameter.dim() == 2 and len(parameter) == count and id(parameter) not in inside
-                ]
+        counts = {count for child in parent.children() if (count := _num_experts(child)) > 1}
+        if counts:
+            beside = [_matrices_of(child) for child in parent.children() if not _num_experts(child)]
+            found += [alone[0] for alone in beside if len(alone) == 1 and len(alone[0]) in counts]
     return found
+
+
+def _matrices_of(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
 
 
 def _num_experts(module: nn.Module) -> int:
@@ -153,8 +156,9 @@ class Product:
 
     @property
     def rows_NI(self) -> Tensor:
-        """The inputs as rows."""
-        return self.inputs.flatten(0, -2)
+        """The inputs as rows; for an expert those that were meant for it: some layers give it zeros for all others."""
+        rows_NI = self.inputs.flatten(0, -2)
+        return rows_NI if self.matrix.experts == 1 else rows_NI[rows_NI.any(1)]
 
 
 class _Watch(TorchFunctionMode):
@@ -234,5 +238,8 @@ def learn_input_dims(matrices: Sequence[Matrix], run: Callable[[], Any]) -> None
 
     with observed(matrices, note):
         run()
-    for matrix in matrices:  # experts in modules of their own may have seen no token; their kind tells then
-        matrix.weight.input_dim = seen.get(matrix.name, matrix.input_dim)  # type: ignore[attr-defined]
+    for matrix in matrices:
+        # Experts in modules of their own may have seen no token; their kind tells then. Fused ones see some, or they
+        # are used in a way that cannot be observed.
+        known = None if matrix.weight.dim() == 3 else matrix.input_dim
+        matrix.weight.input_dim = seen.get(matrix.name, known)  # type: ignore[attr-defined]

@@ -88,13 +88,10 @@ class Moments:
         return cls(_of_products(window, calibration), _of_products(window, held_out))
 
     @classmethod
-    def of_activations(cls, window: MatrixWindow, activations: Activations) -> "Moments":
+    def of_activations(cls, activations: Activations) -> "Moments":
         """Where targets are of other inputs; of a plain matrix."""
-        total = len(activations.inputs_STD)
-        return cls(
-            _of_activations(activations, range(activations.num_samples)),
-            _of_activations(activations, range(activations.num_samples, total)),
-        )
+        split = activations.num_samples
+        return cls(_of_activations(activations, slice(0, split)), _of_activations(activations, slice(split, None)))
 
     def variance(self) -> float:
         """Variance of the calibration targets around their mean per output: the unit of relative errors."""
@@ -146,12 +143,10 @@ def _of_products(window: MatrixWindow, sums: list[Sums]) -> NormalEquations:
 
 
 @torch.no_grad()
-def _of_activations(activations: Activations, samples: range) -> NormalEquations:
+def _of_activations(activations: Activations, samples: slice) -> NormalEquations:
     inputs_NI, targets_NO = (
-        tensor[samples.start : samples.stop].flatten(0, 1) if activations.valid_ST is None
-        else tensor[samples.start : samples.stop][activations.valid_ST[samples.start : samples.stop]]
-        for tensor in (activations.inputs_STD, activations.targets_STD)
-    )  # fmt: skip
+        activations.rows(tensor, samples) for tensor in (activations.inputs_STD, activations.targets_STD)
+    )
     device = activations.compute.device
     gram_II = torch.zeros(inputs_NI.shape[1], inputs_NI.shape[1], device=device)
     cross_OI = torch.zeros(targets_NO.shape[1], inputs_NI.shape[1], device=device)

@@ -41,8 +41,6 @@ class Statistics:
     def observe(self, product: Product) -> None:
         """Add what a watched matrix is multiplied by."""
         name, expert, inputs_NI = product.matrix.name, product.expert, product.rows_NI
-        if product.matrix.experts > 1:  # some layers give every expert every token, zero where it was not chosen
-            inputs_NI = inputs_NI[inputs_NI.any(1)]
         self._rows[name][expert] += len(inputs_NI)
         self.by_name[name][expert] = self.criterion.update(self.by_name[name][expert], inputs_NI)
 
@@ -79,27 +77,28 @@ class Pruner:
         chain: The chain at the current window.
         units: What is pruned at once, where that is not each window: each larger or smaller than the windows. They
             make a difference with sparse statistics only.
-
-    Attributes:
-        by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
     """
 
     def __init__(self, criterion: Criterion, pattern: Pattern, chain: Chain, *, units: Sequence[Window] = ()) -> None:
         self.criterion, self.pattern, self.chain = criterion, pattern, chain
         self.units = units if chain.regime.statistics == "sparse" else ()
-        self.by_magnitude: list[str] = []
-        self._masks: dict[str, Tensor] = {}
+        self._around: Window | None = None  # the unit larger than a window in which the walk is
+        self._masks: dict[str, Tensor] = {}  # of the unit or the window in work
+        self._by_magnitude: dict[str, list[str]] = {}
+
+    @property
+    def by_magnitude(self) -> list[str]:
+        """Labels of the experts that saw no token and were scored by magnitude."""
+        return [label for labels in self._by_magnitude.values() for label in labels]
 
     def prepare(self, span: Window) -> None:
         """Before a window's weights are brought in: make all masks of a larger unit that starts here."""
-        names = _names(span)
-        for unit in self.units:
-            if names < _names(unit) and not names & set(self._masks):
-                with float32_on(unit, self.chain.compute.device):
-                    statistics = Statistics(self.criterion, unit.matrices())
-                    assert self.chain.sparse
-                    self.chain.run(unit, self.chain.sparse.states_STD, None, statistics.watching, CALIBRATION)
-                    self._score(unit.matrices(), statistics)
+        around = next((unit for unit in self.units if _names(span) < _names(unit)), None)
+        if around is not None and around is not self._around:
+            assert self.chain.sparse
+            with float32_on(around, self.chain.compute.device):
+                self._masks = self._score_at(around, self.chain.sparse)
+        self._around = around
 
     def gather(self, span: Window, also: Watching = watching_nothing) -> None:
         """The chain's dense pass over a window, and the masks of all its matrices; smaller units are pruned here.
@@ -108,11 +107,11 @@ class Pruner:
             span: The window, with its dense weights.
             also: What else watches the pass.
         """
-        names = _names(span)
-        smaller = [unit for unit in self.units if _names(unit) < names]
-        if smaller or names & set(self._masks):
+        smaller = [unit for unit in self.units if _names(unit) < _names(span)]
+        if smaller or self._around:
             self.chain.dense_pass(span, also)
-            self._prune_units(smaller)
+            if smaller:
+                self._masks = self._prune_units(smaller)
             return
         statistics = Statistics(self.criterion, span.matrices())
 
@@ -122,43 +121,43 @@ class Pruner:
                 yield
 
         self.chain.dense_pass(span, watching)
-        self._score(span.matrices(), statistics)
+        self._masks = self._score(span, statistics)
 
     @torch.no_grad()
     def prune(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
         """Zero the weights that the criterion finds least important, in place; the masks (True = kept) by name."""
-        masks = {matrix.name: self._masks.pop(matrix.name) for matrix in matrices if matrix.name in self._masks}
+        masks = {matrix.name: self._masks[matrix.name] for matrix in matrices if matrix.name in self._masks}
         for matrix in matrices:
             if matrix.name in masks:
                 matrix.weight.mul_(masks[matrix.name])
         return masks
 
-    def _prune_units(self, units: Sequence[Window]) -> None:
-        """Score and prune units one after the other, each with what the pruned ones before it hand on."""
-        if not units:
-            return
+    def _prune_units(self, units: Sequence[Window]) -> dict[str, Tensor]:
+        """Score and prune units one after the other, each with what the pruned ones before it hand on; all masks."""
         assert self.chain.sparse
         boundary = Boundary(self.chain.sparse.states_STD.clone())
+        masks: dict[str, Tensor] = {}
         for unit in units:
-            statistics = Statistics(self.criterion, unit.matrices())
-            self.chain.run(unit, boundary.states_STD, None, statistics.watching, CALIBRATION)
-            for name, mask in self._score(unit.matrices(), statistics).items():
-                next(matrix for matrix in unit.matrices() if matrix.name == name).weight.mul_(mask)
-            outputs_STD = torch.zeros_like(boundary.states_STD)
-            self.chain.run(unit, boundary.states_STD, outputs_STD)
-            boundary.step(unit.branch, outputs_STD)
+            self._masks = self._score_at(unit, boundary)
+            masks |= self.prune(unit.matrices())
+            self.chain.step_over(boundary, unit)
+        return masks
+
+    def _score_at(self, unit: Window, boundary: Boundary) -> dict[str, Tensor]:
+        """The masks of a unit by statistics of a pass that starts at `boundary`."""
+        statistics = Statistics(self.criterion, unit.matrices())
+        self.chain.run(unit, boundary.states_STD, None, statistics.watching, CALIBRATION)
+        return self._score(unit, statistics)
 
     @torch.no_grad()
-    def _score(self, matrices: Sequence[Matrix], statistics: Statistics) -> dict[str, Tensor]:
-        """The masks of matrices that can be scored, kept until they are pruned."""
+    def _score(self, unit: Window, statistics: Statistics) -> dict[str, Tensor]:
+        """The masks of a unit's matrices, where they can be scored."""
         masks = {}
-        for matrix in matrices:
-            if matrix.input_dim is None:
-                continue
-            scores_EOI, by_magnitude = statistics.scores(matrix)
-            masks[matrix.name] = matrix.as_weight(torch.stack([self.pattern(scores_OI) for scores_OI in scores_EOI]))
-            self.by_magnitude += by_magnitude
-        self._masks |= masks
+        for matrix in unit.matrices():
+            if matrix.input_dim is not None:
+                scores_EOI, self._by_magnitude[matrix.name] = statistics.scores(matrix)
+                mask_EOI = torch.stack([self.pattern(scores_OI) for scores_OI in scores_EOI])
+                masks[matrix.name] = matrix.as_weight(mask_EOI)
         return masks
 
 

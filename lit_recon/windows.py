@@ -58,11 +58,8 @@ class Window(nn.Module):
             layers: Which of the window's layers to run.
         """
         for index, layer in list(zip(self.indices, self.layers, strict=True))[layers]:
-            hidden_BTD = self._run(layer, hidden_BTD, calls[index])
+            hidden_BTD = call_layer(layer, hidden_BTD, calls[index])
         return hidden_BTD
-
-    def _run(self, layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
-        return call_layer(layer, hidden_BTD, call)
 
     def matrices(self) -> list[Matrix]:
         """The window's matrices, named as in the model."""

@@ -4,7 +4,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,18 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def tokens_ST() -> torch.Tensor:
     """Random tokens, longer than the tiny sliding window."""
     return torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokens_BT() -> Tensor:
+    """A batch of three, longer than the tiny sliding windows."""
+    return torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def model_of(shape: str) -> PreTrainedModel:
+    """A tiny model that no test changes."""
+    return tiny_model(shape)
 
 
 def chain_of(
