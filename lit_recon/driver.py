@@ -27,7 +27,7 @@ from lit_recon.chain import Chain, watching_nothing
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.metrics import Clock, release_memory
 from lit_recon.pruning import Pruner
-from lit_recon.reconstruction import Reconstructor, WindowResult
+from lit_recon.reconstruction import Reconstructor, WindowResult, uses_moments
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
 
@@ -97,7 +97,8 @@ def _matrices(
 ) -> Done:
     """Steps 2 to 4 for the matrices of a layer, which stays dense until the last of them is done."""
     data = MatrixData(layer, chain)
-    summed = reconstructor.uses_moments and data.one_source
+    moments = uses_moments(reconstructor.module)
+    summed = moments and data.one_source
     shared = summed and chain.regime.independent  # one pass for targets, statistics and moments
     with clock.phase("teacher"):
         pruner.gather(layer, data.watching if shared else watching_nothing)
@@ -105,7 +106,7 @@ def _matrices(
             chain.run(layer, chain.inputs_STD, None, data.watching)
     for window in windows:
         with clock.phase("teacher"):
-            known = data.moments(window) if reconstructor.uses_moments else data.activations(window)
+            known = data.moments(window) if moments else data.activations(window)
         with clock.phase("prune"):
             window.open()
             masks = pruner.prune(window.matrices())

@@ -8,7 +8,10 @@ The only file that sees the configuration.
 
 import logging
 import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -16,8 +19,10 @@ from typing import NoReturn
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -31,10 +36,11 @@ from lit_recon.job import Job, run
 from lit_recon.masks import Pattern
 from lit_recon.partition import check_partition, layer_windows
 from lit_recon.plan import Workload
+from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
 
-REFUSED = 2  # exit status: the user asked for something that cannot be
+PRUNE_BY = ("window", "half", "block", "model")
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
 
@@ -50,7 +56,7 @@ def prepare(cfg: DictConfig) -> Job:
     model, source, criterion, pattern, regime, make_windows, module, trainer = (
         problems.instantiate(cfg[name], name) for name in names
     )
-    output = Path(cfg.output_dir)
+    output = Path(str(cfg.output_dir))  # a name of digits is read as a number
     problems.check(check_output, output, overwrite=cfg.overwrite)
     if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
         problems.add(
@@ -64,7 +70,13 @@ def prepare(cfg: DictConfig) -> Job:
     problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
     if source:
         problems.check(source.check)
-    problems.check(check_combination, cfg)
+    if cfg.prune_by not in PRUNE_BY:
+        problems.add(f"prune_by={cfg.prune_by}: expected one of {', '.join(PRUNE_BY)}.")
+    if uses_moments(module) and cfg.windows.by != "matrix":
+        problems.add(
+            f"{_class(cfg.module)} (module=least_squares) solves for single matrices; use windows=matrix, not "
+            f"{cfg.windows.by}."
+        )
     problems.raise_all()
     assert compute is not None
     model.check()
@@ -89,7 +101,7 @@ def prepare(cfg: DictConfig) -> Job:
         module=module,
         trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),
         compute=compute,
-        workload=_workload(cfg, samples),
+        workload=_workload(cfg, samples, module),
         recipe=_recipe(cfg, criterion, pattern, regime),
         output=output,
         config=OmegaConf.to_yaml(cfg, resolve=True),
@@ -109,7 +121,7 @@ def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern, regime: Reg
         "criterion": type(criterion).__name__,
         "pattern": pattern.describe(),
         "windows": _describe_windows(cfg.windows),
-        "module": cfg.module._target_.rpartition(".")[2],
+        "module": _class(cfg.module),
         **regime.describe(),
         "epochs": str(cfg.trainer.max_epochs),
         "batch_size": str(cfg.data.batch_size),
@@ -124,42 +136,22 @@ def _describe_windows(windows: DictConfig) -> str:
     return windows.by + size + stride + (", logits at the end" if windows.get("head") else "")
 
 
-def check_combination(cfg: DictConfig) -> None:
-    """Raise a ValueError for settings that are right by themselves but mean nothing together."""
-    problems = []
-    if cfg.module._target_.endswith("LeastSquaresModule") and cfg.windows.by != "matrix":
-        problems.append(f"module=least_squares solves for single matrices; use windows=matrix, not {cfg.windows.by}.")
-    units = ("window", "half", "block", "model")
-    if cfg.prune_by not in units:
-        problems.append(f"prune_by={cfg.prune_by}: expected one of {', '.join(units)}.")
-    if problems:
-        raise ValueError("\n".join(problems))
+def _class(node: DictConfig) -> str:
+    """Name of the class that a configuration node is about."""
+    return node._target_.rpartition(".")[2]
 
 
-def _workload(cfg: DictConfig, samples: Samples) -> Workload:
+def _workload(cfg: DictConfig, samples: Samples, module: Callable[..., LightningModule]) -> Workload:
     return Workload(
         epochs=cfg.trainer.max_epochs,
         max_steps=cfg.trainer.max_steps,
         accumulate=cfg.trainer.accumulate_grad_batches,
         evaluation_tokens=samples.evaluation_ST.numel(),
-        uses_moments=cfg.module._target_.endswith("LeastSquaresModule"),
+        uses_moments=uses_moments(module),
     )
 
 
-_refused: list[int] = []  # statuses of the runs of a sweep that were refused; the others go on
-
-
 def _fit(cfg: DictConfig) -> None:
-    """One run; of a sweep, a refusal is remembered and the next run begins."""
-    try:
-        _run(cfg)
-    except SystemExit as end:
-        if HydraConfig.get().mode is not RunMode.MULTIRUN or end.code != REFUSED:
-            raise
-        _refused.append(REFUSED)
-
-
-def _run(cfg: DictConfig) -> None:
     """Prepare and run; how a run ends is told in one message."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
@@ -168,13 +160,13 @@ def _run(cfg: DictConfig) -> None:
     try:
         job = prepare(cfg)
     except ValueError as error:
-        _stop(str(error), status=REFUSED)
+        _stop(str(error), status=2)
     except KeyboardInterrupt:
         _stop("interrupted: nothing was written.", status=1)
     try:
         run(job, console)
     except Refusal as error:
-        _stop(str(error), status=REFUSED)
+        _stop(str(error), status=2)
     except KeyboardInterrupt as interrupt:
         kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
         _stop(f"interrupted: {str(interrupt) or f'{job.output} is unfinished; {kept}'}.", status=1)
@@ -185,16 +177,59 @@ def _stop(message: str, *, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+def _fit_apart(name: str) -> int:
+    """One run of a sweep as a process of its own; its exit status.
+
+    In one process, each run would find the memory that those before it left, and the end of one would be that of all.
+    """
+    overrides = HydraConfig.get().overrides
+    sys.stdout.write(f"\n== {name} ==\n")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "lit_recon.fit", *overrides.task, *overrides.hydra, "hydra.mode=RUN"]
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted too, and tells what it leaves
+            _stop("interrupted: the runs of the sweep that were left are not started.", status=1)
+    if status < 0:
+        sys.stderr.write(f"{name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n")
+    return 1 if status < 0 else status
+
+
+def _sweep(ended: dict[str, int], cfg: DictConfig) -> None:
+    """One run, or one of a sweep, where the next ones follow however it ends; its exit status goes into `ended`."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return _fit(cfg)
+    words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    given = {override.key_or_group: override for override in OverridesParser.create().parse_overrides(words)}
+    same = {key for key, override in given.items() if not override.is_sweep_override()}  # in all runs
+    if "output_dir" in same and "$" not in str(given["output_dir"].input_line):
+        _stop("output_dir is one folder, but a sweep has several runs; experiment_dir=<folder> moves all.", status=2)
+    settings = HydraConfig.get().overrides.task
+    name = " ".join([one for one in settings if one.partition("=")[0].lstrip("+~") not in same] or settings)
+    ended[name] = _fit_apart(name)
+
+
 def main() -> None:
-    """The command line; Hydra composes the configuration."""
-    _refused.clear()
+    """The command line; Hydra composes the configuration, one for each run of a sweep."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing it and exiting with 1
-    try:
-        hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(_fit)()
-    except (HydraException, OmegaConfBaseException) as error:
-        _stop(explain_override(error, sys.argv[1:], CONF), status=REFUSED)
-    if _refused:
-        _stop(f"refused runs of the sweep: {len(_refused)}; see above.", status=REFUSED)
+    ended: dict[str, int] = {}
+
+    def task(cfg: DictConfig) -> None:
+        _sweep(ended, cfg)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["LIT_RECON_SCRATCH"] = scratch  # conf/fit.yaml: where Hydra leaves a file per sweep
+        try:
+            hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            _stop(explain_override(error, sys.argv[1:], CONF), status=2)
+    failed = [name for name, status in ended.items() if status]
+    if failed:
+        alike = len(set(ended.values())) == 1  # refused all: 2; else 1
+        message = f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}"
+        _stop(message, status=ended[failed[0]] if alike else 1)
 
 
 if __name__ == "__main__":

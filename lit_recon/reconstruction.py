@@ -49,6 +49,11 @@ class WindowResult:
     measure: str = "relative error"
 
 
+def uses_moments(module: Callable[..., LightningModule]) -> bool:
+    """Whether a module, or a partial call of its class, is fed with moments (lit_recon.moments), not activations."""
+    return getattr(getattr(module, "func", module), "uses_moments", False)
+
+
 class Reconstructor:
     """Fits windows, each with a LightningModule and a Trainer of its own.
 
@@ -77,11 +82,6 @@ class Reconstructor:
         self.device = device
         self.seed = seed
         self.callbacks = list(callbacks)
-
-    @property
-    def uses_moments(self) -> bool:
-        """Whether the module is fed with moments (lit_recon.moments) instead of activations."""
-        return getattr(getattr(self.module, "func", self.module), "uses_moments", False)
 
     def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: Activations | Moments) -> WindowResult:
         """Train a pruned window towards its targets; keep the result if it is better on held-out samples."""

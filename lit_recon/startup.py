@@ -159,11 +159,11 @@ def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> 
         return " ".join(str(error).split())
     key = unknown[1]
     choices = _keys_beside(key, arguments, conf)
-    near = difflib.get_close_matches(key.rpartition(".")[2], choices, n=1)
-    parent = key.rpartition(".")[0]
+    parent, _, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, choices, n=1)
     return (
         f"{key}: unknown setting; {parent or 'the top level'} has {', '.join(choices)}."
-        + (f" Did you mean {f'{parent}.' if parent else ''}{near[0]}?" if near else "")
+        + (f" Did you mean {f'{parent}.' if parent else ''}{near[0]}?" if near and near[0] != name else "")
         + f" A new one needs a plus sign: +{key}=..."
     )
 
@@ -171,7 +171,8 @@ def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> 
 def _keys_beside(key: str, arguments: Sequence[str], conf: Path) -> list[str]:
     """The keys of the deepest part of the configuration that `key` leads to."""
     groups = {path.name for path in conf.iterdir() if path.is_dir()}
-    members = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    # A sweep's choices are left out: without them its other settings are still known.
+    members = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         node: Any = compose("fit", overrides=members)

@@ -75,7 +75,6 @@ def test_settings_of_the_command_line_win_and_one_moves_all_folders(composed: Ca
     assert (cfg.data.num_samples, cfg.windows.size, cfg.output_dir) == (32, 2, "/data/sizes/blocks_4")
 
 
-@pytest.mark.xfail(reason="expects a form of fit.py that is not built", strict=False)
 def test_an_experiment_is_a_sweep_also_without_the_flag_and_leaves_only_the_folders_of_its_runs(
     tiny_run: Callable[..., Ended],
 ) -> None:
@@ -90,7 +89,6 @@ def test_an_experiment_is_a_sweep_also_without_the_flag_and_leaves_only_the_fold
         assert results["recipe"]["criterion"].lower() == criterion
 
 
-@pytest.mark.xfail(reason="expects a form of fit.py that is not built", strict=False)
 def test_a_refused_run_does_not_stop_the_sweep_but_shows_in_its_exit_status(tiny_run: Callable[..., Ended]) -> None:
     Path("seed_1").mkdir()
     Path("seed_1/thesis.tex").write_text("years of work")
@@ -102,7 +100,6 @@ def test_a_refused_run_does_not_stop_the_sweep_but_shows_in_its_exit_status(tiny
     assert [path.name for path in Path("seed_1").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.xfail(reason="expects a form of fit.py that is not built", strict=False)
 def test_one_folder_for_all_runs_of_a_sweep_is_refused_before_the_first(tiny_run: Callable[..., Ended]) -> None:
     ended = tiny_run("experiment=criterion")  # tiny_run gives output_dir=run
     assert ended.status == 2 and "experiment_dir=<folder>" in ended.err

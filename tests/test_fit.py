@@ -380,3 +380,20 @@ def test_ctrl_c_stops_within_seconds_says_what_was_done_and_leaves_no_half_writt
     assert "interrupted: 0 of 3 windows were done" in err
     assert "Traceback" not in err
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "tensorboard"}
+
+
+def test_a_mistake_beside_the_choices_of_a_sweep_is_told_in_one_message(command: Callable[..., Ended]) -> None:
+    ended = command("-m", "windows=block,half", "data.foo=1")
+    assert ended.status == 2
+    assert len(ended.err.splitlines()) == 1 and "data.foo: unknown setting; data has" in ended.err
+
+
+def test_a_setting_that_another_member_has_is_not_proposed_for_itself(command: Callable[..., Ended]) -> None:
+    ended = command("windows=matrix", "module=least_squares", "module.optimizer.lr=1")
+    assert ended.status == 2
+    assert "module.optimizer.lr: unknown setting" in ended.err and "Did you mean module.optimizer.lr" not in ended.err
+
+
+def test_a_folder_may_be_named_by_digits(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("output_dir=1", "plan=true")
+    assert ended.status == 0, ended.err
