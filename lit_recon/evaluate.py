@@ -39,6 +39,12 @@ class Protocol:
     tokens: int
     precision: str
 
+    @classmethod
+    def of(cls, tokens_ST: Tensor, *, dataset: str, precision: str) -> "Protocol":
+        """The protocol of an evaluation part."""
+        windows, context = tokens_ST.shape
+        return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision)
+
     def describe(self) -> str:
         """One line."""
         return (

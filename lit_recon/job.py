@@ -4,7 +4,6 @@ The model that was saved is dropped before the checkpoint is read back, so that 
 pruned one is the dense one read again, times the masks.
 """
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint, PackedMasks
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
-from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples, TextSource
 from lit_recon.driver import walk
 from lit_recon.evaluate import Protocol, final_states, perplexity, relative_error
@@ -76,14 +74,12 @@ class Job:
 def run(job: Job, console: Console) -> None:
     """Do it all, and leave behind the files of a run."""
     clock = Clock()
-    release_memory()  # what an earlier run of a sweep has left
-    reset_peak_memory(job.compute.device)
     seed_everything(job.seed, verbose=False)
     perplexities: dict[str, float] = {}
     walked = reconstruct(job, clock, console, perplexities)
     if walked is None:
         return
-    gc.collect()  # the model that was saved, before it is read back
+    release_memory()  # the model that was saved, before it is read back
     errors = read_back(job, walked, clock, perplexities)
     results = Results(
         perplexity={state: perplexities[state] for state in ("dense", "pruned", "reconstructed")},
@@ -102,7 +98,7 @@ def run(job: Job, console: Console) -> None:
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
         predicted={"seconds": round(walked.plan.seconds, 1), "peak_memory_bytes": walked.plan.peak_bytes},
-        tokens={"calibration": _num_tokens(job.samples.calibration_ST)},
+        tokens={"calibration": job.samples.num_tokens},
         seed=job.seed,
     )
     walked.logger.log_results(results.as_dict())
@@ -177,7 +173,8 @@ def reconstruct(job: Job, clock: Clock, console: Console, perplexities: dict[str
             loaded = load(job)
     except ValueError as error:
         raise Refusal(str(error)) from error
-    protocol = _protocol(job)
+    described = job.source.describe("evaluation")
+    protocol = Protocol.of(job.samples.evaluation_ST, dataset=described, precision=job.compute.precision)
     plan = make_plan(loaded.windows, loaded.chain, job.workload, kind=job.kind, size=job.size)
     _show_plan(job, plan, protocol, console)
     if job.plan_only:
@@ -281,24 +278,8 @@ def _some_logits(model: PreTrainedModel, job: Job) -> Tensor:
     return model(job.samples.evaluation_ST[:1, :64], use_cache=False).logits
 
 
-def _num_tokens(tokens_ST: Tensor) -> int:
-    return int((tokens_ST != PADDING).sum())
-
-
-def _protocol(job: Job) -> Protocol:
-    windows, context = job.samples.evaluation_ST.shape
-    return Protocol(
-        dataset=job.source.describe("evaluation"),
-        split="evaluation",
-        context=context,
-        windows=windows,
-        tokens=windows * (context - 1),
-        precision=job.compute.precision,
-    )
-
-
 def _show_plan(job: Job, plan: Plan, protocol: Protocol, console: Console) -> None:
-    tokens = _num_tokens(job.samples.calibration_ST)
+    tokens = job.samples.num_tokens
     for name, text in {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{plan.prunable * job.pattern.sparsity / plan.parameters:.1%} of the parameters: "

@@ -55,7 +55,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def release_memory() -> None:
-    """Give back what a window or a run has used; Trainer, module and optimizer refer to each other and would wait.
+    """Give back what a window or a walk has used; Trainer, module and optimizer refer to each other and would wait.
 
     glibc keeps freed memory between small blocks that are still in use; after 30 layers of matrices that is a gigabyte.
     """

@@ -47,6 +47,11 @@ class Samples:
     evaluation_ST: Tensor
     description: str
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the calibration samples, without padding."""
+        return int((self.calibration_ST != PADDING).sum())
+
 
 @dataclass(kw_only=True)
 class TextSource(ABC):
