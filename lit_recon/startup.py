@@ -192,6 +192,7 @@ def quiet() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
+        ".*`LightningModule.configure_optimizers` returned `None`.*",  # exact solutions need none
         ".*module\\(s\\) in eval mode at the start of training.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ):
