@@ -133,8 +133,12 @@ def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kin
 
 
 def _training_bytes(probe: _Probe) -> int:
-    """Gradients, two moments, the pruned weights to go back to, and what the backward keeps of a batch."""
-    return probe.parameters * 4 * _FLOAT32 + probe.saved_bytes
+    """What is there for a window beside its weights, and what the backward keeps of a batch.
+
+    Per parameter in float32 a gradient, two moments, the pruned weight to go back to and the mask that gradients are
+    multiplied by; the boolean mask; and autocast's copy in 16 bits, which it keeps from forward to backward.
+    """
+    return probe.parameters * (5 * _FLOAT32 + 1 + 2) + probe.saved_bytes
 
 
 def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> int:
