@@ -10,7 +10,7 @@ class LearningRate(Callback):
     """Logs the learning rate as `lr`, and scales it by `factor`, for any module and optimizer.
 
     Args:
-        factor: 1, or less after a fit that diverged.
+        factor: 1, or less after a fit that failed.
     """
 
     def __init__(self, factor: float = 1.0) -> None:

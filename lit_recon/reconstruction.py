@@ -1,7 +1,8 @@
 """Win back what pruning cost a window: the step of the walk that trains.
 
-A reconstruction is accepted if the error on held-out samples became smaller; otherwise the window keeps its pruned
-weights. A fit that diverges starts again from them once, with half the learning rate.
+A reconstruction is accepted if the error on held-out samples became smaller. A fit that diverges or does not improve
+starts again from the pruned weights with a quarter of the learning rate, and once more with a sixteenth: the rate that
+suits one model or window size is too high for others. What is still not better keeps its pruned weights.
 """
 
 import logging
@@ -25,8 +26,8 @@ from lit_recon.windows import AnyWindow
 
 log = logging.getLogger(__name__)
 
-DIVERGED = "loss was not finite, also at half the learning rate: kept its pruned weights"
-NOT_BETTER = "held-out error did not improve: kept its pruned weights"
+RATES = {1.0: "the full", 1 / 4: "a quarter of the", 1 / 16: "a sixteenth of the"}  # learning rate, in this order
+DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,25 @@ class Reconstructor:
         variance = data.variance()
         before, held_out_before = after, held_out_after = data.errors(window, variance)
         pruned = [parameter.detach().clone() for parameter in window.trained()]
-        note, steps = DIVERGED, 0
-        for factor in (1.0, 0.5):
+        reason = ""
+        for factor, rate in RATES.items():
             steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
             after, held_out_after = data.errors(window, variance)
-            if not diverged and math.isfinite(held_out_after):
-                note = "" if factor == 1.0 else "loss was not finite: reconstructed at half the learning rate"
+            diverged = diverged or not math.isfinite(held_out_after)
+            accepted = not diverged and held_out_after < held_out_before
+            if accepted:
                 break
-            log.warning("%s: the loss was not finite; the window is restored.", window.name)
+            reason = DIVERGED if diverged else NOT_BETTER
             _restore(window, pruned)
-            after, held_out_after, steps = before, held_out_before, 0
-        accepted = held_out_after < held_out_before
-        if not accepted:
-            _restore(window, pruned)
-            after, note = before, DIVERGED if note == DIVERGED else NOT_BETTER
+            after = before
+            if diverged:
+                held_out_after, steps = held_out_before, 0
+            elif steps == 0:  # no step, so nothing that a learning rate could change
+                break
         _check_zeros(window, masks)
         self.logger.end_window()
+        seconds = round(time.perf_counter() - start, 3)
+        measure = "relative error" if window.head is None else "KL divergence"
         return WindowResult(
             window.name,
             before,
@@ -113,9 +117,9 @@ class Reconstructor:
             held_out_after,
             accepted,
             steps,
-            round(time.perf_counter() - start, 3),
-            note,
-            "relative error" if window.head is None else "KL divergence",
+            seconds,
+            _note(reason, rate, factor, accepted=accepted),
+            measure,
         )
 
     def _train(
@@ -152,6 +156,13 @@ def _interruptible() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+
+
+def _note(reason: str, rate: str, factor: float, *, accepted: bool) -> str:
+    """What there is to remark on a window, of which some try failed for `reason`, at the rate of the last try."""
+    if accepted:
+        return f"{reason}; reconstructed at {rate} learning rate" if reason else ""
+    return f"{reason}{f', also at {rate} learning rate' if factor < 1 else ''}: kept its pruned weights"
 
 
 @torch.no_grad()

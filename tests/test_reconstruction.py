@@ -134,7 +134,7 @@ class Diverging(ReconstructionModule):
 
 
 @pytest.mark.parametrize("when", [0, 1], ids=["seen as the loss", "between the looks at the loss"])
-def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_two_tries(
+def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_three_tries(
     tokens_ST: Tensor, tmp_path: Path, when: int
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
@@ -143,31 +143,31 @@ def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_two_tries(
     result = reconstructor(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
     assert same(window, before)
     assert not result.accepted and result.steps == 0
-    assert "not finite" in result.note and "half the learning rate" in result.note and "kept" in result.note
+    assert result.note == "the loss was not finite, also at a sixteenth of the learning rate: kept its pruned weights"
     assert result.held_out_after == result.held_out_before
     assert result.relative_error_after == result.relative_error_before
     firsts = [rate for index, rate in enumerate(made.rates) if index % (when + 1) == 0]
-    assert firsts == [1e-2, 5e-3], "once at the full rate, once at half of it"
+    assert firsts == [1e-2, 2.5e-3, 6.25e-4], "the full rate, a quarter, a sixteenth"
 
 
 @pytest.mark.parametrize("scheduler", [linear_with_warmup, None], ids=["schedule", "constant"])
-def test_a_window_that_diverges_is_reconstructed_at_exactly_half_the_rate(
+def test_a_window_that_diverges_is_reconstructed_at_exactly_a_quarter_of_the_rate(
     tokens_ST: Tensor, tmp_path: Path, scheduler: Callable | None
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
-    if scheduler is None:  # then groups have no initial_lr until the rate is halved
+    if scheduler is None:  # then groups have no initial_lr until the rate is lowered
         made.training_step = lambda self, batch, index: constant_rate_step(self, batch, index)
     settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
     result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
     assert result.accepted and result.steps == 8
-    assert result.note == "loss was not finite: reconstructed at half the learning rate"
+    assert result.note == "the loss was not finite; reconstructed at a quarter of the learning rate"
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
-    assert made.rates[-8:] == pytest.approx([5e-3 * share for share in shares])
+    assert made.rates[-8:] == pytest.approx([2.5e-3 * share for share in shares])
     assert made.rates[0] == pytest.approx(1e-2 * shares[0])
 
 
-def test_a_second_try_that_makes_the_window_worse_is_not_called_a_reconstruction(
+def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
@@ -175,9 +175,11 @@ def test_a_second_try_that_makes_the_window_worse_is_not_called_a_reconstruction
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
     made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
     result = reconstructor(tmp_path, module(cls=made)).fit(window, masks, data)
-    assert made.rates[-1] < made.limit, "the second try was finite"
+    assert made.rates[-1] < made.limit, "the later tries were finite"
     assert not result.accepted and same(window, before)
-    assert result.note == "held-out error did not improve: kept its pruned weights"
+    assert result.note == (
+        "held-out error did not improve, also at a sixteenth of the learning rate: kept its pruned weights"
+    )
 
 
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
@@ -276,7 +278,7 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         clock=Clock(),
         listeners=[kept],
     )
-    assert len(kept.fits) == 6 * per_layer * 3
+    assert len(kept.fits) >= 6 * per_layer * 3, "some windows are tried again at a lower rate"
     assert kept.alive == [], "modules, Trainers or optimizers of windows that are done"
     for layer in range(6):  # the matrices of a layer differ in size
         found = kept.bytes[layer * per_layer : (layer + 1) * per_layer]
