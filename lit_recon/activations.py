@@ -1,24 +1,25 @@
 """The cached activations that one window is trained on, and the DataModule over them.
 
 For most windows they are hidden states of the chain (chain.py); for a single matrix they are what it is multiplied by,
-observed in a pass of its layer (captured.py).
+observed in a pass of its layer (captured.py). Targets may be recomputed for each batch (targets.py).
 
 Shapes: S samples (calibration first, then held-out), B samples of a batch, T positions, D features, N rows.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from lit_recon.blocks import LayerCall
 from lit_recon.chain import Chain
 from lit_recon.compute import Compute
 from lit_recon.losses import kl_divergence_sum
+from lit_recon.store import MemoryStore, Store
 from lit_recon.windows import AnyWindow
 
 
@@ -44,25 +45,29 @@ class Batch(NamedTuple):
 
 @dataclass
 class Activations:
-    """Inputs and targets of one window, (S, T, D) in float32 on the CPU.
+    """Inputs and targets of one window, (S, T, D) on the CPU; batches are in float32.
 
     Attributes:
         inputs_STD: Inputs.
-        targets_STD: Targets; their number of features may be another one.
+        sources_STD: Targets; their number of features may be another one. Or what `teacher` makes targets of.
         valid_ST: Where samples hold text; None if all do everywhere.
         calls: The arguments of every layer for the samples with some indices.
         num_samples: How many of the samples are for calibration.
         batch_size: Samples per batch.
         compute: Device and precision.
+        store: Where inputs and targets are.
+        teacher: Recomputes targets of sources and calls; None where they are kept.
     """
 
     inputs_STD: Tensor
-    targets_STD: Tensor
+    sources_STD: Tensor
     valid_ST: Tensor | None
     calls: Callable[[Tensor], list[LayerCall]]
     num_samples: int
     batch_size: int
     compute: Compute
+    store: Store = field(default_factory=MemoryStore)
+    teacher: Callable[[Tensor, list[LayerCall]], Tensor] | None = None
 
     trainer_settings: ClassVar[dict[str, Any]] = {}
 
@@ -71,21 +76,42 @@ class Activations:
         """Those of the window at which the chain stands, after its dense pass; no copies."""
         return cls(
             chain.inputs_STD,
-            chain.targets_STD,
+            chain.sources_STD if chain.teacher else chain.targets_STD,
             chain.valid_ST,
             chain.calls,
             chain.num_samples,
             chain.batch_size,
             chain.compute,
+            chain.store,
+            chain.teacher,
         )
 
+    @property
+    def targets_STD(self) -> Tensor:
+        """Targets that are kept."""
+        assert self.teacher is None, "targets are recomputed"
+        return self.sources_STD
+
     def variance(self) -> float:
-        """Variance of the calibration targets around their mean per feature: the unit of relative errors."""
-        return self.rows(self.targets_STD, slice(0, self.num_samples)).var(0, correction=0).mean().item()
+        """Variance of the calibration targets around their mean per feature: the unit of relative errors.
+
+        Batches are joined by the pairwise update of Chan, Golub and LeVeque (1979), since not all targets may be there
+        at once.
+        """
+        count, mean_D, squares_D = 0, torch.zeros(()), torch.zeros(())  # squares of distances to the mean
+        for batch in self.batches(0, self.num_samples):
+            targets_ND = batch.text(batch.targets_BTD).flatten(0, -2)
+            added = len(targets_ND)
+            variance_D, other_D = (one.double().cpu() for one in torch.var_mean(targets_ND, 0, correction=0))
+            total, distance_D = count + added, other_D - mean_D
+            mean_D = mean_D + distance_D * (added / total)
+            squares_D = squares_D + variance_D * added + distance_D.square() * (count * added / total)
+            count = total
+        return squares_D.mean().item() / count
 
     def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
-        """Inputs or targets of some samples as rows without padding, (N, D)."""
-        chosen_STD = hidden_STD[samples]
+        """Inputs or targets of some samples as rows without padding, (N, D) in float32."""
+        chosen_STD = hidden_STD[samples].float()
         return chosen_STD.flatten(0, 1) if self.valid_ST is None else chosen_STD[self.valid_ST[samples]]
 
     def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
@@ -103,8 +129,7 @@ class Activations:
         """The error on the samples from `first` up to `last`."""
         total = torch.zeros((), dtype=torch.float64, device=self.compute.device)
         count = 0
-        for start in range(first, last, self.batch_size):
-            batch = self.batch(torch.arange(start, min(start + self.batch_size, last)), self.compute.device)
+        for batch in self.batches(first, last):
             with self.compute.autocast():
                 outputs_BTD = window(batch.inputs_BTD, batch.calls)
             outputs, targets = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
@@ -116,19 +141,43 @@ class Activations:
                 count += targets.numel() // targets.shape[-1]
         return total.item() / count / (variance if window.head is None else 1)
 
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The samples from `first` up to `last` in order, on the device."""
+        for start in range(first, last, self.batch_size):
+            end = min(start + self.batch_size, last)
+            self.prefetch(range(end, min(end + self.batch_size, last)))
+            yield self.batch(torch.arange(start, end), self.compute.device)
+
     def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
         """Some samples, on a device."""
-        return self.join(rows_B, self.inputs_STD[rows_B], self.targets_STD[rows_B], device)
+        return self.join(rows_B, *self.read(rows_B.tolist()), device)
 
-    def join(self, rows_B: Tensor, inputs_BTD: Tensor, targets_BTD: Tensor, device: torch.device) -> Batch:
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Tell the store that these samples come next."""
+        for array_STD in (self.inputs_STD, self.sources_STD):
+            self.store.prefetch(array_STD, rows)
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of inputs and sources of some samples, as they are stored; where both are the same, one copy."""
+        inputs_BTD = self.inputs_STD[rows]
+        self.store.release(self.inputs_STD, rows)
+        if self.sources_STD is self.inputs_STD:
+            return inputs_BTD, inputs_BTD
+        sources_BTD = self.sources_STD[rows]
+        self.store.release(self.sources_STD, rows)
+        return inputs_BTD, sources_BTD
+
+    def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
         """A batch on a device, with what is not stored for each sample: the layers' arguments and what is padding."""
+        same = self.sources_STD is self.inputs_STD
         valid_BT = None if self.valid_ST is None else self.valid_ST[rows_B]
-        return Batch(
-            inputs_BTD.to(device, non_blocking=True),
-            targets_BTD.to(device, non_blocking=True),
-            self.calls(rows_B),
-            None if valid_BT is None or valid_BT.all() else valid_BT.to(device),
-        )
+        calls = self.calls(rows_B)
+        inputs_BTD = inputs_BTD.to(device, non_blocking=True).float()  # moved before they grow
+        targets_BTD = inputs_BTD if same else sources_BTD.to(device, non_blocking=True).float()
+        if self.teacher:
+            targets_BTD = self.teacher(targets_BTD, calls)
+        valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)
+        return Batch(inputs_BTD, targets_BTD, calls, valid_BT)
 
     def data_module(self, seed: int) -> "ActivationDataModule":
         """Serves them to a Trainer."""
@@ -142,7 +191,27 @@ class _Rows(Dataset):
         self.activations = activations
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.tensor(rows), self.activations.inputs_STD[rows], self.activations.targets_STD[rows]
+        return torch.tensor(rows), *self.activations.read(rows)
+
+
+class _Ahead(Sampler[list[int]]):
+    """Batches of an order, each of them prefetched while the one before it is in work."""
+
+    def __init__(self, batches: BatchSampler, prefetch: Callable[[list[int]], None]) -> None:
+        self.batches, self.prefetch = batches, prefetch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        now: list[int] | None = None
+        for following in self.batches:
+            self.prefetch(following)
+            if now is not None:
+                yield now
+            now = following
+        if now is not None:
+            yield now
 
 
 class ActivationDataModule(LightningDataModule):
@@ -169,10 +238,10 @@ class ActivationDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and join the layers' arguments to it, which are on the device already."""
-        rows_B, inputs_BTD, targets_BTD = batch
-        return self.activations.join(rows_B, inputs_BTD, targets_BTD, device)
+        rows_B, inputs_BTD, sources_BTD = batch
+        return self.activations.join(rows_B, inputs_BTD, sources_BTD, device)
 
     def _loader(self, order: Iterable[int]) -> DataLoader:
-        batches = BatchSampler(order, self.activations.batch_size, drop_last=False)
+        batches = _Ahead(BatchSampler(order, self.activations.batch_size, drop_last=False), self.activations.prefetch)
         pin = self.activations.compute.device.type == "cuda"
         return DataLoader(_Rows(self.activations), sampler=batches, batch_size=None, pin_memory=pin)

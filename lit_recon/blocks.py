@@ -95,33 +95,22 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = earlier
 
 
-def to_float32(module: nn.Module, device: torch.device) -> list[torch.dtype]:
-    """Move a module to `device`, its parameters in float32; the dtypes that they had, for `from_float32`.
+@contextmanager
+def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a module on `device` with float32 parameters, and its own, which may be mapped from a file, back after.
 
     Buffers keep their dtype: the rotary frequencies of a bf16 model are float32 and would not survive the way back.
     """
-    dtypes = [parameter.dtype for parameter in module.parameters()]
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float()
-    return dtypes
-
-
-def from_float32(module: nn.Module, dtypes: Sequence[torch.dtype]) -> None:
-    """Take a module back to the CPU, its parameters in the dtypes that `to_float32` found."""
-    module.to("cpu")
-    for parameter, dtype in zip(module.parameters(), dtypes, strict=True):
-        parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a module on `device` with float32 parameters, and as it was after."""
-    dtypes = to_float32(module, device)
+    homes = [(parameter, parameter.data) for parameter in module.parameters()]
     try:
+        for parameter, home in homes:
+            parameter.data = home.to(device, torch.float32)
+        module.to(device)  # buffers
         yield
     finally:
-        from_float32(module, dtypes)
+        for parameter, home in homes:
+            parameter.data = home
+        module.to("cpu")
 
 
 class Decoder:

@@ -23,6 +23,7 @@ from lit_recon.chain import PARTS, Chain
 from lit_recon.matrices import Product, observed
 from lit_recon.moments import Moments, Sums
 from lit_recon.regime import Regime
+from lit_recon.store import Store
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
 
@@ -108,24 +109,28 @@ class MatrixData:
             inputs.num_samples,
             self.chain.batch_size,
             self.chain.compute,
+            self.chain.store,
         )
 
     def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured:
         """What a matrix is multiplied by while the layer runs on these states."""
         rows: dict[str, list[tuple[Tensor, int]]] = {part: [] for part in PARTS}
+        store = self.chain.store
 
         @contextmanager
         def watching(part: str) -> Iterator[None]:
             def observe(product: Product) -> None:
                 self._leaders.of(product)
                 if product.matrix.name == window.matrix.name:
-                    rows[part].append((product.rows_NI.float().cpu(), product.expert))
+                    kept_NI = store.zeros(product.rows_NI.shape).copy_(product.rows_NI)
+                    store.release(kept_NI, slice(None))
+                    rows[part].append((kept_NI, product.expert))
 
             with observed(self.layer.matrices(), observe):
                 yield
 
         self.chain.run(self.layer, states_STD, None, watching)
-        return _as_samples(rows, self.chain.tokens_ST.shape[1])
+        return _as_samples(rows, self.chain.tokens_ST.shape[1], store)
 
     @contextmanager
     def watching(self, part: str) -> Iterator[None]:
@@ -162,7 +167,7 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
-def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int) -> _Captured:
+def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int, store: Store) -> _Captured:
     """Rows, each run of them of one expert, as samples of `length` positions; the last of each part is padded.
 
     `rows` is emptied on the way, so that they are there once.
@@ -170,7 +175,7 @@ def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int) -> _Capt
     samples = {part: -(-sum(len(run_NI) for run_NI, _ in runs) // length) for part, runs in rows.items()}
     width = next(run_NI.shape[1] for runs in rows.values() for run_NI, _ in runs)
     total = sum(samples.values()) * length
-    inputs_NI = torch.zeros(total, width)
+    inputs_NI = store.zeros((total, width))
     experts_N, valid_N = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
     end = 0
     for part, runs in rows.items():
@@ -179,6 +184,7 @@ def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int) -> _Capt
             run_NI, expert = runs.pop(0)
             here = slice(start, start + len(run_NI))
             inputs_NI[here], experts_N[here], valid_N[here] = run_NI, expert, True
+            store.release(inputs_NI, here)
             start = here.stop
     valid_ST = None if valid_N.all() else valid_N.view(-1, length)
     return _Captured(inputs_NI.unflatten(0, (-1, length)), experts_N.view(-1, length), valid_ST, samples["calibration"])
@@ -189,8 +195,14 @@ def _products(
     window: MatrixWindow, inputs_STI: Tensor, calls: Callable[[Tensor], list[LayerCall]], chain: Chain
 ) -> Tensor:
     """The matrix's products with these inputs, (S, T, O)."""
-    made = []
+    (matrix,) = window.matrices()
+    outputs = matrix.by_expert(matrix.weight).shape[1]
+    products_STO = chain.store.zeros((*inputs_STI.shape[:2], outputs))
     for rows_B in torch.arange(len(inputs_STI)).split(chain.batch_size):
+        here = slice(int(rows_B[0]), int(rows_B[-1]) + 1)
+        inputs_BTI = inputs_STI[here].to(chain.compute.device).float()
         with chain.compute.autocast():
-            made.append(window(inputs_STI[rows_B].to(chain.compute.device), calls(rows_B)).float().cpu())
-    return torch.cat(made)
+            products_STO[here] = window(inputs_BTI, calls(rows_B))
+        chain.store.release(inputs_STI, here)
+        chain.store.release(products_STO, here)
+    return products_STO

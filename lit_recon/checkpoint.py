@@ -1,129 +1,173 @@
-"""A window's weights in, and out again: float32 masters while a window is in work, the model's own dtype otherwise.
+"""A window's weights in, and out again: float32 masters while a window is in work, the model's own weights otherwise.
 
-The output is a Hugging Face folder with exact zeros, a model card, and bit-packed masks beside it. It is written to a
-temporary folder and renamed when it is whole, so that an interrupted run leaves no half-written checkpoint.
+A model that is streamed has its weights in files: the dense ones in its checkpoint, those of finished layers in the
+files of the commits, all mapped. One set of masters is resident and serves every window of the same shapes. A model
+that cannot be streamed is in memory as a whole.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_recon.blocks import decoder_layers, from_float32, to_float32
-from lit_recon.matrices import matrices
+from lit_recon.blocks import decoder_layers
 from lit_recon.models import no_progress_bars
+from lit_recon.packed_masks import PackedMasks
+from lit_recon.weights import DenseFiles, layer_state
 from lit_recon.windows import Window
 
-
-class PackedMasks:
-    """Boolean masks by matrix name, one bit per weight."""
-
-    def __init__(self) -> None:
-        self._packed: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {}
-
-    def add(self, name: str, mask: Tensor) -> None:
-        """Keep a mask."""
-        self._packed[name] = np.packbits(mask.cpu().numpy()), tuple(mask.shape)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The mask of a matrix, boolean, in the weight's shape."""
-        bits, shape = self._packed[name]
-        return torch.from_numpy(np.unpackbits(bits, count=int(np.prod(shape))).view(bool).reshape(shape))
-
-    def __iter__(self):
-        """Names of the matrices."""
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        """Number of masks."""
-        return len(self._packed)
-
-    def save(self, path: Path) -> None:
-        """Write one uint8 tensor per matrix (numpy.packbits); the metadata holds the shapes as JSON."""
-        shapes = json.dumps({name: shape for name, (_, shape) in self._packed.items()})
-        temporary = path.with_name(path.name + ".partial")
-        tensors = {name: torch.from_numpy(bits) for name, (bits, _) in self._packed.items()}
-        save_file(tensors, temporary, metadata={"shapes": shapes, "packing": "numpy.packbits, True = kept"})
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "PackedMasks":
-        """Read what `save` wrote."""
-        masks = cls()
-        with safe_open(path, framework="np") as file:
-            shapes = json.loads(file.metadata()["shapes"])
-            masks._packed = {name: (file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
-        return masks
-
-    @torch.no_grad()
-    def apply(self, model: PreTrainedModel) -> None:
-        """Zero the pruned weights of `model` in place."""
-        prefix, layers = decoder_layers(model)
-        for index, layer in enumerate(layers):
-            for matrix in matrices(layer, f"{prefix}.{index}"):
-                if matrix.name in self._packed:
-                    matrix.weight.mul_(self[matrix.name].to(matrix.weight.device))
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise a RuntimeError if a pruned weight of `model` is not exactly zero."""
-        for name in self:
-            if torch.count_nonzero(model.get_parameter(name)[~self[name]]):
-                raise RuntimeError(f"{name}: pruned weights are not zero in the checkpoint that was read back.")
+Write = Callable[..., Path]  # of a name, tensors and metadata; the file that holds them then
 
 
 class Checkpoint:
-    """The model between its windows: brings one in, writes it out, saves the whole.
+    """The model between its windows: brings one in, takes it back, saves the whole.
 
     Args:
-        model: The model, resident on the CPU in its own dtype.
+        model: The model on the CPU in its own dtype.
         device: Where windows are worked on.
+        files: Where it is streamed, the files that its weights are mapped from.
+
+    Attributes:
+        masks: The masks of the windows that are done.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, files: DenseFiles | None = None) -> None:
         self.model = model
         self.device = device
+        self.files = files
         self.masks = PackedMasks()
-        self._dtypes: dict[str, list[torch.dtype]] = {}
-        self._passed_on: list[Tensor] = []
+        self.prefix, self.layers = decoder_layers(model)
+        self._in_work: Window | None = None
+        self._homes: list[Tensor] = []  # its weights, as they were
+        self._masters = _Masters(device)
 
     def bring_in(self, window: Window) -> None:
         """Put a window's weights on the device, in float32."""
-        self._passed_on = [parameter.detach().clone() for parameter in window.passed_on()]
-        self._dtypes[window.name] = to_float32(window, self.device)
+        self._in_work, self._homes = window, [parameter.data for parameter in window.parameters()]
+        for parameter, home in zip(window.parameters(), self._homes, strict=True):
+            parameter.data = self._masters.take(home)
+        window.to(self.device)  # buffers
+
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        """Have the weights of layers that come next read in the background."""
+        if self.files:
+            for index in indices:
+                self.files.read_ahead(layer_state(self.layers[index], f"{self.prefix}.{index}"))
 
     @torch.no_grad()
     def round(self, window: Window) -> None:
         """Have the window compute with what will be stored of its weights; it stays float32."""
-        for parameter, dtype in zip(window.parameters(), self._dtypes[window.name], strict=True):
-            parameter.copy_(parameter.to(dtype))
+        for parameter, home in zip(window.parameters(), self._homes, strict=True):
+            parameter.copy_(parameter.to(home.dtype))
 
     @torch.no_grad()
-    def write_out(self, window: Window, masks: Mapping[str, Tensor]) -> None:
+    def take_back(self, window: Window, masks: Mapping[str, Tensor]) -> None:
         """Take a finished window back in the model's own dtypes, with its masks; layers not kept, as they were."""
-        from_float32(window, self._dtypes.pop(window.name))
-        for parameter, value in zip(window.passed_on(), self._passed_on, strict=True):
-            parameter.copy_(value)
         dropped = {id(parameter) for parameter in window.passed_on()}
+        for parameter, home in zip(window.parameters(), self._homes, strict=True):
+            master = parameter.data
+            if id(parameter) not in dropped:
+                home = home.copy_(master) if self.files is None else master.to("cpu", home.dtype, copy=True)
+            parameter.data = home
+            self._masters.give_back(master)
+        window.to("cpu")
+        self._in_work = None
         kept = {matrix.name for matrix in window.matrices() if id(matrix.weight) not in dropped}
         for name in kept & set(masks):
             self.masks.add(name, masks[name])
 
+    def put_back(self) -> None:
+        """Have the window that is in work, if there is one, as it was."""
+        if self._in_work is not None:
+            for parameter, home in zip(self._in_work.parameters(), self._homes, strict=True):
+                parameter.data = home
+            self._in_work.to("cpu")
+            self._in_work = None
+
+    def write(self, window: Window, write: Write, number: int) -> tuple[dict[int, str], str]:
+        """Write a finished window, its layers and its masks, to files; where it is streamed, have it mapped from them.
+
+        Args:
+            window: The window.
+            write: Writes one file.
+            number: Windows done so far, which makes the files' names unique.
+
+        Returns:
+            The names of the layers' files by index, and that of its masks.
+        """
+        names = {index: f"layer_{index:05}.{number:05}" for index in window.indices[: window.kept]}
+        for index, name in names.items():
+            state = layer_state(self.layers[index], f"{self.prefix}.{index}")
+            self._restore_layer(index, write(name, state, {"format": "pt"}), copy=False)
+        mine, done = PackedMasks(), f"masks.{number:05}"
+        for matrix in window.matrices():
+            if matrix.name in set(self.masks):
+                mine.add(matrix.name, self.masks[matrix.name])
+        self._restore_masks(write(done, mine.tensors(), mine.metadata()))
+        return names, done
+
+    def restore(self, layers: Mapping[int, Path], masks: Iterable[Path]) -> None:
+        """Take over what an earlier run wrote."""
+        for index, path in layers.items():
+            self._restore_layer(index, path, copy=True)
+        for path in masks:
+            self._restore_masks(path)
+
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-        """Write the model, its tokenizer and a model card as a Hugging Face folder, all at once."""
+        """Write a model that is in memory, its tokenizer and a model card as a Hugging Face folder, all at once."""
         partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         try:
             with no_progress_bars():
                 self.model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays behind
+
+    @torch.no_grad()
+    def _restore_layer(self, index: int, path: Path, *, copy: bool) -> None:
+        """Map a layer from its file where the model is streamed; otherwise copy it into memory, if asked to."""
+        if self.files is None and not copy:
+            return
+        stored = DenseFiles([path])
+        for name, tensor in layer_state(self.layers[index], f"{self.prefix}.{index}").items():
+            if self.files is None:
+                tensor.copy_(stored.tensor(name))
+            else:
+                tensor_at(self.layers[index], name.removeprefix(f"{self.prefix}.{index}.")).data = stored.tensor(name)
+
+    def _restore_masks(self, path: Path) -> None:
+        self.masks.update(PackedMasks.load(path))
+
+
+def tensor_at(module: torch.nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a qualified name."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
+
+
+class _Masters:
+    """Float32 tensors on the device, used again for every window of the same shapes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: dict[torch.Size, list[Tensor]] = defaultdict(list)
+
+    @torch.no_grad()
+    def take(self, home: Tensor) -> Tensor:
+        """A master of some weights."""
+        free = self._free[home.shape]
+        master = free.pop() if free else torch.empty(home.shape, dtype=torch.float32, device=self.device)
+        return master.copy_(home)
+
+    def give_back(self, master: Tensor) -> None:
+        """Have a master back whose values are not needed any more."""
+        self._free[master.shape].append(master.detach())

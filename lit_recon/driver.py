@@ -5,7 +5,7 @@
     3. prune in place
     4. fit: a LightningModule over the window, a LightningDataModule over its activations, a fresh Trainer
     5. advance the chain: with dense inputs and targets, the targets are the next window's inputs
-    6. write the window out
+    6. take the window back and commit it: the point from which an interrupted run goes on
 
 Single matrices share steps 1, 2, 5 and 6 with the other matrices of their layer.
 
@@ -14,7 +14,7 @@ reconstructed in any order, or in parallel (`Regime.independent`). The only thin
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Protocol
@@ -28,6 +28,7 @@ from lit_recon.checkpoint import Checkpoint
 from lit_recon.metrics import Clock, release_memory
 from lit_recon.pruning import Pruner
 from lit_recon.reconstruction import Reconstructor, WindowResult, uses_moments
+from lit_recon.stopping import protected
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
 
@@ -36,6 +37,10 @@ class Listener(Protocol):
 
     def window_done(self, result: WindowResult) -> None:
         """One more window is reconstructed; it is written out when its layer is done."""
+
+
+def nothing_committed(window: Window, results: Sequence[WindowResult]) -> None:
+    """A walk that leaves no resume points."""
 
 
 def walk(
@@ -47,20 +52,40 @@ def walk(
     checkpoint: Checkpoint,
     clock: Clock,
     listeners: Sequence[Listener] = (),
+    done: Sequence[WindowResult] = (),
+    commit: Callable[[Window, Sequence[WindowResult]], None] = nothing_committed,
 ) -> list[WindowResult]:
-    """Prune and reconstruct `windows` in order; one result per window."""
-    results: list[WindowResult] = []
+    """Prune and reconstruct `windows` in order.
+
+    Args:
+        windows: The windows that are left.
+        chain: The chain at the first of them.
+        pruner: Makes their masks.
+        reconstructor: Fits them.
+        checkpoint: The model between its windows.
+        clock: Seconds per phase.
+        listeners: Are told of each window.
+        done: Results of the windows before them.
+        commit: Called after each window that the chain steps over, with all results so far.
+
+    Returns:
+        One result per window, those of `done` first.
+    """
+    results = list(done)
+    spans = [(span, list(group)) for span, group in groupby(windows, key=lambda window: window.span)]
+    following = [*(span.indices for span, _ in spans[1:]), range(0)]
     with _quick_collection():
-        for span, group in groupby(windows, key=lambda window: window.span):
+        for (span, group), next_indices in zip(spans, following, strict=False):
             with clock.phase("teacher"):
                 pruner.prepare(span)
             with clock.phase("load"):
                 checkpoint.bring_in(span)
+                checkpoint.read_ahead(next_indices)
             masks: dict[str, Tensor] = {}
             single = [window for window in group if isinstance(window, MatrixWindow)]
             work = (chain, pruner, reconstructor, clock)
-            for done, result in _matrices(span, single, *work) if single else _window(span, *work):
-                masks |= done
+            for made, result in _matrices(span, single, *work) if single else _window(span, *work):
+                masks |= made
                 results.append(result)
                 release_memory()
                 for listener in listeners:
@@ -68,8 +93,9 @@ def walk(
             with clock.phase("advance"):
                 checkpoint.round(span)
                 chain.advance(span)
-            with clock.phase("commit"):
-                checkpoint.write_out(span, masks)
+            with clock.phase("commit"), protected():
+                checkpoint.take_back(span, masks)
+                commit(span, results)
     return results
 
 

@@ -5,6 +5,7 @@ sequences step through the layers together, so that a device needs one layer and
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from lit_recon.blocks import Decoder, call_layer, float32_on
 from lit_recon.compute import Compute
 from lit_recon.data.packing import PADDING
+from lit_recon.packed_masks import PackedMasks
 
 LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
 
@@ -54,19 +56,23 @@ class Protocol:
 
 
 @torch.no_grad()
-def final_states(decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute) -> Tensor:
+def final_states(
+    decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute, masks: PackedMasks | None = None
+) -> Tensor:
     """Hidden states behind the last layer, (S, T, D) in float32 on the CPU; one layer at a time is on the device.
 
     Args:
-        decoder: The model, resident on the CPU.
+        decoder: The model, in memory or mapped.
         tokens_ST: Token ids, PADDING where a sample holds no text.
         batch_size: Sequences per pass.
         compute: Device and precision.
+        masks: Prune each layer by these while it is there.
     """
     batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
     hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0].cpu() for rows in batches])
     for index, layer in enumerate(decoder.layers):
-        with float32_on(layer, compute.device):
+        pruned = masks.applied(layer, f"{decoder.prefix}.{index}") if masks else nullcontext()
+        with float32_on(layer, compute.device), pruned:
             for rows in batches:
                 call = decoder.calls(tokens_ST[rows])[index]
                 inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
@@ -82,17 +88,20 @@ def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> 
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute) -> float:
-    """Perplexity of `model`, resident on the CPU, on S sequences of T tokens.
+def perplexity(
+    model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute, masks: PackedMasks | None = None
+) -> float:
+    """Perplexity of `model`, in memory or mapped, on S sequences of T tokens.
 
     Args:
         model: The model; its layers visit the device one at a time.
         tokens_ST: Token ids.
         batch_size: Sequences per pass.
         compute: Device and precision.
+        masks: Prune the model's layers by these meanwhile.
     """
     decoder = Decoder(model, compute.device)
-    hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute)
+    hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, masks=masks)
     metric = Perplexity().to(compute.device)
     for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
         metric.update(logits_BCV, targets_BC)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import torch
@@ -29,15 +29,19 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lit_recon.cache import cache_folder
+from lit_recon.commits import CommitError
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples
-from lit_recon.job import Job, run
+from lit_recon.job import ACTIVATIONS, Job
 from lit_recon.masks import Pattern
 from lit_recon.partition import check_partition, layer_windows
 from lit_recon.plan import Workload
 from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
+from lit_recon.run import run
+from lit_recon.signature import OF_THE_CALL, differences
+from lit_recon.store import arrays, check_targets
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
 
 PRUNE_BY = ("window", "half", "block", "model")
@@ -52,12 +56,15 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
-    names = ("model", "data", "criterion", "pattern", "chain", "windows", "module", "trainer")
-    model, source, criterion, pattern, regime, make_windows, module, trainer = (
+    names = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
+    model, source, criterion, pattern, regime, store, make_windows, module, trainer = (
         problems.instantiate(cfg[name], name) for name in names
     )
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    problems.check(check_output, output, overwrite=cfg.overwrite)
+    if cfg.resume is None:
+        problems.check(check_output, output, overwrite=cfg.overwrite)
+    if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
+        problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
     if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
         problems.add(
             f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
@@ -77,6 +84,8 @@ def prepare(cfg: DictConfig) -> Job:
             f"{_class(cfg.module)} (module=least_squares) solves for single matrices; use windows=matrix, not "
             f"{cfg.windows.by}."
         )
+    if store:
+        problems.check(check_targets, cfg.windows.by, store.targets)
     problems.raise_all()
     assert compute is not None
     model.check()
@@ -85,6 +94,12 @@ def prepare(cfg: DictConfig) -> Job:
     check_pattern([matrix for window in layer_windows(skeleton) for matrix in window.matrices()], pattern)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
+    stride = cfg.windows.get("stride")
+    overlapping = stride is not None and stride < cfg.windows.size
+    count = arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping)
+    num_samples, length = len(samples.calibration_ST) + len(samples.held_out_ST), samples.calibration_ST.shape[1]
+    shape = (num_samples, length, skeleton.config.get_text_config().hidden_size)
+    store.check(output / ACTIVATIONS, shape, count)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -93,6 +108,8 @@ def prepare(cfg: DictConfig) -> Job:
         criterion=criterion,
         pattern=pattern,
         regime=regime,
+        store=store,
+        arrays=count,
         windows=make_windows,
         kind=cfg.windows.by,
         size=cfg.windows.get("size", 4),
@@ -104,10 +121,44 @@ def prepare(cfg: DictConfig) -> Job:
         workload=_workload(cfg, samples, module),
         recipe=_recipe(cfg, criterion, pattern, regime),
         output=output,
-        config=OmegaConf.to_yaml(cfg, resolve=True),
+        config=OmegaConf.to_container(cfg, resolve=True),
         seed=cfg.seed,
         plan_only=cfg.plan,
+        stream=cfg.stream,
+        stop_after=cfg.stop_after,
+        resume=cfg.resume is not None,
     )
+
+
+def _resumed(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run that `resume` names; those settings of this call that belong to the call replace it.
+
+    Raises:
+        ValueError: There is no run to go on with, or a setting is given that differs.
+    """
+    folder = Path(str(cfg.resume))
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
+    if (folder / "results.json").is_file():
+        raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
+    before = OmegaConf.load(folder / "config.yaml")
+    given = {key.split("/")[0] for key in _given()} - {*OF_THE_CALL}
+    now = {key: OmegaConf.select(cfg, key) for key in given}
+    changed = [
+        f"{where} is {old!r} there and {new!r} here"
+        for key in sorted(given)
+        for where, old, new in differences(_plain(OmegaConf.select(before, key)), _plain(now[key]), key)
+    ]
+    if changed:
+        raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
+    for key in OF_THE_CALL:
+        OmegaConf.update(before, key, cfg[key])
+    OmegaConf.update(before, "output_dir", str(folder))
+    return before
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _given() -> set[str]:
@@ -158,7 +209,7 @@ def _fit(cfg: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     quiet()
     try:
-        job = prepare(cfg)
+        job = prepare(cfg if cfg.resume is None else _resumed(cfg))
     except ValueError as error:
         _stop(str(error), status=2)
     except KeyboardInterrupt:
@@ -167,9 +218,10 @@ def _fit(cfg: DictConfig) -> None:
         run(job, console)
     except Refusal as error:
         _stop(str(error), status=2)
+    except CommitError as error:
+        _stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
-        kept = "its checkpoint is whole" if (job.output / "checkpoint").is_dir() else "nothing is kept"
-        _stop(f"interrupted: {str(interrupt) or f'{job.output} is unfinished; {kept}'}.", status=1)
+        _stop(f"interrupted: {str(interrupt) or f'go on with resume={job.output}'}", status=1)
 
 
 def _stop(message: str, *, status: int) -> NoReturn:

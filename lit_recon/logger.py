@@ -20,13 +20,18 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         run: The run's folder; events go to `<run>/tensorboard`.
+        last_step: The last step of a run that is taken up; what it logged after that is hidden.
+
+    Attributes:
+        last_step: The last step of the windows so far.
     """
 
-    def __init__(self, run: Path) -> None:
-        super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False)
+    def __init__(self, run: Path, *, last_step: int | None = None) -> None:
+        purge = {} if last_step is None else {"purge_step": last_step + 1}
+        super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False, **purge)
         self._window = ""
         self._offset = 0
-        self._last = 0
+        self.last_step = last_step or 0
 
     @property
     def log_dir(self) -> str:
@@ -35,7 +40,7 @@ class RunLogger(TensorBoardLogger):
 
     def start_window(self, name: str) -> None:
         """From here on metrics belong to window `name`, whose step 0 follows the last step so far."""
-        self._window, self._offset = f"{name}/", self._last
+        self._window, self._offset = f"{name}/", self.last_step
 
     def end_window(self) -> None:
         """From here on metrics have their own names and steps."""
@@ -46,7 +51,7 @@ class RunLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log `metrics` at `step` of the current window; the epoch is left out, it restarts in every window."""
         step = self._offset + (step or 0)
-        self._last = max(self._last, step) if self._window else self._last
+        self.last_step = max(self.last_step, step) if self._window else self.last_step
         super().log_metrics({self._window + name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:

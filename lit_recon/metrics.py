@@ -5,7 +5,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +31,14 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
     def total(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was made, and those of the runs that were taken up."""
         return time.perf_counter() - self.started
+
+    def resume(self, seconds: Mapping[str, float], elapsed: float) -> None:
+        """Add what earlier runs took: seconds per phase, and in total."""
+        for name, value in seconds.items():
+            self.seconds[name] += value
+        self.started -= elapsed
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,7 +5,6 @@ the cache keeps (cache.py). `check` finds what is wrong with a model without rea
 """
 
 import io
-import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -21,19 +20,17 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
 from lit_recon.cache import Wheel, cache_folder, cached_folder, fetch_joined
+from lit_recon.weights import WEIGHTS, checkpoint_files, folder_problems
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# In the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _LIBRARY_ERRORS = (SafetensorError, hub_errors.HTTPError, hub_errors.StrictDataclassError)
 _HUB_ANSWERS = (  # the first that fits: a gated repository is also one that was not found
     (hub_errors.GatedRepoError, "only for approved accounts; ask on its Hub page, then log in with hf auth login"),
@@ -80,7 +77,7 @@ class LanguageModel(ABC):
         if problems := self._setting_problems():
             raise ValueError("; ".join(problems))
         source, revision = self._location()["pretrained_model_name_or_path"], self._location().get("revision")
-        problems = _folder_problems(Path(source)) if Path(source).is_dir() else []
+        problems = folder_problems(Path(source)) if Path(source).is_dir() else []
         if problems:
             raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
         skeleton, tokenizer = self.skeleton(), self.tokenizer()  # in this order a silent Hub is waited for only once
@@ -124,6 +121,12 @@ class LanguageModel(ABC):
         if missing := sorted(info["missing_keys"]):  # transformers goes on with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         return model.requires_grad_(False).eval()
+
+    def files(self) -> list[Path]:
+        """The files that hold its weights, once it has been loaded."""
+        location = self._location()
+        with _explained(self.describe()):
+            return checkpoint_files(location["pretrained_model_name_or_path"], location.get("revision"), WEIGHTS)
 
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
@@ -250,39 +253,6 @@ def _opens_with_bos(gguf: Path) -> bool:
     with gguf.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         found = content.find(key)
         return found >= 0 and content[found + len(key)] == 1
-
-
-def _folder_problems(folder: Path) -> list[str]:
-    """What keeps a folder from being a complete model, as far as the names and headers of its files tell."""
-    names = sorted(path.name for path in folder.iterdir())
-    problems = [] if "config.json" in names else ["no config.json"]
-    weights = next((name for name in WEIGHTS if name in names), None)
-    problems += _weight_problems(folder, weights) if weights else [f"no weights ({', '.join(WEIGHTS)})"]
-    if not set(VOCABULARIES) & set(names) and not list(folder.glob("*.tiktoken")):
-        problems.append(f"no tokenizer ({', '.join(VOCABULARIES)})")
-    if problems:
-        problems.append(f"it holds {', '.join(names[:12]) or 'nothing'}{', ...' if len(names) > 12 else ''}")
-    return problems
-
-
-def _weight_problems(folder: Path, weights: str) -> list[str]:
-    """Files that a weight index lists and the folder lacks, and safetensors files that do not fit their own header."""
-    files = [weights]
-    if weights.endswith(".index.json"):
-        try:
-            files = sorted(set(json.loads((folder / weights).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            return [f"{weights} is not an index of weights ({error!r})"]
-    problems = []
-    for name in files:
-        if not (folder / name).is_file():
-            problems.append(f"no {name}, which {weights} lists")
-        elif name.endswith(".safetensors"):
-            try:
-                safe_open(folder / name, framework="pt")
-            except SafetensorError as error:
-                problems.append(f"{name} is cut short, damaged or a Git LFS pointer ({error})")
-    return problems
 
 
 @contextmanager

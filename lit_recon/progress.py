@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,10 +22,12 @@ class WalkProgress(Callback):
     Args:
         console: Where to show it.
         num_windows: Windows of the walk.
+        done: Results of those that an earlier run has done.
     """
 
-    def __init__(self, console: Console, num_windows: int) -> None:
-        self.done: list[WindowResult] = []
+    def __init__(self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = ()) -> None:
+        self.done: list[WindowResult] = list(done)
+        self._before = len(done)
         self._num_windows = num_windows
         self._start = time.perf_counter()
         self._progress = Progress(
@@ -37,6 +40,7 @@ class WalkProgress(Callback):
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("reconstructing", total=num_windows, windows="", left="")
+        self._progress.update(self._task, completed=len(done))
 
     def __enter__(self) -> "WalkProgress":
         """Start the display and the clock."""
@@ -68,8 +72,8 @@ class WalkProgress(Callback):
             log.info("%s %s: %s, %s%s", windows, result.name, change, left, f" ({result.note})" if result.note else "")
 
     def _left(self) -> str:
-        """Time left, from the mean of the windows so far."""
-        mean = (time.perf_counter() - self._start) / len(self.done)
+        """Time left, from the mean of this run's windows so far."""
+        mean = (time.perf_counter() - self._start) / (len(self.done) - self._before)
         return f"{duration(mean * (self._num_windows - len(self.done)))} left"
 
     @staticmethod

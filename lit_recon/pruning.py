@@ -5,7 +5,7 @@ matter how much is pruned at once. With sparse statistics it does: what is prune
 is pruned yet. `Pruner` handles units that are larger or smaller than the windows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -90,6 +90,23 @@ class Pruner:
     def by_magnitude(self) -> list[str]:
         """Labels of the experts that saw no token and were scored by magnitude."""
         return [label for labels in self._by_magnitude.values() for label in labels]
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """The same by matrix."""
+        return self._by_magnitude
+
+    @property
+    def pending(self) -> tuple[str, dict[str, Tensor]] | None:
+        """Name and masks of the unit, larger than a window, in which the walk is."""
+        return (self._around.name, self._masks) if self._around is not None else None
+
+    def resume(self, pending: tuple[str, dict[str, Tensor]] | None, labels: Mapping[str, list[str]]) -> None:
+        """Go on where another pruner had these `pending` masks and `labels`."""
+        self._by_magnitude = dict(labels)
+        if pending is not None:
+            (self._around,) = [unit for unit in self.units if unit.name == pending[0]]
+            self._masks = pending[1]
 
     def prepare(self, span: Window) -> None:
         """Before a window's weights are brought in: make all masks of a larger unit that starts here."""

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from lit_recon.activations import Activations
 from lit_recon.callbacks import FiniteLoss, FirstHeldOut, LearningRate
 from lit_recon.logger import RunLogger
+from lit_recon.metrics import release_memory
 from lit_recon.moments import Moments
 from lit_recon.windows import AnyWindow
 
@@ -87,11 +88,13 @@ class Reconstructor:
     def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: Activations | Moments) -> WindowResult:
         """Train a pruned window towards its targets; keep the result if it is better on held-out samples."""
         start = time.perf_counter()
+        # What is drawn depends on the window alone, not on what was drawn before, so that a run can be taken up.
+        seed_everything(self.seed + window.indices.start, verbose=False)
         variance = data.variance()
         before, held_out_before = after, held_out_after = data.errors(window, variance)
         pruned = [parameter.detach().clone() for parameter in window.trained()]
         reason = ""
-        for factor, rate in RATES.items():
+        for factor in RATES:
             steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
             after, held_out_after = data.errors(window, variance)
             diverged = diverged or not math.isfinite(held_out_after)
@@ -100,6 +103,7 @@ class Reconstructor:
                 break
             reason = DIVERGED if diverged else NOT_BETTER
             _restore(window, pruned)
+            release_memory()  # optimizer and gradients of this try, before the next one makes its own
             after = before
             if diverged:
                 held_out_after, steps = held_out_before, 0
@@ -118,7 +122,7 @@ class Reconstructor:
             accepted,
             steps,
             seconds,
-            _note(reason, rate, factor, accepted=accepted),
+            _note(reason, factor, accepted=accepted),
             measure,
         )
 
@@ -133,6 +137,7 @@ class Reconstructor:
             callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
             **data.trainer_settings,
         )
+        masters = [(parameter, parameter.data) for parameter in window.parameters()]
         for parameter in window.trained():
             parameter.requires_grad_(True)
         try:
@@ -141,28 +146,34 @@ class Reconstructor:
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)
-        window.to(self.device)  # the Trainer's teardown moved it to the CPU
+        for parameter, master in masters:  # the Trainer's teardown moved the values to the CPU
+            if parameter.data.device != master.device:
+                parameter.data = master.copy_(parameter.data)
+        window.to(self.device)  # buffers
         return trainer.global_step, guard.diverged
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn what Lightning makes of Ctrl-C (SystemExit, and SIGINT ignored from then on) back into KeyboardInterrupt."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Turn what Lightning makes of Ctrl-C and SIGTERM (SystemExit, and handlers of its own) back into what it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except SystemExit as error:
-        raise KeyboardInterrupt from error
+        cause = error.__context__  # Lightning exits while it handles the exception of our handler
+        raise type(cause)(*cause.args) if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                if handler is not None:  # of C code, which Python cannot install
+                    signal.signal(number, handler)
 
 
-def _note(reason: str, rate: str, factor: float, *, accepted: bool) -> str:
-    """What there is to remark on a window, of which some try failed for `reason`, at the rate of the last try."""
+def _note(reason: str, factor: float, *, accepted: bool) -> str:
+    """What there is to remark on a window, of which a try failed for `reason`; the last was at `factor` times the rate."""
     if accepted:
-        return f"{reason}; reconstructed at {rate} learning rate" if reason else ""
-    return f"{reason}{f', also at {rate} learning rate' if factor < 1 else ''}: kept its pruned weights"
+        return f"{reason}; reconstructed at {RATES[factor]} learning rate" if reason else ""
+    return f"{reason}{f', also at {RATES[factor]} learning rate' if factor < 1 else ''}: kept its pruned weights"
 
 
 @torch.no_grad()

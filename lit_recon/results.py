@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from lit_recon import __version__
-from lit_recon.checkpoint import PackedMasks
 from lit_recon.evaluate import Protocol
+from lit_recon.packed_masks import PackedMasks
 from lit_recon.plan import Plan
 from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult

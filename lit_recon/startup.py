@@ -6,6 +6,7 @@ traceback and exits with status 2.
 
 import difflib
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -25,7 +26,10 @@ from omegaconf.errors import MissingMandatoryValue
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
 
-RUN_FILES = ("config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures")
+RUN_FILES = (
+    *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
+    *("commits", "activations", "checkpoint.partial"),
+)
 
 
 class Problems:
@@ -92,14 +96,41 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"output_dir={folder} holds files that are not a run; choose an empty or a new folder.")
     if not overwrite:
-        state = "a finished run" if (folder / "results.json").is_file() else "an unfinished run"
-        raise ValueError(f"output_dir={folder} holds {state}; choose another, or replace it with overwrite=true.")
+        finished = (folder / "results.json").is_file()
+        raise ValueError(
+            f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
+            + ("" if finished else f"go on with it (resume={folder}), ")
+            + "or replace it with overwrite=true."
+        )
+
+
+def begin_output(folder: Path, config: str) -> list[Path] | None:
+    """Make the folder of a run and write its configuration.
+
+    Returns:
+        The folders that were made, for `undo_output`; None where there is an earlier run, whose configuration stays.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    if path.exists():
+        return None
+    partial = path.with_name("config.yaml.partial")
+    partial.write_text(config, encoding="utf-8")
+    os.replace(partial, path)
+    return made
+
+
+def undo_output(folder: Path, made: Sequence[Path]) -> None:
+    """Remove what `begin_output` made."""
+    (folder / "config.yaml").unlink()
+    for path in made:
+        path.rmdir()
 
 
 def clear_output(folder: Path) -> None:
-    """Make the folder of a run, and remove what an earlier run left in it, and only that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
+    """Remove what an earlier run left in the folder of this one, and only that."""
+    for name in (*RUN_FILES, "config.yaml"):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -236,7 +236,7 @@ def test_target_variance_is_that_of_the_calibration_targets_around_each_features
     activations = activations_of(many_ST)
     targets_STD = torch.randn(16, 12, 32, generator=torch.Generator().manual_seed(3)) + 10 * torch.arange(32)
     targets_STD[11:] *= 100  # held-out samples do not set the unit
-    activations.targets_STD = targets_STD
+    activations.sources_STD = targets_STD
     values = targets_STD[:11].double().numpy().reshape(-1, 32)
     expected = np.mean([np.mean((feature - np.mean(feature)) ** 2) for feature in values.T])
     assert activations.variance() == pytest.approx(expected, rel=1e-5)

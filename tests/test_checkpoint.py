@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lit_recon import checkpoint as checkpoint_file
 from lit_recon.architectures import VOCABULARY, tiny_model
-from lit_recon.checkpoint import Checkpoint, PackedMasks
+from lit_recon.checkpoint import Checkpoint
+from lit_recon.packed_masks import PackedMasks
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.evaluate import Protocol
 from lit_recon.masks import Unstructured
@@ -54,7 +55,7 @@ def pruned(model: PreTrainedModel) -> Checkpoint:
         pruner.gather(window)
         masks = pruner.prune(window.matrices())
         chain.advance(window)
-        made.write_out(window, masks)
+        made.take_back(window, masks)
     return made
 
 
@@ -127,7 +128,7 @@ def test_a_window_is_float32_in_work_and_in_the_models_own_dtype_before_and_afte
     made.bring_in(first)
     assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in second.parameters()} == {dtype}
-    made.write_out(first, {})
+    made.take_back(first, {})
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert all(torch.equal(parameter, dense[name]) for name, parameter in model.named_parameters())
     made.save(tmp_path / "checkpoint", letter_tokenizer(), "card")
@@ -147,7 +148,7 @@ def test_a_rounded_window_computes_with_what_will_be_stored_of_it() -> None:
     for name, parameter in window.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, trained[name].bfloat16().float()) and not torch.equal(parameter, trained[name])
-    made.write_out(window, {})
+    made.take_back(window, {})
     for name, parameter in window.named_parameters():
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, trained[name].bfloat16()), name
 
@@ -160,7 +161,7 @@ def test_layers_that_a_window_does_not_keep_are_written_out_as_they_were_and_wit
     made.bring_in(first)
     for parameter in first.parameters():
         parameter.zero_()
-    made.write_out(
+    made.take_back(
         first, {matrix.name: torch.zeros_like(matrix.weight, dtype=torch.bool) for matrix in first.matrices()}
     )
     assert len(made.masks) == 7 and all(name.startswith("model.layers.0.") for name in made.masks)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon.cache import cache_folder
-from lit_recon.checkpoint import PackedMasks
+from lit_recon.packed_masks import PackedMasks
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
 

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_recon.checkpoint import PackedMasks
+from lit_recon.packed_masks import PackedMasks
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""Where a chain stands: hidden states of all samples at a window boundary, and how they step over a window.
+
+Shapes: S samples, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+
+class Boundary:
+    """Hidden states of all samples at a window boundary, (S, T, D) in the type of their store.
+
+    Attributes:
+        states_STD: The states.
+        aside_STD: Between the halves of a parallel layer: what the first one adds; None otherwise.
+    """
+
+    def __init__(self, states_STD: Tensor) -> None:
+        self.states_STD = states_STD
+        self.aside_STD: Tensor | None = None
+
+    def step(self, branch: str | None, outputs_STD: Tensor, each_batch: Callable[..., None]) -> Tensor | None:
+        """Step over a window whose outputs these are; the memory that is free now, if any.
+
+        In 16 bits, the sum of a parallel layer's halves is rounded four times, the output of a whole layer once.
+
+        Args:
+            branch: The window's branch.
+            outputs_STD: Its outputs for `states_STD`; their memory is taken over.
+            each_batch: Changes the first of some arrays by the others, batch after batch.
+        """
+        if branch == "first":
+            each_batch(Tensor.sub_, outputs_STD, self.states_STD)
+            self.aside_STD = outputs_STD
+            return None
+        if branch == "second":
+            assert self.aside_STD is not None
+            each_batch(Tensor.add_, outputs_STD, self.aside_STD)
+            self.aside_STD = None
+        free_STD, self.states_STD = self.states_STD, outputs_STD
+        return free_STD
+
+
+def state_of(boundaries: Mapping[str, Boundary]) -> dict[str, Tensor]:
+    """The arrays of some boundaries by name, `<name>_aside` for what is aside; not copied."""
+    arrays = {}
+    for name, boundary in boundaries.items():
+        arrays[name] = boundary.states_STD
+        if boundary.aside_STD is not None:
+            arrays[f"{name}_aside"] = boundary.aside_STD
+    return arrays
+
+
+def check_state(arrays: Mapping[str, Tensor], boundaries: Mapping[str, Boundary]) -> None:
+    """Raise a ValueError unless these are arrays of such boundaries."""
+    found = _described(arrays, {name.removesuffix("_aside") for name in arrays})
+    expected = _described({name: one.states_STD for name, one in boundaries.items()}, set(boundaries))
+    if found != expected:
+        raise ValueError(
+            f"the resume point holds activations of {found}, but with these settings they are {expected}; resume with "
+            "the data, chain.* and store.dtype of the run that was interrupted, or start over."
+        )
+
+
+def _described(arrays: Mapping[str, Tensor], chains: set[str]) -> str:
+    kinds = {f"{' x '.join(map(str, array.shape))} {str(array.dtype).split('.')[-1]}" for array in arrays.values()}
+    return f"the {' and '.join(sorted(chains))} chain, {', '.join(sorted(kinds))}"

@@ -1,0 +1,111 @@
+"""Files that are whole or not there, whatever ends the process or the machine: written aside, synced, then renamed."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 24  # bytes that are read or written at once
+DTYPES = {  # in the words of the safetensors format
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when all is written and on the disk; otherwise nothing of it stays."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong before is what matters
+            partial.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
+    """Write the safetensors format (length of the header, header, content) in chunks, with its checksum on the way.
+
+    safetensors' own save_file copies everything in older versions, refuses tensors that share memory, and tells of a
+    full disk in words only.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each starts at its alignment
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor, end = tensors[name], offset + tensors[name].nbytes
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    size, checksum = 0, 0
+    for chunk in _chunks(len(header).to_bytes(8, "little") + header, [tensors[name] for name in names]):
+        file.write(chunk)
+        size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, a few at a time."""
+    yield header
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)  # a copy only if it must be
+        if flat.stride() != (1,):
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        for part in flat.split(max(1, CHUNK // flat.element_size())) if len(flat) else ():
+            yield memoryview(part.cpu().view(torch.uint8).numpy())
+
+
+def publish(source: Path, target: Path) -> None:
+    """Have the content of `source` at `target` too, from one moment to the next.
+
+    It is the same file under a second name where the file system can do that, so change neither of them in place.
+    """
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)  # also after success: a rename of a file over itself does nothing

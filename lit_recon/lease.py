@@ -1,0 +1,59 @@
+"""One process per output folder: a file lock that the system frees when its owner ends, however it ends."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Have an output folder for this process alone.
+
+    `lease.lock` is locked (flock; on Windows a lock of its own), and `lease.json` says by whom. A process that was
+    killed holds nothing any more: the next one takes the folder over. On a file system that does not know flock,
+    filelock warns and lets the mere existence of `lease.lock` be the lock; one that a killed process left is then taken
+    over on the same machine only, and must be removed by hand otherwise. On NFS, the server decides whether locks hold
+    between machines.
+
+    Args:
+        folder: The output folder; made if it is missing.
+
+    Raises:
+        ValueError: Another process, or this one, has it already, or it cannot be locked.
+    """
+    lock, about = FileLock(folder / "lease.lock"), folder / "lease.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir={folder} is in work by {_owner(about)}; wait for it or stop it, or choose another output_dir."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder} cannot be locked ({error.strerror}); choose another output_dir."
+        ) from error
+    try:
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        about.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}), encoding="utf-8")
+        yield
+    finally:
+        for path in (about, Path(lock.lock_file)):  # while they are ours: later, they may be another process's
+            with suppress(OSError):  # Windows removes no open file, and the folder may be gone
+                path.unlink()
+        lock.release()
+
+
+def _owner(about: Path) -> str:
+    """Who holds the lease, as far as it can be read."""
+    try:
+        owner = json.loads(about.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or garbled
+        return "another process"

@@ -1,0 +1,53 @@
+"""What a run must have in common with the one that it takes up: configuration, model, data, code."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lit_recon import __version__
+from lit_recon.job import Job
+from lit_recon.weights import fingerprint
+
+# Settings of how a run is carried out, which may be others when it is taken up.
+OF_THE_CALL = ("output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "stream")
+_LIBRARIES = ("torch", "lightning", "transformers")
+
+
+def signature(job: Job) -> dict[str, Any]:
+    """The signature of a run whose model has been loaded."""
+    samples = job.samples
+    tokens = hashlib.sha256()
+    for tokens_ST in (samples.calibration_ST, samples.held_out_ST, samples.evaluation_ST):
+        tokens.update(str(tuple(tokens_ST.shape)).encode() + tokens_ST.to(torch.int64).numpy().tobytes())
+    return {
+        "config": {key: value for key, value in job.config.items() if key not in OF_THE_CALL},
+        "model": fingerprint(job.model.files()),
+        "data": tokens.hexdigest(),
+        "versions": {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two signatures, each in words."""
+    found = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before["config"], now["config"])]
+    if before["model"] != now["model"]:
+        found.append("the files of the dense model are not the same")
+    if before["data"] != now["data"]:
+        found.append("the text gives other samples")
+    for name, old in before["versions"].items():
+        if now["versions"].get(name) != old:
+            found.append(f"{name} was {old} and is {now['versions'].get(name)}")
+    return found
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key, old and new value of every setting that differs between two configurations."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in sorted({*before, *now}, key=str):
+            below = f"{key}.{name}" if key else str(name)
+            yield from differences(before.get(name), now.get(name), below)
+    elif before != now:
+        yield key, before, now

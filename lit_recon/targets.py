@@ -1,0 +1,47 @@
+"""Targets that are recomputed for each batch: the window as it was when it was dense, beside the one that is trained.
+
+Its weights are kept once, on the device, and stand in the window's place while targets are made.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lit_recon.blocks import LayerCall
+from lit_recon.compute import Compute
+from lit_recon.windows import Window
+
+
+class DenseWindow:
+    """A window with its dense weights.
+
+    Args:
+        window: The window, dense now, and on the device.
+        compute: Device and precision.
+    """
+
+    def __init__(self, window: Window, compute: Compute) -> None:
+        self.window, self.compute = window, compute
+        self._weights = [(parameter, parameter.detach().clone()) for parameter in window.parameters()]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the window dense; its weights of now come back afterwards, with their gradients and optimizer states."""
+        now = [parameter.data for parameter, _ in self._weights]
+        for parameter, dense in self._weights:
+            parameter.data = dense
+        torch.clear_autocast_cache()  # it knows parameters, not their values
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self._weights, now, strict=True):
+                parameter.data = data
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def __call__(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """What the dense window makes of hidden states at its start, (B, T, D) in float32."""
+        with self.installed(), self.compute.autocast():
+            return self.window(hidden_BTD, calls).float()

@@ -1,0 +1,156 @@
+"""The dense checkpoint on disk: which files it is, what lies where in them, and whether it is still the same.
+
+transformers maps safetensors files into memory instead of reading them where a model's parameters are named and typed
+as the file's tensors are. Such a model costs no memory of its own: its pages come from the file when they are looked
+at, and go when memory is short.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from lit_recon.blocks import decoder_layers
+
+# In the order in which transformers looks for them.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """What keeps a folder from being a complete model, as far as the names and headers of its files tell."""
+    names = sorted(path.name for path in folder.iterdir())
+    problems = [] if "config.json" in names else ["no config.json"]
+    weights = next((name for name in WEIGHTS if name in names), None)
+    problems += _weight_problems(folder, weights) if weights else [f"no weights ({', '.join(WEIGHTS)})"]
+    if not set(VOCABULARIES) & set(names) and not list(folder.glob("*.tiktoken")):
+        problems.append(f"no tokenizer ({', '.join(VOCABULARIES)})")
+    if problems:
+        problems.append(f"it holds {', '.join(names[:12]) or 'nothing'}{', ...' if len(names) > 12 else ''}")
+    return problems
+
+
+def _weight_problems(folder: Path, weights: str) -> list[str]:
+    """Files that a weight index lists and the folder lacks, and safetensors files that do not fit their own header."""
+    files = [weights]
+    if weights.endswith(".index.json"):
+        try:
+            files = sorted(set(json.loads((folder / weights).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            return [f"{weights} is not an index of weights ({error!r})"]
+    problems = []
+    for name in files:
+        if not (folder / name).is_file():
+            problems.append(f"no {name}, which {weights} lists")
+        elif name.endswith(".safetensors"):
+            try:
+                safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                problems.append(f"{name} is cut short, damaged or a Git LFS pointer ({error})")
+    return problems
+
+
+def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) -> list[Path]:
+    """The files that hold a model's weights, the first that exists of `names` and what it lists, once loaded.
+
+    Args:
+        source: Hub id or folder.
+        revision: Of a Hub model.
+        names: Names of single files, and of indices (*.index.json).
+    """
+    for name in names:
+        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        if not name.endswith(".index.json"):
+            return [Path(found)]
+        listed = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [Path(str(cached_file(source, file, revision=revision))) for file in listed]
+    return []
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A hash of files by their sizes and a thousand samples of each: any training changes all tensors."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb", buffering=0) as file:
+            for offset in sorted({size * index // _SAMPLES for index in range(_SAMPLES)}):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+class DenseFiles:
+    """The safetensors files of a dense checkpoint, whose tensors are named as the model's parameters are.
+
+    Args:
+        files: The files.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._handles = {path: safe_open(path, framework="pt") for path in files}
+        self._file = {name: path for path, handle in self._handles.items() for name in handle.keys()}
+        self._ranges: dict[str, tuple[int, int]] = {}
+        for path in files:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                for name, entry in json.loads(file.read(length)).items():
+                    if name != "__metadata__":
+                        start, stop = entry["data_offsets"]
+                        self._ranges[name] = 8 + length + start, stop - start
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(size for _, size in self._ranges.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, mapped; changing it never changes the file."""
+        return self._handles[self._file[name]].get_tensor(name)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system read tensors into its cache in the background, where it can be asked to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            with self._file[name].open("rb") as file:
+                os.posix_fadvise(file.fileno(), *self._ranges[name], os.POSIX_FADV_WILLNEED)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+        """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
+        if not files or any(path.suffix != ".safetensors" for path in files):
+            return "its weights are not in safetensors files"
+        dense = cls(files)
+        prefix, layers = decoder_layers(model)
+        for index, layer in enumerate(layers):
+            for name, tensor in layer_state(layer, f"{prefix}.{index}").items():
+                if name not in dense._file:
+                    return f"its files have no {name}: transformers converts them when it loads them"
+                stored = dense.tensor(name)
+                if (stored.shape, stored.dtype) != (tensor.shape, tensor.dtype):
+                    return f"{name} is {_kind(stored)} in its files and {_kind(tensor)} in the model"
+        return dense
+
+
+def layer_state(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a layer by their names in the model."""
+    return {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
