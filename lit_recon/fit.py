@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lit_recon.budget import parse_limit
 from lit_recon.cache import cache_folder
 from lit_recon.commits import CommitError
 from lit_recon.compute import Compute
@@ -41,8 +42,8 @@ from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
 from lit_recon.run import run
 from lit_recon.signature import OF_THE_CALL, differences
-from lit_recon.store import arrays, check_targets
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
+from lit_recon.store import arrays, check_targets
 
 PRUNE_BY = ("window", "half", "block", "model")
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
@@ -86,6 +87,7 @@ def prepare(cfg: DictConfig) -> Job:
         )
     if store:
         problems.check(check_targets, cfg.windows.by, store.targets)
+    limit = None if cfg.memory_limit is None else problems.check(parse_limit, cfg.memory_limit)
     problems.raise_all()
     assert compute is not None
     model.check()
@@ -113,6 +115,8 @@ def prepare(cfg: DictConfig) -> Job:
         windows=make_windows,
         kind=cfg.windows.by,
         size=cfg.windows.get("size", 4),
+        batch_size=cfg.data.batch_size,
+        memory_limit=limit,
         units=None if cfg.prune_by == "window" else partial(layer_windows, by=cfg.prune_by),
         allow_unscored=cfg.allow_unscored,
         module=module,
@@ -121,7 +125,7 @@ def prepare(cfg: DictConfig) -> Job:
         workload=_workload(cfg, samples, module),
         recipe=_recipe(cfg, criterion, pattern, regime),
         output=output,
-        config=OmegaConf.to_container(cfg, resolve=True),
+        config=_plain(cfg),
         seed=cfg.seed,
         plan_only=cfg.plan,
         stream=cfg.stream,
@@ -141,7 +145,8 @@ def _resumed(cfg: DictConfig) -> DictConfig:
         raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
     if (folder / "results.json").is_file():
         raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
-    before = OmegaConf.load(folder / "config.yaml")
+    before = OmegaConf.create(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(before, DictConfig)
     given = {key.split("/")[0] for key in _given()} - {*OF_THE_CALL}
     now = {key: OmegaConf.select(cfg, key) for key in given}
     changed = [

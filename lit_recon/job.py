@@ -24,7 +24,7 @@ from lit_recon.plan import Workload
 from lit_recon.pruning import check_units
 from lit_recon.regime import Regime
 from lit_recon.startup import check_pattern, check_scored
-from lit_recon.store import StoreSettings
+from lit_recon.store import Needed, StoreSettings
 from lit_recon.weights import DenseFiles
 from lit_recon.windows import AnyWindow, Window
 
@@ -46,9 +46,11 @@ class Job:
     regime: Regime
     store: StoreSettings
     arrays: int
-    windows: Callable[[PreTrainedModel], list[AnyWindow]]
+    windows: Callable[..., list[AnyWindow]]
     kind: str
     size: int
+    batch_size: int
+    memory_limit: int | None
     units: Callable[[PreTrainedModel], list[Window]] | None
     allow_unscored: bool
     module: Callable[..., LightningModule]
@@ -72,6 +74,7 @@ class Loaded:
     model: PreTrainedModel
     windows: list[AnyWindow]
     units: list[Window]
+    arrays: Needed
     chain: Chain
     checkpoint: Checkpoint
 
@@ -108,13 +111,20 @@ def load(job: Job, activations: Path) -> Loaded:
         Decoder(model, job.compute.device),
         tokens_ST,
         num_samples=len(job.samples.calibration_ST),
-        batch_size=job.source.batch_size,
+        batch_size=job.batch_size,
         compute=job.compute,
         regime=job.regime,
         store=job.store.open(activations, shape, job.arrays, job.compute.device),
         recompute=job.store.recompute,
     )
-    return Loaded(model, windows, units, chain, Checkpoint(model, job.compute.device, files=files))
+    return Loaded(
+        model,
+        windows,
+        units,
+        job.store.needed(shape, job.arrays),
+        chain,
+        Checkpoint(model, job.compute.device, files=files),
+    )
 
 
 def _into_memory(model: PreTrainedModel) -> None:

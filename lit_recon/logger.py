@@ -27,7 +27,7 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, run: Path, *, last_step: int | None = None) -> None:
-        purge = {} if last_step is None else {"purge_step": last_step + 1}
+        purge: dict[str, Any] = {} if last_step is None else {"purge_step": last_step + 1}
         super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False, **purge)
         self._window = ""
         self._offset = 0

@@ -18,6 +18,7 @@ from lit_recon.chain import Chain
 from lit_recon.evaluate import LOGITS_BYTES
 from lit_recon.matrices import routers
 from lit_recon.partition import layer_windows
+from lit_recon.store import Needed
 from lit_recon.windows import AnyWindow, HalfWindow, Window
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
@@ -54,8 +55,10 @@ class Plan:
         unscored: Matrices of the layers that it does not.
         routers: Matrices that choose among experts; they stay dense.
         steps: Optimizer steps per window.
-        peak_bytes: Predicted peak memory.
+        peak_bytes: Predicted peak memory, `mapped_bytes` included.
         peaks_by_kind: The same for each kind of window.
+        mapped_bytes: What of it is mapped from the dense model's files, and goes when memory is short.
+        disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
     """
 
@@ -67,6 +70,8 @@ class Plan:
     steps: int
     peak_bytes: int
     peaks_by_kind: dict[str, int]
+    mapped_bytes: int
+    disk_bytes: int
     seconds: float
 
 
@@ -86,7 +91,16 @@ def steps_per_window(chain: Chain, work: Workload) -> int:
     return steps if work.max_steps < 0 else min(steps, work.max_steps)
 
 
-def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kind: str, size: int = 1) -> Plan:
+def make_plan(
+    windows: Sequence[AnyWindow],
+    chain: Chain,
+    work: Workload,
+    *,
+    kind: str,
+    size: int = 1,
+    arrays: Needed,
+    mapped_bytes: int,
+) -> Plan:
     """Measure the first layer on one batch and extrapolate.
 
     Args:
@@ -95,6 +109,8 @@ def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kin
         work: How often each of them will be run.
         kind: What kind of windows they are.
         size: Layers per window, for "blocks".
+        arrays: What the chain's arrays take.
+        mapped_bytes: What is mapped of the model's files.
     """
     model, depth = chain.decoder.model, len(chain.decoder.layers)
     layers = layer_windows(model)
@@ -115,8 +131,9 @@ def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kin
     # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    resident = _resident(model, chain)
-    masters = {name: _masters(model, chain, largest, name, size, depth) for name in training}
+    resident = _resident(chain, arrays) + (0 if chain.compute.device.type == "cuda" else mapped_bytes)
+    layers_of = {"model": depth, f"blocks of {size}": size}
+    masters = {name: largest * _FLOAT32 * layers_of.get(name, 1) for name in training}
     peaks = {name: resident + masters[name] + max(size, evaluation) for name, size in training.items() if size}
     steps = steps_per_window(chain, work)
     return Plan(
@@ -128,6 +145,8 @@ def make_plan(windows: Sequence[AnyWindow], chain: Chain, work: Workload, *, kin
         steps=steps,
         peak_bytes=peaks[f"blocks of {size}" if kind == "blocks" else kind],
         peaks_by_kind=peaks,
+        mapped_bytes=mapped_bytes,
+        disk_bytes=_disk_bytes(model, chain, arrays),
         seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
     )
 
@@ -164,30 +183,27 @@ def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, he
     return forward / chain.batch_size * (depth * passes + evaluated * (depth + 3 * head))
 
 
-def _resident(model: PreTrainedModel, chain: Chain) -> int:
-    """Bytes that stay through the run: nothing on a GPU; on the CPU this process, the whole model and the chain.
-
-    The model's file may be mapped and not read yet, so its size is added to what is resident without shared pages.
-    """
+def _resident(chain: Chain, arrays: Needed) -> int:
+    """Bytes of its own that this process keeps: nothing on a GPU; on the CPU what is there, and the chain's arrays."""
     if chain.compute.device.type == "cuda":
         return 0
     memory = psutil.Process().memory_info()
+    there = min(arrays.memory, chain.inputs_STD.nbytes)
+    return memory.rss - getattr(memory, "shared", 0) + arrays.memory - there
+
+
+def _disk_bytes(model: PreTrainedModel, chain: Chain, arrays: Needed) -> int:
+    """The checkpoint, whose layers are those of the commits; masks; three commits' states, and arrays on the disk."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    arrays = chain.inputs_STD.nbytes * (chain.regime.arrays - 1)  # one is there already
-    return memory.rss - getattr(memory, "shared", 0) + weights + arrays
-
-
-def _masters(model: PreTrainedModel, chain: Chain, largest: int, kind: str, size: int, depth: int) -> int:
-    """Bytes of a window's float32 weights, where they are not the model's own."""
-    if chain.compute.device.type != "cuda" and model.dtype == torch.float32:
-        return 0
-    return largest * _FLOAT32 * {"model": depth, f"blocks of {size}": size}.get(kind, 1)
+    masks = sum(parameter.numel() for parameter in model.parameters()) // 8
+    states = sum(array_STD.nbytes for array_STD in chain.state().values())
+    return weights + 2 * masks + 3 * states + arrays.disk
 
 
 def _probe(window: Window, chain: Chain) -> _Probe:
     """Run a window on one batch, with what autograd keeps for its backward beside the weights."""
     rows_B = torch.arange(min(chain.batch_size, chain.num_samples))
-    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device)
+    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device).float()
     calls = chain.calls(rows_B)
     kept: dict[int, int] = {}
     with float32_on(window, chain.compute.device):

@@ -152,7 +152,7 @@ class Pruner:
     def _prune_units(self, units: Sequence[Window]) -> dict[str, Tensor]:
         """Score and prune units one after the other, each with what the pruned ones before it hand on; all masks."""
         assert self.chain.sparse
-        boundary = Boundary(self.chain.sparse.states_STD.clone())
+        boundary = Boundary(self.chain.copy(self.chain.sparse.states_STD))
         masks: dict[str, Tensor] = {}
         for unit in units:
             self._masks = self._score_at(unit, boundary)

@@ -170,7 +170,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _note(reason: str, factor: float, *, accepted: bool) -> str:
-    """What there is to remark on a window, of which a try failed for `reason`; the last was at `factor` times the rate."""
+    """What there is to remark on a window, of which a try failed for `reason`, the last at `factor` times the rate."""
     if accepted:
         return f"{reason}; reconstructed at {RATES[factor]} learning rate" if reason else ""
     return f"{reason}{f', also at {RATES[factor]} learning rate' if factor < 1 else ''}: kept its pruned weights"

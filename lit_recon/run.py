@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
+from lit_recon.budget import Choice, adopt, choose, plan_of
 from lit_recon.commits import Commit, Commits
 from lit_recon.course import Course, Setting
 from lit_recon.disk import DiskStore
@@ -26,15 +27,14 @@ from lit_recon.judge import Judge, Saved, read_back
 from lit_recon.lease import hold
 from lit_recon.logger import RunLogger
 from lit_recon.metrics import Clock, peak_memory_bytes, release_memory, reset_peak_memory
-from lit_recon.plan import Plan, make_plan
+from lit_recon.plan import Plan
 from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
 from lit_recon.report import write_report
 from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
-from lit_recon.startup import Refusal, begin_output, clear_output, undo_output
+from lit_recon.startup import Refusal, begin_output, check_disk, clear_output, undo_output
 from lit_recon.stopping import stoppable
-
 
 PRUNED_STATES = ("pruned", "reconstructed")
 
@@ -55,7 +55,7 @@ def run(job: Job, console: Console) -> None:
         walked = _walk(job, clock, console)
         if walked is not None:
             release_memory()  # the model that was saved, before it is read back
-            console.print(table(_conclude(job, walked, clock), job.output))
+            console.print(table(_conclude(walked, clock), job.output))
 
 
 @contextmanager
@@ -90,25 +90,30 @@ def _open(
             if commit:  # what "auto" has chosen
                 job = replace(job, store=replace(job.store, kind=commit.state["store"]))
             loaded = load(job, activations)
-            signed = signature(job)
-            if commit and (changed := changes(commit.state["signature"], signed)):
+            facts: dict[str, Any] = {"signature": signature(job)}
+            if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={job.output}: {'; '.join(changed)}. Undo that, or start a new run.")
+            if job.memory_limit is not None or commit:
+                choice = Choice(**commit.state["choice"]) if commit else choose(job, loaded)
+                job, loaded = adopt(choice, job, loaded)
+            plan = plan_of(job, loaded)
+            if commit is None and not job.plan_only:
+                check_disk(job.output, plan.disk_bytes - loaded.arrays.disk)  # arrays have their room already
     except ValueError as error:
+        shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
-    plan = make_plan(loaded.windows, loaded.chain, job.workload, kind=job.kind, size=job.size)
     for name, text in _lines(job, plan, commit).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
-    return (
-        Setting(job, loaded, plan, commits, console, clock),
-        {"signature": signed, "store": "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"},
-        commit,
-    )
+    facts["choice"] = Choice(job.kind, job.batch_size).state()
+    facts["store"] = "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"
+    return Setting(job, loaded, plan, commits, console, clock), facts, commit
 
 
 @dataclass(frozen=True)
 class _Walked:
     """What is left of a walk once the model has been saved."""
 
+    job: Job
     saved: Saved
     windows: list[WindowResult]
     plan: Plan
@@ -122,8 +127,11 @@ class _Walked:
 def _walk(job: Job, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
     setting, facts, commit = _open(job, clock, console, activations=job.output / ACTIVATIONS)
-    with setting.loaded.chain.store:
-        return _walk_over(setting, facts, commit)
+    try:
+        with setting.loaded.chain.store:
+            return _walk_over(setting, facts, commit)
+    finally:
+        shutil.rmtree(job.output / ACTIVATIONS, ignore_errors=True)
 
 
 def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -> _Walked | None:
@@ -150,6 +158,7 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
         dense_STD = judge.final_states(job.model.load())
     saved = Saved(job.output / "checkpoint", course.masks(), judge.logits(loaded.model), dense_STD)
     return _Walked(
+        job,
         saved,
         windows,
         setting.plan,
@@ -161,9 +170,9 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
     )
 
 
-def _conclude(job: Job, walked: _Walked, clock: Clock) -> Results:
+def _conclude(walked: _Walked, clock: Clock) -> Results:
     """Read the checkpoint back, measure it, and write results and report."""
-    plan, saved = walked.plan, walked.saved
+    job, plan, saved = walked.job, walked.plan, walked.saved
     perplexities, errors = read_back(saved, job.model, _judge(job, clock))
     results = Results(
         perplexity={"dense": walked.dense_perplexity} | {state: perplexities[state] for state in PRUNED_STATES},
@@ -220,7 +229,9 @@ def _lines(job: Job, plan: Plan, commit: Commit | None) -> dict[str, str]:
         + f"on {tokens} tokens of {job.samples.description}",
         "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
         "evaluate": _protocol(job).describe(),
-        "predicted": f"about {duration(plan.seconds)}, peak memory {plan.peak_bytes / 1e9:.2f} GB",
+        "predicted": f"about {duration(plan.seconds)}, peak memory {plan.peak_bytes / 1e9:.2f} GB"
+        + (f" ({plan.mapped_bytes / 1e9:.2f} GB of it mapped from the model's files)" if plan.mapped_bytes else "")
+        + f", disk {plan.disk_bytes / 1e9:.2f} GB",
         "by window": ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output),
     }

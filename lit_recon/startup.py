@@ -23,12 +23,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from lit_recon.disk import free_space
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
 
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "activations", "checkpoint.partial"),
+    *("commits", "checkpoint.partial"),
 )
 
 
@@ -126,6 +127,16 @@ def undo_output(folder: Path, made: Sequence[Path]) -> None:
     (folder / "config.yaml").unlink()
     for path in made:
         path.rmdir()
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise a ValueError where the disk has no room for `needed` bytes more in a run's folder."""
+    free = free_space(folder)
+    if needed > free:
+        raise ValueError(
+            f"output_dir={folder}: the run needs {needed / 1e9:.2f} GB there, where {free / 1e9:.2f} GB are free; free "
+            "some space, or choose an output_dir on another disk."
+        )
 
 
 def clear_output(folder: Path) -> None:

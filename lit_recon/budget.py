@@ -1,0 +1,131 @@
+"""A limit of memory chooses what is done at once: the paper's finding that quality hardly depends on a window's size.
+
+A smaller batch comes first, with as many more batches per optimizer step, which changes nothing but the time; then the
+next smaller kind of window. Single matrices are worse, so they are never chosen. What is mapped from the dense model's
+files does not count: the system takes it back when it needs the room.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from accelerate.utils import convert_file_size_to_int
+
+from lit_recon.job import Job, Loaded
+from lit_recon.partition import partition
+from lit_recon.plan import Plan, make_plan
+from lit_recon.windows import AnyWindow
+
+ORDER = ("model", "blocks", "block", "half")  # from large to small
+
+
+def parse_limit(limit: str | int) -> int:
+    """Bytes of a limit such as "6GiB", "500MB" or a number.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    try:
+        size = int(convert_file_size_to_int(limit))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError(f"memory_limit={limit}: expected a size such as 6GiB, 500MB, or a number of bytes.")
+    return size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is done at once.
+
+    Attributes:
+        kind: Kind of windows.
+        batch_size: Samples per batch.
+    """
+
+    kind: str
+    batch_size: int
+
+    def state(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+def plan_of(job: Job, loaded: Loaded, windows: list[AnyWindow] | None = None) -> Plan:
+    """The plan of a run as it is."""
+    return make_plan(
+        windows or loaded.windows,
+        loaded.chain,
+        job.workload,
+        kind=job.kind,
+        size=job.size,
+        arrays=loaded.arrays,
+        mapped_bytes=loaded.checkpoint.files.nbytes if loaded.checkpoint.files else 0,
+    )
+
+
+def choose(job: Job, loaded: Loaded) -> Choice:
+    """The largest batch of the largest windows, up to those that were asked for, that fit into the limit.
+
+    Raises:
+        ValueError: Nothing fits; the message has the numbers.
+    """
+    assert job.memory_limit is not None
+    needs = {choice: need for choice, need in _needs(job, loaded)}
+    for choice, need in needs.items():
+        if need <= job.memory_limit:
+            return choice
+    smallest = min(needs, key=lambda choice: needs[choice])
+    raise ValueError(
+        f"memory_limit={job.memory_limit / 1e9:.2f} GB: even windows={smallest.kind} with data.batch_size="
+        f"{smallest.batch_size} need {needs[smallest] / 1e9:.2f} GB, as asked for it would be "
+        f"{needs[next(iter(needs))] / 1e9:.2f} GB. Raise the limit, or use shorter or fewer samples (data.length, "
+        "data.num_samples), store=disk, or store.targets=recompute."
+    )
+
+
+def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
+    """All choices in the order of preference, and the memory that each needs."""
+    kinds = [kind for kind in ORDER[ORDER.index(job.kind) :]] if job.kind in ORDER else [job.kind]
+    windows = loaded.windows
+    if "half" in kinds and job.kind != "half":
+        with suppress(ValueError):  # layers that have no halves
+            windows = partition(loaded.model, by="half")
+    batch_size, plans = job.batch_size, {}
+    while batch_size:
+        loaded.chain.batch_size = batch_size
+        plans[batch_size] = plan_of(job, loaded, windows)
+        batch_size //= 2
+    loaded.chain.batch_size = job.batch_size
+    for kind in kinds:
+        for batch_size, plan in plans.items():
+            name = f"blocks of {job.size}" if kind == "blocks" else kind
+            if name in plan.peaks_by_kind:
+                yield Choice(kind, batch_size), plan.peaks_by_kind[name] - plan.mapped_bytes
+
+
+def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
+    """The run with what was chosen."""
+    if choice == Choice(job.kind, job.batch_size):
+        return job, loaded
+    assert isinstance(job.windows, partial)
+    accumulate = job.workload.accumulate * (job.batch_size // choice.batch_size)
+    of_kind = job.windows
+    if choice.kind != job.kind:
+        head = bool(job.windows.keywords.get("head"))
+        size = job.size if choice.kind == "blocks" else 1
+        of_kind = partial(partition, by=choice.kind, size=size, head=head)
+    described = {"windows": choice.kind} if choice.kind != job.kind else {}
+    changed = replace(
+        job,
+        windows=of_kind,
+        kind=choice.kind,
+        batch_size=choice.batch_size,
+        trainer=partial(job.trainer, accumulate_grad_batches=accumulate),
+        workload=replace(job.workload, accumulate=accumulate),
+        recipe=job.recipe | described | {"batch_size": f"{choice.batch_size}, {accumulate} per step"},
+    )
+    loaded.chain.batch_size = choice.batch_size
+    return changed, replace(loaded, windows=of_kind(loaded.model))
