@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_recon.blocks import decoder_layers
 from lit_recon.models import no_progress_bars
 from lit_recon.packed_masks import PackedMasks
-from lit_recon.weights import DenseFiles, layer_state
+from lit_recon.weights import DenseFiles, layer_state, point_at
 from lit_recon.windows import Window
 
 Write = Callable[..., Path]  # of a name, tensors and metadata; the file that holds them then
@@ -76,7 +76,7 @@ class Checkpoint:
             parameter.data = home
             self._masters.give_back(master)
         window.to("cpu")
-        self._in_work = None
+        self._in_work, self._homes = None, []
         kept = {matrix.name for matrix in window.matrices() if id(matrix.weight) not in dropped}
         for name in kept & set(masks):
             self.masks.add(name, masks[name])
@@ -87,7 +87,7 @@ class Checkpoint:
             for parameter, home in zip(self._in_work.parameters(), self._homes, strict=True):
                 parameter.data = home
             self._in_work.to("cpu")
-            self._in_work = None
+            self._in_work, self._homes = None, []
 
     def write(self, window: Window, write: Write, number: int) -> tuple[dict[int, str], str]:
         """Write a finished window, its layers and its masks, to files; where it is streamed, have it mapped from them.
@@ -135,23 +135,16 @@ class Checkpoint:
     @torch.no_grad()
     def _restore_layer(self, index: int, path: Path, *, copy: bool) -> None:
         """Map a layer from its file where the model is streamed; otherwise copy it into memory, if asked to."""
-        if self.files is None and not copy:
-            return
-        stored = DenseFiles([path])
-        for name, tensor in layer_state(self.layers[index], f"{self.prefix}.{index}").items():
-            if self.files is None:
-                tensor.copy_(stored.tensor(name))
-            else:
-                tensor_at(self.layers[index], name.removeprefix(f"{self.prefix}.{index}.")).data = stored.tensor(name)
+        layer, prefix = self.layers[index], f"{self.prefix}.{index}"
+        state = layer_state(layer, prefix)
+        if self.files is not None:
+            point_at(layer, prefix, DenseFiles([path]).tensors(state))
+        elif copy:
+            for name, stored in DenseFiles([path]).tensors(state).items():
+                state[name].copy_(stored)
 
     def _restore_masks(self, path: Path) -> None:
         self.masks.update(PackedMasks.load(path))
-
-
-def tensor_at(module: torch.nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of a qualified name."""
-    parent, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(parent), leaf)
 
 
 class _Masters:

@@ -100,6 +100,8 @@ def model_card(model: str, recipe: Mapping[str, str], plan: Plan, windows: Seque
     """README.md of the checkpoint: how it was made and how to read it."""
     accepted = sum(window.accepted for window in windows)
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
+    left = plan.windows - len(windows)
+    unfinished = f"| unfinished | {len(windows)} of {plan.windows} windows done, the rest is dense |\n" if left else ""
     return f"""---
 library_name: transformers
 tags: [pruning, sparse, local-reconstruction]
@@ -116,7 +118,7 @@ exact zeros.
 {rows}
 | prunable | {plan.prunable / plan.parameters:.1%} of all parameters |
 | windows reconstructed | {accepted} of {len(windows)} |
-
+{unfinished}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

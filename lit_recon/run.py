@@ -44,15 +44,18 @@ def run(job: Job, console: Console) -> None:
 
     Raises:
         Refusal: What only the model's weights or an earlier run's commits can tell; nothing has been written then.
+        CommitError: The disk is full or read-only; the message says how to go on.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept, and the message says how to go on.
     """
     clock = Clock()
     if job.plan_only:
         with TemporaryDirectory() as scratch:
-            _open(job, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
+            commits = Commits(job.output / "commits")
+            _open(job, commits, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
         return
-    with stoppable(), _begun(job):
-        walked = _walk(job, clock, console)
+    commits = Commits(job.output / "commits")
+    with commits.writing(job.output), stoppable(), _begun(job):  # of what is written beside commits, too
+        walked = _walk(job, commits, clock, console)
         if walked is not None:
             release_memory()  # the model that was saved, before it is read back
             console.print(table(_conclude(walked, clock), job.output))
@@ -61,22 +64,30 @@ def run(job: Job, console: Console) -> None:
 @contextmanager
 def _begun(job: Job) -> Iterator[None]:
     """Hold the output folder, with the configuration in it; without a trace where the run is refused."""
-    made = begin_output(job.output, _config(job))
+    made = [path for path in (job.output, *job.output.parents) if not path.exists()]
+    config = job.output / "config.yaml"
     try:
         with ExitStack() as stack:
             try:
                 stack.enter_context(hold(job.output))
             except ValueError as error:
                 raise Refusal(str(error)) from error
-            yield
+            new = not config.exists()
+            if new:
+                begin_output(job.output, _config(job))
+            try:
+                yield
+            except Refusal:
+                if new:
+                    config.unlink()
+                raise
     except Refusal:
-        if made is not None:
-            undo_output(job.output, made)
+        undo_output(made)
         raise
 
 
 def _open(
-    job: Job, clock: Clock, console: Console, *, activations: Path
+    job: Job, commits: Commits, clock: Clock, console: Console, *, activations: Path
 ) -> tuple[Setting, dict[str, Any], Commit | None]:
     """Load and plan a run, find where it is taken up, and show what will be done.
 
@@ -85,7 +96,6 @@ def _open(
     """
     try:
         with clock.phase("load"):
-            commits = Commits(job.output / "commits")
             commit = commits.newest() if job.resume else None
             if commit:  # what "auto" has chosen
                 job = replace(job, store=replace(job.store, kind=commit.state["store"]))
@@ -124,9 +134,9 @@ class _Walked:
     walk_peak_bytes: int
 
 
-def _walk(job: Job, clock: Clock, console: Console) -> _Walked | None:
+def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
-    setting, facts, commit = _open(job, clock, console, activations=job.output / ACTIVATIONS)
+    setting, facts, commit = _open(job, commits, clock, console, activations=job.output / ACTIVATIONS)
     try:
         with setting.loaded.chain.store:
             return _walk_over(setting, facts, commit)

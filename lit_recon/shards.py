@@ -72,7 +72,7 @@ class ShardedFolder:
 
     def _save(self, path: Path, names: Sequence[str]) -> None:
         with replaced(path) as file:
-            write_tensors(file, {name: self.files.tensor(name) for name in names}, {"format": "pt"})
+            write_tensors(file, self.files.tensors(names), {"format": "pt"})
 
     def _shard(self, index: int) -> str:
         """File name of a layer's shard; -1: of all that is not in a layer."""

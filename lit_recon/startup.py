@@ -6,7 +6,6 @@ traceback and exits with status 2.
 
 import difflib
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from lit_recon.disk import free_space
+from lit_recon.durable import replaced
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
 
@@ -31,6 +31,7 @@ RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
     *("commits", "checkpoint.partial"),
 )
+OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
 
 class Problems:
@@ -91,7 +92,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"output_dir={folder}: cannot write to {existing} ({error.strerror}); choose another output_dir."
         ) from error
-    if existing != folder.absolute() or not any(folder.iterdir()):
+    if existing != folder.absolute() or {path.name for path in folder.iterdir()} <= {*OF_A_START}:
         return
     config = folder / "config.yaml"
     if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
@@ -105,28 +106,17 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def begin_output(folder: Path, config: str) -> list[Path] | None:
-    """Make the folder of a run and write its configuration.
-
-    Returns:
-        The folders that were made, for `undo_output`; None where there is an earlier run, whose configuration stays.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    if path.exists():
-        return None
-    partial = path.with_name("config.yaml.partial")
-    partial.write_text(config, encoding="utf-8")
-    os.replace(partial, path)
-    return made
+def begin_output(folder: Path, config: str) -> None:
+    """Write the configuration of a run, whole or not at all, in place of an earlier one's."""
+    with replaced(folder / "config.yaml") as file:
+        file.write(config.encode())
 
 
-def undo_output(folder: Path, made: Sequence[Path]) -> None:
-    """Remove what `begin_output` made."""
-    (folder / "config.yaml").unlink()
+def undo_output(made: Sequence[Path]) -> None:
+    """Remove folders that were made for a run, the inner ones first, as far as nothing is in them."""
     for path in made:
-        path.rmdir()
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -140,8 +130,11 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Remove what an earlier run left in the folder of this one, and only that."""
-    for name in (*RUN_FILES, "config.yaml"):
+    """Remove what an earlier run left in the folder of this one, and only that; its configuration stays till the last.
+
+    A run that is killed meanwhile is still a run, which can be taken up.
+    """
+    for name in RUN_FILES:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -8,8 +8,10 @@ at, and go when memory is short.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_recon.blocks import decoder_layers
+from lit_recon.durable import DTYPES
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -89,6 +92,16 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+class _Entry(NamedTuple):
+    """Where a tensor lies, and what it is in the words of the format."""
+
+    path: Path
+    start: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class DenseFiles:
     """The safetensors files of a dense checkpoint, whose tensors are named as the model's parameters are.
 
@@ -97,38 +110,45 @@ class DenseFiles:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._handles = {path: safe_open(path, framework="pt") for path in files}
-        self._file = {name: path for path, handle in self._handles.items() for name in handle.keys()}
-        self._ranges: dict[str, tuple[int, int]] = {}
+        self._entries: dict[str, _Entry] = {}
         for path in files:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 for name, entry in json.loads(file.read(length)).items():
                     if name != "__metadata__":
                         start, stop = entry["data_offsets"]
-                        self._ranges[name] = 8 + length + start, stop - start
+                        shape = tuple(entry["shape"])
+                        self._entries[name] = _Entry(path, 8 + length + start, stop - start, entry["dtype"], shape)
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._file)
+        return list(self._entries)
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors."""
-        return sum(size for _, size in self._ranges.values())
+        return sum(entry.nbytes for entry in self._entries.values())
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, mapped; changing it never changes the file."""
-        return self._handles[self._file[name]].get_tensor(name)
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors in a map of their own, which goes when they go; changing them never changes the file."""
+        by_file = defaultdict(list)
+        for name in names:
+            by_file[self._entries[name].path].append(name)
+        found: dict[str, Tensor] = {}
+        for path, here in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in here}
+        return found
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system read tensors into its cache in the background, where it can be asked to."""
         if not hasattr(os, "posix_fadvise"):
             return
         for name in names:
-            with self._file[name].open("rb") as file:
-                os.posix_fadvise(file.fileno(), *self._ranges[name], os.POSIX_FADV_WILLNEED)
+            entry = self._entries[name]
+            with entry.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     @classmethod
     def of(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
@@ -139,11 +159,12 @@ class DenseFiles:
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():
-                if name not in dense._file:
+                stored = dense._entries.get(name)
+                if stored is None:
                     return f"its files have no {name}: transformers converts them when it loads them"
-                stored = dense.tensor(name)
-                if (stored.shape, stored.dtype) != (tensor.shape, tensor.dtype):
-                    return f"{name} is {_kind(stored)} in its files and {_kind(tensor)} in the model"
+                kind = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+                if (stored.dtype, stored.shape) != kind:
+                    return f"{name} is {stored.dtype} {stored.shape} in its files and {kind[0]} {kind[1]} in the model"
         return dense
 
 
@@ -152,5 +173,8 @@ def layer_state(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+def point_at(layer: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Have a layer's tensors, by their names in the model, in place of its own."""
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.removeprefix(f"{prefix}.").rpartition(".")
+        getattr(layer.get_submodule(parent), leaf).data = tensor

@@ -1,16 +1,17 @@
 """Tiny random models, what is trained of them, and a command line that runs in this process. No network."""
 
+import json
 import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from hydra.utils import instantiate
+from launcher import Ended, Launcher
 from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,6 +44,7 @@ KINDS = (
     "mixtral",  # experts in one parameter, and a router
 )
 Masks = Mapping[str, Tensor]
+TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")  # of results.json
 
 
 @pytest.fixture(params=KINDS)
@@ -137,14 +139,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test sees or fills the user's cache."""
@@ -176,10 +170,22 @@ def command(
     logging.root.handlers = handlers
 
 
-@pytest.fixture
-def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path) -> Callable[..., Ended]:
-    """The real configuration, shrunk to the tiny model."""
-    settings = [
+def numbers(run: Path) -> dict:
+    """results.json without what is different each time."""
+    results = json.loads((run / "results.json").read_text())
+    for window in results["windows"]:
+        window.pop("seconds")
+    return {key: value for key, value in results.items() if key not in TIMES}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tiny_settings(model_folder: Path, text_file: Path) -> list[str]:
+    """What shrinks the real configuration to a tiny model."""
+    return [
         "model=hf",
         f"model.name={model_folder}",
         "data=files",
@@ -192,6 +198,20 @@ def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path)
         "module.optimizer.lr=1e-2",
         "output_dir=run",
     ]
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts runs as processes of their own."""
+    made = Launcher(tmp_path_factory.mktemp("said"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path) -> Callable[..., Ended]:
+    """The real configuration, shrunk to the tiny model."""
+    settings = tiny_settings(model_folder, text_file)
 
     def run(*overrides: str) -> Ended:
         chosen = {override.partition("=")[0] for override in overrides}

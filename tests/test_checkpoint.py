@@ -11,37 +11,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_recon import checkpoint as checkpoint_file
 from lit_recon.architectures import VOCABULARY, tiny_model
 from lit_recon.checkpoint import Checkpoint
-from lit_recon.packed_masks import PackedMasks
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.evaluate import Protocol
 from lit_recon.masks import Unstructured
 from lit_recon.partition import partition
 from lit_recon.pruning import Pruner
 from lit_recon.results import Results
-
-SHAPES = [(1,), (7,), (8,), (3, 5), (16, 9), (2, 3, 11)]
-
-
-def random_masks() -> dict[str, Tensor]:
-    """Masks of every shape, most of them not a multiple of eight weights."""
-    generator = torch.Generator().manual_seed(0)
-    return {f"layers.{i}.weight": torch.rand(shape, generator=generator) < 0.4 for i, shape in enumerate(SHAPES)}
-
-
-def packed(masks: dict[str, Tensor]) -> PackedMasks:
-    made = PackedMasks()
-    for name, mask in masks.items():
-        made.add(name, mask)
-    return made
-
-
-def assert_same_masks(read: PackedMasks, masks: dict[str, Tensor]) -> None:
-    assert set(read) == set(masks) and len(read) == len(masks)
-    for name, mask in masks.items():
-        assert read[name].dtype == torch.bool and torch.equal(read[name], mask), name
 
 
 def pruned(model: PreTrainedModel) -> Checkpoint:
@@ -57,46 +34,6 @@ def pruned(model: PreTrainedModel) -> Checkpoint:
         chain.advance(window)
         made.take_back(window, masks)
     return made
-
-
-def test_packed_masks_are_bit_exact() -> None:
-    masks = random_masks()
-    assert_same_masks(packed(masks), masks)
-
-
-def test_masks_of_transposed_matrices_are_packed_in_the_weights_own_order() -> None:
-    mask = random_masks()["layers.4.weight"].T
-    assert torch.equal(packed({"weight": mask})["weight"], mask)
-
-
-def test_masks_survive_their_file_which_has_a_bit_per_weight(tmp_path: Path) -> None:
-    masks = random_masks()
-    packed(masks).save(tmp_path / "masks.safetensors")
-    assert_same_masks(PackedMasks.load(tmp_path / "masks.safetensors"), masks)
-    with safe_open(tmp_path / "masks.safetensors", framework="pt") as file:
-        for name, mask in masks.items():
-            bits = file.get_tensor(name)
-            assert bits.dtype == torch.uint8 and bits.numel() == -(-mask.numel() // 8)
-            by_hand = [(int(bits[i // 8]) >> (7 - i % 8)) & 1 for i in range(mask.numel())]  # big endian, as documented
-            assert by_hand == mask.flatten().int().tolist()
-        assert json.loads(file.metadata()["shapes"]) == {name: list(mask.shape) for name, mask in masks.items()}
-    assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
-
-
-def test_masks_zero_another_copy_of_the_model_and_find_a_weight_that_is_not_zero(model: PreTrainedModel) -> None:
-    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    made = pruned(model)
-    other = type(model)(model.config)
-    other.load_state_dict(dense, strict=False)
-    made.masks.apply(other)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(other.get_parameter(name), parameter), name
-    made.masks.check(other)
-    name = list(made.masks)[3]
-    with torch.no_grad():
-        other.get_parameter(name)[~made.masks[name]] = 1e-30
-    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
-        made.masks.check(other)
 
 
 def test_the_saved_folder_is_read_by_transformers_with_exact_zeros_and_equal_logits(
@@ -206,25 +143,6 @@ def test_a_save_that_fails_half_way_leaves_no_checkpoint_and_can_be_repeated(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_masks_that_could_not_be_written_whole_leave_the_earlier_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "masks.safetensors"
-    masks = random_masks()
-    packed(masks).save(path)
-
-    def half(tensors: dict, target: Path, **_: object) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(checkpoint_file, "save_file", half)
-    for target in (path, tmp_path / "new.safetensors"):
-        with pytest.raises(OSError, match="no space left"):
-            packed({"other": torch.ones(3, dtype=torch.bool)}).save(target)
-    assert_same_masks(PackedMasks.load(path), masks)
-    assert not (tmp_path / "new.safetensors").exists()
-
-
 def results(seed: int) -> Results:
     return Results(
         perplexity={"dense": 10.0, "pruned": 20.0, "reconstructed": 14.0},
@@ -261,13 +179,11 @@ def test_results_that_could_not_be_written_whole_leave_the_earlier_file(
     assert found["seed"] == 1 and found["gap_recovered"] == pytest.approx(0.6)
 
 
-def test_a_rename_that_fails_leaves_neither_results_nor_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: object, target: object) -> None:
         raise OSError("interrupted")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="interrupted"):
         results(seed=1).save(tmp_path / "results.json")
-    with pytest.raises(OSError, match="interrupted"):
-        packed(random_masks()).save(tmp_path / "masks.safetensors")
-    assert not (tmp_path / "results.json").exists() and not (tmp_path / "masks.safetensors").exists()
+    assert not (tmp_path / "results.json").exists()

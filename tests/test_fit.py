@@ -12,29 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, Ended
+from conftest import CPU, Ended, content, numbers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon.cache import cache_folder
-from lit_recon.packed_masks import PackedMasks
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
-
-TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")
-
-
-def numbers(run: Path) -> dict:
-    """results.json without what is different each time."""
-    results = json.loads((run / "results.json").read_text())
-    for window in results["windows"]:
-        window.pop("seconds")
-    return {key: value for key, value in results.items() if key not in TIMES}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from lit_recon.packed_masks import PackedMasks
 
 
 @pytest.fixture
@@ -226,17 +211,24 @@ def test_a_run_on_a_gpu_reconstructs_too(tiny_run: Callable[..., Ended], precisi
     assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
 
 
-def test_ctrl_c_after_the_walk_says_that_the_checkpoint_is_whole(
+def test_ctrl_c_after_the_walk_leaves_a_whole_checkpoint_and_only_measuring_to_be_done(
     tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_recon.job.read_back", interrupt)
-    ended = tiny_run()
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_recon.run.read_back", interrupt)
+        ended = tiny_run()
     assert ended.status == 1
-    assert "run is unfinished; its checkpoint is whole" in ended.err
-    assert AutoModelForCausalLM.from_pretrained("run/checkpoint") is not None
+    assert ended.err.endswith("interrupted: go on with resume=run\n")
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    assert torch.count_nonzero(model.model.layers[2].mlp.up_proj.weight) == 48 * 32 // 2
+    before = content(Path("run/checkpoint"))
+    ended = tiny_run("resume=run")
+    assert ended.status == 0, ended.err
+    assert "3 of 3 windows are done" in ended.out and "1/3" not in ended.out
+    assert content(Path("run/checkpoint")) == before and Path("run/results.json").is_file()
 
 
 def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:
@@ -377,9 +369,12 @@ def test_ctrl_c_stops_within_seconds_says_what_was_done_and_leaves_no_half_writt
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - start < 5
     assert process.returncode == 1
-    assert "interrupted: 0 of 3 windows were done" in err
+    assert err.endswith("interrupted: no window was done yet; start again with resume=run\n")
     assert "Traceback" not in err
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "tensorboard", "checkpoint"}
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    read, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run/checkpoint", model_folder))
+    assert all(torch.equal(weight, dense.get_parameter(name)) for name, weight in read.named_parameters())
 
 
 def test_a_mistake_beside_the_choices_of_a_sweep_is_told_in_one_message(command: Callable[..., Ended]) -> None:
