@@ -7,8 +7,7 @@ that cannot be streamed is in memory as a whole.
 
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from lit_recon.packed_masks import PackedMasks
 from lit_recon.weights import DenseFiles, layer_state, point_at
 from lit_recon.windows import Window
 
+_ALIGNED = 16  # weights: each master starts at a multiple of 64 bytes
 Write = Callable[..., Path]  # of a name, tensors and metadata; the file that holds them then
 
 
@@ -49,8 +49,8 @@ class Checkpoint:
     def bring_in(self, window: Window) -> None:
         """Put a window's weights on the device, in float32."""
         self._in_work, self._homes = window, [parameter.data for parameter in window.parameters()]
-        for parameter, home in zip(window.parameters(), self._homes, strict=True):
-            parameter.data = self._masters.take(home)
+        for parameter, master in zip(window.parameters(), self._masters.of(self._homes), strict=True):
+            parameter.data = master
         window.to(self.device)  # buffers
 
     def read_ahead(self, indices: Iterable[int]) -> None:
@@ -74,7 +74,6 @@ class Checkpoint:
             if id(parameter) not in dropped:
                 home = home.copy_(master) if self.files is None else master.to("cpu", home.dtype, copy=True)
             parameter.data = home
-            self._masters.give_back(master)
         window.to("cpu")
         self._in_work, self._homes = None, []
         kept = {matrix.name for matrix in window.matrices() if id(matrix.weight) not in dropped}
@@ -148,19 +147,18 @@ class Checkpoint:
 
 
 class _Masters:
-    """Float32 tensors on the device, used again for every window of the same shapes."""
+    """Float32 weights of the window in work, in one piece of the device's memory that serves all windows in turn."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._free: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        self._memory_N = torch.empty(0, device=device)
 
     @torch.no_grad()
-    def take(self, home: Tensor) -> Tensor:
-        """A master of some weights."""
-        free = self._free[home.shape]
-        master = free.pop() if free else torch.empty(home.shape, dtype=torch.float32, device=self.device)
-        return master.copy_(home)
-
-    def give_back(self, master: Tensor) -> None:
-        """Have a master back whose values are not needed any more."""
-        self._free[master.shape].append(master.detach())
+    def of(self, homes: Sequence[Tensor]) -> list[Tensor]:
+        """Masters of some weights; those of an earlier call are no longer theirs."""
+        sizes = [-(-home.numel() // _ALIGNED) * _ALIGNED for home in homes]
+        if sum(sizes) > len(self._memory_N):
+            device = self._memory_N.device
+            self._memory_N = torch.empty(0, device=device)  # first, so that both are never there at once
+            self._memory_N = torch.empty(sum(sizes), device=device)
+        pieces = self._memory_N[: sum(sizes)].split(sizes)
+        return [piece[: home.numel()].view(home.shape).copy_(home) for piece, home in zip(pieces, homes, strict=True)]

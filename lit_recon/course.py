@@ -139,7 +139,7 @@ class Course:
         if self.shards is None:
             return
         done = self.journal.done
-        if not done or not self.shards.folder.is_dir():
+        if not done or not self.shards.is_there():
             self.shards.start(self.setting.job.tokenizer, self._card(done))
         for index, path in self.journal.layer_files().items():
             self.shards.put(index, path)

@@ -49,10 +49,20 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log `metrics` at `step` of the current window; the epoch is left out, it restarts in every window."""
+        """Log `metrics` at `step` of the current window; the epoch is left out, it restarts in every window.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
         step = self._offset + (step or 0)
         self.last_step = max(self.last_step, step) if self._window else self.last_step
-        super().log_metrics({self._window + name: value for name, value in metrics.items() if name != "epoch"}, step)
+        named = {self._window + name: value for name, value in metrics.items() if name != "epoch"}
+        try:
+            super().log_metrics(named, step)
+        except ValueError as error:  # Lightning says of all that can go wrong that the value cannot be logged
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
     def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
         """Only with metrics: every Trainer passes its module's hyperparameters, which would be an entry per window."""

@@ -82,6 +82,7 @@ class _Probe:
     saved_bytes: int
     seconds: float
     parameters: int
+    weight_bytes: int  # of one weight in the model
 
 
 def steps_per_window(chain: Chain, work: Workload) -> int:
@@ -132,8 +133,12 @@ def make_plan(
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
     resident = _resident(chain, arrays) + (0 if chain.compute.device.type == "cuda" else mapped_bytes)
-    layers_of = {"model": depth, f"blocks of {size}": size}
-    masters = {name: largest * _FLOAT32 * layers_of.get(name, 1) for name in training}
+    masters = dict.fromkeys(training, largest * _FLOAT32) | {
+        f"blocks of {size}": largest * _FLOAT32 * size,
+        "model": largest * _FLOAT32 * depth,
+    }
+    if "half" in probes:
+        masters["half"] = int(probes["half"].parameters * scale * _FLOAT32)
     peaks = {name: resident + masters[name] + max(size, evaluation) for name, size in training.items() if size}
     steps = steps_per_window(chain, work)
     return Plan(
@@ -154,10 +159,10 @@ def make_plan(
 def _training_bytes(probe: _Probe) -> int:
     """What is there for a window beside its weights, and what the backward keeps of a batch.
 
-    Per parameter in float32 a gradient, two moments, the pruned weight to go back to and the mask that gradients are
-    multiplied by; the boolean mask; and autocast's copy in 16 bits, which it keeps from forward to backward.
+    Per parameter in float32 a gradient, two moments, and the mask that gradients are multiplied by; the pruned weight
+    to go back to; the boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
     """
-    return probe.parameters * (5 * _FLOAT32 + 1 + 2) + probe.saved_bytes
+    return probe.parameters * (4 * _FLOAT32 + probe.weight_bytes + 1) + probe.saved_bytes
 
 
 def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> int:
@@ -221,7 +226,8 @@ def _probe(window: Window, chain: Chain) -> _Probe:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
             window(inputs_BTD, calls)
         window.requires_grad_(False)
-    return _Probe(sum(kept.values()), seconds, sum(parameter.numel() for parameter in window.trained()))
+    parameters = sum(parameter.numel() for parameter in window.trained())
+    return _Probe(sum(kept.values()), seconds, parameters, chain.decoder.model.dtype.itemsize)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ class Reconstructor:
         seed_everything(self.seed + window.indices.start, verbose=False)
         variance = data.variance()
         before, held_out_before = after, held_out_after = data.errors(window, variance)
-        pruned = [parameter.detach().clone() for parameter in window.trained()]
+        pruned = [_copy(parameter) for parameter in window.trained()]
         reason = ""
         for factor in RATES:
             steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
@@ -146,6 +146,9 @@ class Reconstructor:
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)
+            for callback in self.callbacks:  # Lightning gives them the module's `log`, by which they would keep it
+                vars(callback).pop("log", None)
+                vars(callback).pop("log_dict", None)
         for parameter, master in masters:  # the Trainer's teardown moved the values to the CPU
             if parameter.data.device != master.device:
                 parameter.data = master.copy_(parameter.data)
@@ -174,6 +177,16 @@ def _note(reason: str, factor: float, *, accepted: bool) -> str:
     if accepted:
         return f"{reason}; reconstructed at {RATES[factor]} learning rate" if reason else ""
     return f"{reason}{f', also at {RATES[factor]} learning rate' if factor < 1 else ''}: kept its pruned weights"
+
+
+@torch.no_grad()
+def _copy(weight: Tensor) -> Tensor:
+    """A copy, in 16 bits where these hold the values exactly: those of a model whose own weights have 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        copy = weight.to(dtype)
+        if torch.equal(copy.to(weight.dtype), weight):
+            return copy
+    return weight.clone()
 
 
 @torch.no_grad()

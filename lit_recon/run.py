@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lit_recon.budget import Choice, adopt, choose, plan_of
-from lit_recon.commits import Commit, Commits
+from lit_recon.commits import Commit, CommitError, Commits
 from lit_recon.course import Course, Setting
 from lit_recon.disk import DiskStore
 from lit_recon.evaluate import Protocol
@@ -153,6 +153,7 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
         facts["dense_perplexity"] = judge.perplexity(loaded.model)
     else:
         facts["dense_perplexity"] = commit.state["dense_perplexity"]
+    release_memory()
     before = peak_memory_bytes(device)
     reset_peak_memory(device)
     course = Course(setting, facts=facts, commit=commit)
@@ -207,9 +208,22 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
     walked.logger.log_results(results.as_dict())
     walked.logger.close()
     results.save(job.output / "results.json")
-    shutil.rmtree(job.output / "commits")
-    write_report(job.output)
+    with _all_but_report(job.output):
+        shutil.rmtree(job.output / "commits")
+        write_report(job.output)
     return results
+
+
+@contextmanager
+def _all_but_report(output: Path) -> Iterator[None]:
+    """Say of what ends a run here that nothing is left to be resumed."""
+    left = f"{output} is finished but for its report; draw it with: python -m lit_recon.report {output}"
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(left) from stop
+    except OSError as error:
+        raise CommitError(f"{error}; {left}") from error
 
 
 def _config(job: Job) -> str:

@@ -16,6 +16,8 @@ from lit_recon.blocks import decoder_layers
 from lit_recon.durable import publish, replaced, write_tensors
 from lit_recon.weights import DenseFiles, layer_state
 
+INDEX = "model.safetensors.index.json"
+
 
 class ShardedFolder:
     """A Hugging Face folder with a shard per layer, and one for all else.
@@ -31,8 +33,13 @@ class ShardedFolder:
         prefix, layers = decoder_layers(model)
         self._names = [list(layer_state(layer, f"{prefix}.{index}")) for index, layer in enumerate(layers)]
 
+    def is_there(self) -> bool:
+        """Whether the folder has all shards and their index; a run that was not streamed leaves other files."""
+        shards = (self._shard(index) for index in range(-1, len(self._names)))
+        return all((self.folder / name).is_file() for name in (INDEX, *shards))
+
     def start(self, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-        """Write the dense model, its tokenizer and a card, all at once."""
+        """Write the dense model, its tokenizer and a card, all at once, in place of what is there."""
         partial = self.folder.with_name(self.folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -42,6 +49,7 @@ class ShardedFolder:
             tokenizer.save_pretrained(partial)
             self._write_dense(partial)
             _write_text(partial / "README.md", card)
+            shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(partial, self.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays behind
@@ -68,7 +76,7 @@ class ShardedFolder:
             self._save(folder / shard, names)
         weight_map = {name: shard for shard, names in shards.items() for name in names}
         index = {"metadata": {"total_size": self.files.nbytes}, "weight_map": weight_map}
-        _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        _write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def _save(self, path: Path, names: Sequence[str]) -> None:
         with replaced(path) as file:

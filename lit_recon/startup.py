@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -232,3 +233,10 @@ def quiet() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+    threading.excepthook = _tell_of_thread
+
+
+def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread; but TensorBoard's hands errors of the disk to the main thread, which tells them."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
+    steps: int = 0  # by which the disk changed, where they were counted
 
 
 class Running:
@@ -57,7 +58,8 @@ class Running:
     def wait(self) -> Ended:
         """Its end."""
         status = self.launcher.ask({"wait": self.pid})["status"]
-        return Ended(status, *((self.folder / f"{self.pid}.{name}").read_text() for name in ("out", "err")))
+        out, err, steps = (self.folder / f"{self.pid}.{name}" for name in ("out", "err", "steps"))
+        return Ended(status, out.read_text(), err.read_text(), int(steps.read_text()) if steps.exists() else 0)
 
 
 class Launcher:
@@ -77,6 +79,7 @@ class Launcher:
             text=True,
             env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         )
+        self.ask({"wait": None})  # until all is imported
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request."""
@@ -85,20 +88,18 @@ class Launcher:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(
-        self, *arguments: str, die_at: int | None = None, fail_at: int | None = None, failure: str = "ENOSPC"
-    ) -> Running:
+    def start(self, *arguments: str, **faults: Any) -> Running:
         """Start `python -m lit_recon.fit` in the working directory.
 
         Args:
             *arguments: Of the command line.
-            die_at: The step by which the disk changes before which it is killed.
-            fail_at: The one from which on each fails.
-            failure: Name of the error with which it fails.
+            **faults: `die_at`: the step by which the disk changes before which it is killed; they are counted then.
+                `fail_at`: the one from which on each fails. `failure`: name of the error with which it fails. `kinds`:
+                which steps count.
         """
-        request = {"arguments": arguments, "cwd": os.getcwd(), "die_at": die_at, "fail_at": fail_at, "failure": failure}
-        pid = self.ask(request | {"folder": str(self.folder)})["pid"]
-        return Running(self, pid, self.folder)
+        request = {"die_at": None, "fail_at": None, "failure": "ENOSPC", "kinds": STEPS} | faults
+        request |= {"arguments": arguments, "cwd": os.getcwd(), "folder": str(self.folder)}
+        return Running(self, self.ask(request)["pid"], self.folder)
 
     def run(self, *arguments: str, **faults: Any) -> Ended:
         """The same to its end."""
@@ -111,52 +112,60 @@ class Launcher:
         self._process.wait(timeout=30)
 
 
-def _counted(die_at: int | None, fail_at: int | None, failure: str) -> Callable[[], None]:
-    """Called before each step by which the disk changes."""
-    count = 0
+class _Steps:
+    """The steps by which lit_recon.durable changes the disk.
 
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if count == die_at:
+    Args:
+        die_at: The one before which the process is killed.
+        fail_at: The one from which on each fails.
+        failure: Name of the error with which it fails.
+        kinds: Names of the functions that count.
+    """
+
+    def __init__(self, die_at: int | None, fail_at: int | None, failure: str, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
+        self.die_at, self.fail_at, self.failure = die_at, fail_at, getattr(errno, failure)
+        self.count = 0
+
+    def step(self) -> None:
+        """Before each step."""
+        self.count += 1
+        if self.count == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if fail_at is not None and count >= fail_at:
-            number = getattr(errno, failure)
-            raise OSError(number, os.strerror(number))
+        if self.fail_at is not None and self.count >= self.fail_at:
+            raise OSError(self.failure, os.strerror(self.failure))
 
-    return step
+    def install(self) -> None:
+        """Be called from now on."""
+        from lit_recon import durable
 
+        for module in ("os", "zlib"):
+            content = vars(sys.modules[module])
+            patched = {name: self._before(content[name]) for name in self.kinds if name in content}
+            setattr(durable, module, types.SimpleNamespace(**content | patched))
+        durable.CHUNK = 1 << 12  # several chunks in a file of the tiny model
 
-def _patch(step: Callable[[], None]) -> None:
-    from lit_recon import durable
-
-    def before(function: Callable) -> Callable:
+    def _before(self, function: Callable) -> Callable:
         def patched(*arguments: Any, **settings: Any) -> Any:
-            step()
+            self.step()
             return function(*arguments, **settings)
 
         return patched
-
-    for module in ("os", "zlib"):
-        content = vars(sys.modules[module])
-        patched = {name: before(content[name]) for name in STEPS if name in content}
-        setattr(durable, module, types.SimpleNamespace(**content | patched))
-    durable.CHUNK = 1 << 12  # several chunks in a file of the tiny model
 
 
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
     from lit_recon import fit
 
+    said = f"{request['folder']}/{os.getpid()}"
     for name, descriptor in (("out", 1), ("err", 2)):
-        file = os.open(f"{request['folder']}/{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, descriptor)
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ["LIT_RECON_CACHE"] = f"{request['folder']}/cache"
     os.chdir(request["cwd"])
-    sys.path.insert(0, request["cwd"])
     sys.argv = ["fit", *request["arguments"]]
+    steps = _Steps(request["die_at"], request["fail_at"], request["failure"], request["kinds"])
     if request["die_at"] or request["fail_at"]:
-        _patch(_counted(request["die_at"], request["fail_at"], request["failure"]))
+        steps.install()
     status = 1
     try:
         fit.main()
@@ -168,6 +177,7 @@ def _child(request: Mapping[str, Any]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        Path(f"{said}.steps").write_text(str(steps.count))
         os._exit(status)
 
 
@@ -191,7 +201,9 @@ def main() -> None:
     _import_everything()
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
+        if "wait" in request and request["wait"] is None:
+            answer = {"status": 0}
+        elif "wait" in request:
             answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
         else:
             pid = os.fork()

@@ -1,5 +1,6 @@
 """The command from end to end on a tiny model: what it leaves behind, that it repeats, and what bad input gets."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from conftest import CPU, Ended, content, numbers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_recon import report
 from lit_recon.cache import cache_folder
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
@@ -229,6 +231,23 @@ def test_ctrl_c_after_the_walk_leaves_a_whole_checkpoint_and_only_measuring_to_b
     assert ended.status == 0, ended.err
     assert "3 of 3 windows are done" in ended.out and "1/3" not in ended.out
     assert content(Path("run/checkpoint")) == before and Path("run/results.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_what_ends_a_run_at_its_report_says_that_only_that_is_left(
+    tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("lit_recon.run.write_report", fail)
+    ended = tiny_run()
+    assert ended.status == 1
+    assert ended.err.endswith("run is finished but for its report; draw it with: python -m lit_recon.report run\n")
+    assert len(ended.err.splitlines()) == 1 and str(error) in ended.err
+    assert Path("run/results.json").is_file() and not Path("run/commits").exists()
+    report.main(["run"])
+    assert Path("run/report.html").is_file()
 
 
 def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:

@@ -1,9 +1,13 @@
 """Mistakes are found before anything happens, together, and nothing that is not a run is ever removed."""
 
+import os
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import content
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,13 +16,17 @@ from lit_recon.masks import NM, Unstructured
 from lit_recon.matrices import Matrix
 from lit_recon.partition import layer_windows
 from lit_recon.startup import (
+    OF_A_START,
     RUN_FILES,
     Problems,
+    begin_output,
     check_output,
     check_pattern,
     check_scored,
     check_steps,
     clear_output,
+    quiet,
+    undo_output,
 )
 
 
@@ -58,9 +66,65 @@ def test_clearing_removes_a_runs_files_and_no_others(tmp_path: Path) -> None:
         else:
             path.mkdir()
             (path / "old").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "config.yaml"):  # a run that is killed meanwhile can be taken up
+        (tmp_path / name).write_text("mine")
     clear_output(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_what_a_run_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path) -> None:
+    for name in OF_A_START:
+        (tmp_path / name).write_text("half")
+    check_output(tmp_path, overwrite=False)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not a run"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_a_configuration_takes_the_place_of_an_earlier_one_or_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_output(tmp_path, "a: 1\n")
+    begin_output(tmp_path, "a: ä\n")
+    assert (tmp_path / "config.yaml").read_bytes() == "a: ä\n".encode()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        begin_output(tmp_path, "a: 3\n")
+    assert content(tmp_path) == {"config.yaml": "a: ä\n".encode()}
+
+
+def test_folders_that_were_made_go_but_not_those_that_hold_something(tmp_path: Path) -> None:
+    made = [tmp_path / "a" / "b" / "c", tmp_path / "a" / "b", tmp_path / "a"]
+    made[0].mkdir(parents=True)
+    undo_output(made)
+    assert list(tmp_path.iterdir()) == []
+    made[0].mkdir(parents=True)
+    (tmp_path / "a" / "other").write_text("")
+    undo_output(made)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+
+
+def test_a_thread_that_fails_is_told_unless_the_disk_failed_which_tensorboard_tells_the_main_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back at the end
+    monkeypatch.setattr(threading, "__excepthook__", lambda failure: told.append(failure.exc_type))
+    with warnings.catch_warnings():
+        quiet()
+    for error in (OSError(28, "No space left on device"), KeyError("a mistake")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert told == [KeyError]
 
 
 def matrices_of(model: PreTrainedModel) -> list[Matrix]:
