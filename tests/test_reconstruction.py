@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -270,6 +270,7 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         return kept.made(ReconstructionModule(*arguments, **settings | {"optimizer": make_optimizer}))
 
     made = reconstructor(tmp_path, make_module, max_epochs=1)
+    made.callbacks = [Callback()]  # lives as long as the walk, as a progress display does
     make_trainer = made.trainer
     made.trainer = lambda **arguments: kept.made(make_trainer(**arguments))
     walk(

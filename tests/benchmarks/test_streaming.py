@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def model_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own cache, where the model is."""
+    monkeypatch.delenv("LIT_RECON_CACHE")
+
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -72,21 +80,31 @@ def memory(pid: int | str = "self") -> dict[str, int]:
     }
 
 
-def watched(folder: Path, *settings: str) -> tuple[str, list[dict[str, int]]]:
-    """The output of a run, and its memory ten times a second."""
+class Watched(NamedTuple):
+    """What a run printed, its memory ten times a second, and of its own right after each window."""
+
+    output: str
+    samples: list[dict[str, int]]
+    after_window: list[int]
+
+
+def watched(folder: Path, *settings: str) -> Watched:
+    """Run the command in a process of its own and watch it."""
     command = [sys.executable, "-m", "lit_recon.fit", *settings]
-    samples = []
-    with (folder / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+    samples, after_window = [], []
+    path = folder / "log"
+    with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
+            done = len(re.findall(r"^\d+/\d+ ", path.read_text(), re.MULTILINE))
             found = memory(process.pid)
             if "RssAnon" in found:
                 samples.append(found)
+                after_window += [found["RssAnon"]] * (done - len(after_window))
             time.sleep(0.1)
-        log.seek(0)
-        text = log.read()
-    print(text)
-    assert process.returncode == 0, text
-    return text, samples
+    output = path.read_text()
+    print(output)
+    assert process.returncode == 0, output
+    return Watched(output, samples, after_window)
 
 
 @LINUX
@@ -94,7 +112,7 @@ def test_a_model_of_13_gb_goes_through_two_windows_in_4_gib(tmp_path: Path, text
     model = tmp_path / "model"
     model.mkdir()
     llama_2_7b(model)
-    output, samples = watched(
+    output, samples, _ = watched(
         tmp_path,
         "model=hf",
         f"model.name={model}",
@@ -116,6 +134,23 @@ def test_a_model_of_13_gb_goes_through_two_windows_in_4_gib(tmp_path: Path, text
 
 
 @LINUX
-def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path: Path) -> None:
-    _, samples = watched(tmp_path, f"output_dir={tmp_path / 'run'}")
-    assert max(sample["VmHWM"] for sample in samples) < 1.5e9
+def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path: Path, model_cache: None) -> None:
+    _, samples, after_window = watched(tmp_path, f"output_dir={tmp_path / 'run'}")
+    peak = max(sample["VmHWM"] for sample in samples)
+    print(f"peak {peak / 1e9:.2f} GB; of its own after windows, MB: {[size // 10**6 for size in after_window]}")
+    assert peak < 1.5e9
+    assert len(after_window) == 30
+    assert max(after_window[2:]) < 1.02 * after_window[2]
+
+
+def test_streaming_costs_less_than_five_percent(tmp_path: Path, model_cache: None) -> None:
+    seconds: dict[str, list[float]] = {"true": [], "false": []}
+    for turn in range(2):
+        for stream, found in seconds.items():
+            run = tmp_path / f"{stream}_{turn}"
+            watched(tmp_path, f"output_dir={run}", f"stream={stream}")
+            spent = json.loads((run / "results.json").read_text())["seconds"]
+            found.append(spent["total"] - spent["evaluate"])
+    ratio = min(seconds["true"]) / min(seconds["false"])
+    print(f"seconds without evaluation: {seconds}; streamed / in memory {ratio:.3f}")
+    assert ratio < 1.05
