@@ -88,15 +88,19 @@ def choose(job: Job, loaded: Loaded) -> Choice:
 
 def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     """All choices in the order of preference, and the memory that each needs."""
-    kinds = [kind for kind in ORDER[ORDER.index(job.kind) :]] if job.kind in ORDER else [job.kind]
+    kinds = list(ORDER[ORDER.index(job.kind) :]) if job.kind in ORDER else [job.kind]
+    if job.size > len(loaded.chain.decoder.layers):
+        kinds = [kind for kind in kinds if kind != "blocks"]
     windows = loaded.windows
     if "half" in kinds and job.kind != "half":
         with suppress(ValueError):  # layers that have no halves
             windows = partition(loaded.model, by="half")
     batch_size, plans = job.batch_size, {}
-    while batch_size:
+    while True:
         loaded.chain.batch_size = batch_size
         plans[batch_size] = plan_of(job, loaded, windows)
+        if batch_size % 2:  # then no whole number of smaller batches makes up a step
+            break
         batch_size //= 2
     loaded.chain.batch_size = job.batch_size
     for kind in kinds:

@@ -23,6 +23,8 @@ from lit_recon.shards import ShardedFolder
 from lit_recon.stopping import protected
 from lit_recon.windows import AnyWindow
 
+WALK_PHASES = ("teacher", "prune", "fit", "advance", "commit")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -110,7 +112,8 @@ class Course:
         if not done:
             return f"no window was done yet; start again with resume={output}"
         total = len(self.setting.loaded.windows)
-        seconds = sum(result.seconds for result in done) / len(done) * (total - len(done))
+        phases = self.setting.clock.seconds
+        seconds = sum(phases[name] for name in WALK_PHASES) / len(done) * (total - len(done))
         return (
             f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {output}/checkpoint holds "
             f"them and is dense from there. Go on with: python -m lit_recon.fit resume={output}"

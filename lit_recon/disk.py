@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary, finalize
 import torch
 from torch import Tensor
 
-_SUFFIX = ".states"  # of the files
+SUFFIX = ".states"  # of the files
 _CHUNK = 2**20  # bytes written at once where a file cannot be allocated by its size
 Rows = slice | Sequence[int]
 
@@ -44,7 +44,7 @@ class DiskStore:
             OSError: The disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self._made}{_SUFFIX}"
+        path = self.folder / f"{self._made}{SUFFIX}"
         self._made += 1
         size = math.prod(shape) * self.dtype.itemsize
         try:
@@ -84,7 +84,7 @@ class DiskStore:
             self.folder.rmdir()
 
     def _remove_files(self) -> None:
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in self.folder.glob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> "DiskStore":

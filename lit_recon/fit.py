@@ -41,10 +41,12 @@ from lit_recon.plan import Workload
 from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
 from lit_recon.run import run
-from lit_recon.signature import OF_THE_CALL, differences
+from lit_recon.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
-from lit_recon.store import arrays, check_targets
+from lit_recon.stopping import Terminated, stoppable
+from lit_recon.store import StoreSettings, arrays, check_targets
 
+PARTS = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
 PRUNE_BY = ("window", "half", "block", "model")
 CONF = Path(__file__).parent / "conf"  # in a wheel; in a checkout it stands beside the package
 CONF = CONF if CONF.is_dir() else Path(__file__).parent.parent / "conf"
@@ -57,51 +59,22 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
-    names = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
-    model, source, criterion, pattern, regime, store, make_windows, module, trainer = (
-        problems.instantiate(cfg[name], name) for name in names
-    )
-    output = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    if cfg.resume is None:
-        problems.check(check_output, output, overwrite=cfg.overwrite)
-    if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
-        problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
-    if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
-        problems.add(
-            f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
-            f"{pattern.sparsity:g}; leave one of them out."
-        )
-    if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
-        parameters = [torch.nn.Parameter(torch.zeros(1))]
-        problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
-    compute = problems.check(Compute.choose, trainer, cfg.trainer.precision, about="trainer: ") if trainer else None
-    problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
-    if source:
-        problems.check(source.check)
-    if cfg.prune_by not in PRUNE_BY:
-        problems.add(f"prune_by={cfg.prune_by}: expected one of {', '.join(PRUNE_BY)}.")
-    if uses_moments(module) and cfg.windows.by != "matrix":
-        problems.add(
-            f"{_class(cfg.module)} (module=least_squares) solves for single matrices; use windows=matrix, not "
-            f"{cfg.windows.by}."
-        )
-    if store:
-        problems.check(check_targets, cfg.windows.by, store.targets)
+    parts = {name: problems.instantiate(cfg[name], name) for name in PARTS}
+    compute = _check_parts(cfg, parts, problems)
+    _check_settings(cfg, problems)
     limit = None if cfg.memory_limit is None else problems.check(parse_limit, cfg.memory_limit)
     problems.raise_all()
     assert compute is not None
+    model, source, criterion, pattern, regime, store, make_windows, module, trainer = parts.values()
     model.check()
     skeleton = model.skeleton()
     check_partition(skeleton, **make_windows.keywords)
     check_pattern([matrix for window in layer_windows(skeleton) for matrix in window.matrices()], pattern)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
-    stride = cfg.windows.get("stride")
-    overlapping = stride is not None and stride < cfg.windows.size
-    count = arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping)
-    num_samples, length = len(samples.calibration_ST) + len(samples.held_out_ST), samples.calibration_ST.shape[1]
-    shape = (num_samples, length, skeleton.config.get_text_config().hidden_size)
-    store.check(output / ACTIVATIONS, shape, count)
+    output = Path(str(cfg.output_dir))  # a name of digits is read as a number
+    count = _arrays(cfg, regime, store)
+    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), count)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -134,6 +107,49 @@ def prepare(cfg: DictConfig) -> Job:
     )
 
 
+def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> Compute | None:
+    """Note what is wrong with the parts that could be built, alone and together; where the run will compute."""
+    source, pattern, store, module, trainer = (
+        parts[name] for name in ("data", "pattern", "store", "module", "trainer")
+    )
+    if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
+        problems.add(
+            f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
+            f"{pattern.sparsity:g}; leave one of them out."
+        )
+    if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+    if source:
+        problems.check(source.check)
+    if uses_moments(module) and cfg.windows.by != "matrix":
+        problems.add(
+            f"{_class(cfg.module)} (module=least_squares) solves for single matrices; use windows=matrix, not "
+            f"{cfg.windows.by}."
+        )
+    if store:
+        problems.check(check_targets, cfg.windows.by, store.targets)
+    return problems.check(Compute.choose, trainer, cfg.trainer.precision, about="trainer: ") if trainer else None
+
+
+def _check_settings(cfg: DictConfig, problems: Problems) -> None:
+    """Note what is wrong with the settings of the run itself."""
+    if cfg.resume is None:
+        problems.check(check_output, Path(str(cfg.output_dir)), overwrite=cfg.overwrite)
+    if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
+        problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
+    problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
+    if cfg.prune_by not in PRUNE_BY:
+        problems.add(f"prune_by={cfg.prune_by}: expected one of {', '.join(PRUNE_BY)}.")
+
+
+def _arrays(cfg: DictConfig, regime: Regime, store: StoreSettings) -> int:
+    """How many arrays of hidden states the run keeps."""
+    stride = cfg.windows.get("stride")
+    overlapping = stride is not None and stride < cfg.windows.size
+    return arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping)
+
+
 def _resumed(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that `resume` names; those settings of this call that belong to the call replace it.
 
@@ -157,7 +173,8 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if changed:
         raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
     for key in OF_THE_CALL:
-        OmegaConf.update(before, key, cfg[key])
+        if key in _given() or key in OF_ONE_CALL:
+            OmegaConf.update(before, key, cfg[key])
     OmegaConf.update(before, "output_dir", str(folder))
     return before
 
@@ -243,11 +260,13 @@ def _fit_apart(name: str) -> int:
     sys.stdout.write(f"\n== {name} ==\n")
     sys.stdout.flush()
     command = [sys.executable, "-m", "lit_recon.fit", *overrides.task, *overrides.hydra, "hydra.mode=RUN"]
-    with subprocess.Popen(command) as process:
+    with stoppable(), subprocess.Popen(command) as process:
         try:
             status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # it was interrupted too, and tells what it leaves
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated):  # Ctrl-C reaches both, SIGTERM this process only
+                process.terminate()
+            process.wait()  # it tells what it leaves
             _stop("interrupted: the runs of the sweep that were left are not started.", status=1)
     if status < 0:
         sys.stderr.write(f"{name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n")

@@ -1,7 +1,8 @@
 """A run, once its parts are objects: what it is made of, and the model with all checks that need its weights."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lit_recon.checkpoint import Checkpoint
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples, TextSource
+from lit_recon.disk import DiskStore
 from lit_recon.examine import examine
 from lit_recon.masks import Pattern
 from lit_recon.models import LanguageModel
@@ -24,7 +26,7 @@ from lit_recon.plan import Workload
 from lit_recon.pruning import check_units
 from lit_recon.regime import Regime
 from lit_recon.startup import check_pattern, check_scored
-from lit_recon.store import Needed, StoreSettings
+from lit_recon.store import Needed, Store, StoreSettings
 from lit_recon.weights import DenseFiles, layer_state, point_at
 from lit_recon.windows import AnyWindow, Window
 
@@ -108,7 +110,8 @@ def load(job: Job, activations: Path) -> Loaded:
     check_scored(found, allow_unscored=job.allow_unscored)
     check_pattern(found, job.pattern)
     tokens_ST = torch.cat([job.samples.calibration_ST, job.samples.held_out_ST])
-    shape = (*tokens_ST.shape, model.config.get_text_config().hidden_size)
+    shape = job.samples.shape(model.config.get_text_config().hidden_size)
+    store = job.store.open(activations, shape, job.arrays, job.compute.device, job.memory_limit)
     chain = Chain(
         Decoder(model, job.compute.device),
         tokens_ST,
@@ -116,17 +119,23 @@ def load(job: Job, activations: Path) -> Loaded:
         batch_size=job.batch_size,
         compute=job.compute,
         regime=job.regime,
-        store=job.store.open(activations, shape, job.arrays, job.compute.device),
+        store=store,
         recompute=job.store.recompute,
     )
     return Loaded(
         model,
         windows,
         units,
-        job.store.needed(shape, job.arrays),
+        _taken(store, shape, job.arrays),
         chain,
         Checkpoint(model, job.compute.device, files=files),
     )
+
+
+def _taken(store: Store, shape: Sequence[int], count: int) -> Needed:
+    """What `count` arrays of this shape take, where they are kept."""
+    size = count * math.prod(shape) * store.dtype.itemsize
+    return Needed(0, size) if isinstance(store, DiskStore) else Needed(size, 0)
 
 
 def _mapped_apart(model: PreTrainedModel, files: DenseFiles) -> None:

@@ -55,9 +55,9 @@ class Judge:
                 decoder, tokens_ST, batch_size=self._batch_size(tokens_ST), compute=self.compute, masks=masks
             )
 
-    def error(self, model: PreTrainedModel, dense_STD: Tensor, masks: PackedMasks | None = None) -> float:
-        """Relative error of the final hidden states."""
-        return relative_error(self.final_states(model, masks), dense_STD, self.samples.held_out_ST)
+    def error(self, states_STD: Tensor, dense_STD: Tensor) -> float:
+        """Relative error of final hidden states."""
+        return relative_error(states_STD, dense_STD, self.samples.held_out_ST)
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
@@ -76,13 +76,13 @@ class Saved:
         folder: The checkpoint.
         masks: Its masks.
         logits_BTV: Its logits of a few tokens.
-        dense_STD: The dense model's final states on the held-out samples.
+        dense_STD: The dense model's final states on the held-out samples; None if they are still to be computed.
     """
 
     folder: Path
     masks: PackedMasks
     logits_BTV: Tensor
-    dense_STD: Tensor
+    dense_STD: Tensor | None
 
 
 def read_back(saved: Saved, dense: LanguageModel, judge: Judge) -> tuple[dict[str, float], dict[str, float]]:
@@ -100,9 +100,14 @@ def read_back(saved: Saved, dense: LanguageModel, judge: Judge) -> tuple[dict[st
     if not torch.equal(judge.logits(model), saved.logits_BTV):
         raise RuntimeError(f"{saved.folder}: the model that was read back computes other logits.")
     perplexities = {"reconstructed": judge.perplexity(model)}
-    errors = {"reconstructed": judge.error(model, saved.dense_STD)}
+    reconstructed_STD = judge.final_states(model)
     del model
     with judge.clock.phase("load"):
         model = dense.load()
     perplexities["pruned"] = judge.perplexity(model, saved.masks)
-    return perplexities, errors | {"pruned": judge.error(model, saved.dense_STD, saved.masks)}
+    dense_STD = judge.final_states(model) if saved.dense_STD is None else saved.dense_STD
+    pruned_STD = judge.final_states(model, saved.masks)
+    return perplexities, {
+        "pruned": judge.error(pruned_STD, dense_STD),
+        "reconstructed": judge.error(reconstructed_STD, dense_STD),
+    }

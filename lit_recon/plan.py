@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lit_recon.blocks import LayerCall, float32_on
 from lit_recon.chain import Chain
@@ -114,32 +113,23 @@ def make_plan(
         mapped_bytes: What is mapped of the model's files.
     """
     model, depth = chain.decoder.model, len(chain.decoder.layers)
+    in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
     layers = layer_windows(model)
     found = [matrix for layer in layers for matrix in layer.matrices()]
     probes = {"block": _probe(layers[0], chain)}
     if halves := [window for window in windows[:2] if isinstance(window, HalfWindow)]:
         probes["half"] = max((_probe(half, chain) for half in halves), key=_training_bytes)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    scale = largest / probes["block"].parameters  # the first layer may be smaller than others
-    training = {
-        "matrix": _matrix_bytes(layers[0], chain, work.uses_moments),
-        "half": int(_training_bytes(probes["half"]) * scale) if "half" in probes else 0,
-        "block": int(_training_bytes(probes["block"]) * scale),
-        f"blocks of {size}": int(_training_bytes(probes["block"]) * scale * size),
-        "model": _training_bytes(probes["block"]) * depth,
-    }
     head_weights = model.get_output_embeddings().weight.numel()
     # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    resident = _resident(chain, arrays) + (0 if chain.compute.device.type == "cuda" else mapped_bytes)
-    masters = dict.fromkeys(training, largest * _FLOAT32) | {
-        f"blocks of {size}": largest * _FLOAT32 * size,
-        "model": largest * _FLOAT32 * depth,
+    resident = _resident(chain, arrays) + mapped_bytes
+    matrix = _matrix_bytes(layers[0], chain, work.uses_moments)
+    peaks = {
+        name: resident + masters * (2 if chain.recompute else 1) + max(training, evaluation)
+        for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items()
     }
-    if "half" in probes:
-        masters["half"] = int(probes["half"].parameters * scale * _FLOAT32)
-    peaks = {name: resident + masters[name] + max(size, evaluation) for name, size in training.items() if size}
     steps = steps_per_window(chain, work)
     return Plan(
         windows=len(windows),
@@ -151,9 +141,31 @@ def make_plan(
         peak_bytes=peaks[f"blocks of {size}" if kind == "blocks" else kind],
         peaks_by_kind=peaks,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(model, chain, arrays),
+        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory),
         seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
     )
+
+
+def _windows_bytes(
+    probes: dict[str, _Probe], matrix: int, *, largest: int, size: int, depth: int
+) -> dict[str, tuple[int, int]]:
+    """Bytes of the float32 weights, and of training, for each kind of window.
+
+    Args:
+        probes: What one batch of a block, and of a half where there are any, showed.
+        matrix: Bytes of training a single matrix.
+        largest: Parameters of the largest layer.
+        size: Layers per window, for "blocks".
+        depth: Layers of the model.
+    """
+    scale = largest / probes["block"].parameters  # the first layer may be smaller than others
+    block = int(_training_bytes(probes["block"]) * scale)
+    found = {"matrix": (largest * _FLOAT32, matrix)}
+    if "half" in probes:
+        half = probes["half"]
+        found["half"] = int(half.parameters * scale * _FLOAT32), int(_training_bytes(half) * scale)
+    layers = {"block": 1, f"blocks of {size}": size, "model": depth}
+    return found | {name: (largest * _FLOAT32 * count, block * count) for name, count in layers.items()}
 
 
 def _training_bytes(probe: _Probe) -> int:
@@ -197,12 +209,20 @@ def _resident(chain: Chain, arrays: Needed) -> int:
     return memory.rss - getattr(memory, "shared", 0) + arrays.memory - there
 
 
-def _disk_bytes(model: PreTrainedModel, chain: Chain, arrays: Needed) -> int:
-    """The checkpoint, whose layers are those of the commits; masks; three commits' states, and arrays on the disk."""
+def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, in_memory: bool) -> int:
+    """What the output folder takes at most.
+
+    The checkpoint, whose layers are the commits' files under second names, and those of a window before they take the
+    place of the dense ones. Of a model in memory the checkpoint is written beside the commits. Masks; the states of
+    three commits; arrays on the disk.
+    """
+    model = chain.decoder.model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     masks = sum(parameter.numel() for parameter in model.parameters()) // 8
     states = sum(array_STD.nbytes for array_STD in chain.state().values())
-    return weights + 2 * masks + 3 * states + arrays.disk
+    layers = {index for window in windows[:1] for index in window.span.indices}
+    share = len(layers) / len(chain.decoder.layers)
+    return int(weights * (2 if in_memory else 1 + share)) + 2 * masks + 3 * states + arrays.disk
 
 
 def _probe(window: Window, chain: Chain) -> _Probe:

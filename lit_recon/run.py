@@ -33,7 +33,7 @@ from lit_recon.reconstruction import WindowResult
 from lit_recon.report import write_report
 from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
-from lit_recon.startup import Refusal, begin_output, check_disk, clear_output, undo_output
+from lit_recon.startup import Refusal, begin_output, check_disk, clear_output, left_behind, undo_output
 from lit_recon.stopping import stoppable
 
 PRUNED_STATES = ("pruned", "reconstructed")
@@ -49,7 +49,8 @@ def run(job: Job, console: Console) -> None:
     """
     clock = Clock()
     if job.plan_only:
-        with TemporaryDirectory() as scratch:
+        existing = next(path for path in (job.output.absolute(), *job.output.absolute().parents) if path.is_dir())
+        with TemporaryDirectory(dir=existing) as scratch:
             commits = Commits(job.output / "commits")
             _open(job, commits, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
         return
@@ -108,7 +109,9 @@ def _open(
                 job, loaded = adopt(choice, job, loaded)
             plan = plan_of(job, loaded)
             if commit is None and not job.plan_only:
-                check_disk(job.output, plan.disk_bytes - loaded.arrays.disk)  # arrays have their room already
+                check_disk(
+                    job.output, plan.disk_bytes - loaded.arrays.disk - left_behind(job.output)
+                )  # arrays have their room already
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
@@ -162,11 +165,9 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
     if len(windows) < len(loaded.windows):
         setting.console.print(course.stopped(), highlight=False, soft_wrap=True)
         return None
-    chain = loaded.chain
+    chain, dense_STD = loaded.chain, None
     if chain.dense and chain.dense.states_STD.dtype == torch.float32:
         dense_STD = chain.dense.states_STD[chain.num_samples :].clone()
-    else:
-        dense_STD = judge.final_states(job.model.load())
     saved = Saved(job.output / "checkpoint", course.masks(), judge.logits(loaded.model), dense_STD)
     return _Walked(
         job,

@@ -1,6 +1,7 @@
 """What a run must have in common with the one that it takes up: configuration, model, data, code."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +13,8 @@ from lit_recon.job import Job
 from lit_recon.weights import fingerprint
 
 # Settings of how a run is carried out, which may be others when it is taken up.
-OF_THE_CALL = ("output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "stream")
+OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not taken over from the call before
+OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit", "stream")
 _LIBRARIES = ("torch", "lightning", "transformers")
 
 
@@ -25,16 +27,26 @@ def signature(job: Job) -> dict[str, Any]:
     return {
         "config": {key: value for key, value in job.config.items() if key not in OF_THE_CALL},
         "model": fingerprint(job.model.files()),
+        "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
+        "compute": {"device": job.compute.device.type, "precision": job.compute.precision},
         "versions": {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two signatures, each in words."""
-    found = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before["config"], now["config"])]
+    found = [
+        f"{key} was {old!r} and is {new!r}"
+        for part in ("config", "compute")
+        for key, old, new in differences(before[part], now[part])
+    ]
     if before["model"] != now["model"]:
         found.append("the files of the dense model are not the same")
+    found += [
+        f"the dense model's config.json: {key} was {old!r} and is {new!r}"
+        for key, old, new in differences(before["model_config"], now["model_config"])
+    ]
     if before["data"] != now["data"]:
         found.append("the text gives other samples")
     for name, old in before["versions"].items():

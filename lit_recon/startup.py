@@ -120,6 +120,12 @@ def undo_output(made: Sequence[Path]) -> None:
             path.rmdir()
 
 
+def left_behind(folder: Path) -> int:
+    """Bytes of what `clear_output` will remove."""
+    paths = [path for name in RUN_FILES for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
+    return sum(path.stat().st_size for path in paths)
+
+
 def check_disk(folder: Path, needed: int) -> None:
     """Raise a ValueError where the disk has no room for `needed` bytes more in a run's folder."""
     free = free_space(folder)

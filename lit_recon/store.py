@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from lit_recon.disk import DiskStore, Rows, free_space, in_gb
+from lit_recon.disk import SUFFIX, DiskStore, Rows, free_space, in_gb
 from lit_recon.regime import Regime
 
 log = logging.getLogger(__name__)
@@ -153,11 +153,13 @@ class StoreSettings:
         """Whether targets are recomputed."""
         return self.targets == "recompute"
 
-    def needed(self, shape: Sequence[int], count: int) -> Needed:
-        """What `count` arrays of this shape (S, T, D) take; "auto" is decided by what is free now."""
+    def needed(self, shape: Sequence[int], count: int, limit: int | None = None) -> Needed:
+        """What `count` arrays of this shape (S, T, D) take; "auto" is decided by what is free now, up to `limit`."""
         size = count * math.prod(shape)
         in_memory = size * self._dtype("memory").itemsize
-        if self.kind == "memory" or (self.kind == "auto" and in_memory <= self.share * _available()):
+        if self.kind == "memory" or (
+            self.kind == "auto" and in_memory <= self.share * min(_available(), limit or _available())
+        ):
             return Needed(in_memory, 0)
         return Needed(0, size * self._dtype("disk").itemsize)
 
@@ -167,7 +169,8 @@ class StoreSettings:
         Raises:
             ValueError: It has not.
         """
-        needed, free = self.needed(shape, count).disk, free_space(folder)
+        leftovers = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))  # of a killed run; they will go
+        needed, free = self.needed(shape, count).disk, free_space(folder) + leftovers
         if needed > free:
             raise ValueError(
                 f"store={self.kind}: the activations ({count} arrays of {' x '.join(map(str, shape))}) need "
@@ -176,7 +179,9 @@ class StoreSettings:
                 f"{'' if self.recompute else 'store.targets=recompute, '}or store=memory if there is enough of that."
             )
 
-    def open(self, folder: Path, shape: Sequence[int], count: int, device: torch.device) -> MemoryStore | DiskStore:
+    def open(
+        self, folder: Path, shape: Sequence[int], count: int, device: torch.device, limit: int | None = None
+    ) -> MemoryStore | DiskStore:
         """A store for `count` arrays of this shape (S, T, D).
 
         Args:
@@ -184,8 +189,9 @@ class StoreSettings:
             shape: Of an array.
             count: How many there will be at most.
             device: Where the run computes.
+            limit: Of the memory that the run may take.
         """
-        needed = self.needed(shape, count)
+        needed = self.needed(shape, count, limit)
         kind = "disk" if needed.disk else "memory"
         dtype = self._dtype(kind)
         where = f"{folder} as {str(dtype).removeprefix('torch.')}" if needed.disk else "memory"

@@ -24,6 +24,7 @@ from lit_recon.durable import DTYPES
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_AHEAD = 2**20  # bytes
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
 
@@ -55,6 +56,8 @@ def _weight_problems(folder: Path, weights: str) -> list[str]:
         elif name.endswith(".safetensors"):
             try:
                 safe_open(folder / name, framework="pt")
+            except RuntimeError as error:  # of torch, which maps files
+                problems.append(f"{name} cannot be mapped; save it in shards (max_shard_size='5GB'): {error}")
             except SafetensorError as error:
                 problems.append(f"{name} is cut short, damaged or a Git LFS pointer ({error})")
     return problems
@@ -148,7 +151,8 @@ class DenseFiles:
         for name in names:
             entry = self._entries[name]
             with entry.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
+                for start in range(0, entry.nbytes, _AHEAD):  # of more, Linux reads what one request holds
+                    os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
     def of(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":

@@ -11,6 +11,8 @@ from lit_recon.signature import changes, differences
 SIGNED: dict[str, Any] = {
     "config": {"seed": 0, "trainer": {"max_epochs": 1, "precision": "auto"}, "data": {"paths": ["a", "b"]}},
     "model": "f00",
+    "model_config": {"rope_theta": 1e4},
+    "compute": {"device": "cpu", "precision": "32-true"},
     "data": "ba4",
     "versions": {"lit_recon": "0.1", "torch": "2.0"},
 }
@@ -39,6 +41,8 @@ def test_a_signature_that_went_through_json_is_the_same() -> None:
         (("config", "trainer"), None, "trainer was {'max_epochs': 1, 'precision': 'auto'} and is None"),
         (("config", "data", "paths"), ["a"], "data.paths was ['a', 'b'] and is ['a']"),
         (("model",), "f01", "the files of the dense model are not the same"),
+        (("model_config", "rope_theta"), 1e6, "the dense model's config.json: rope_theta was 10000.0 and is 1000000.0"),
+        (("compute", "precision"), "bf16-mixed", "precision was '32-true' and is 'bf16-mixed'"),
         (("data",), "ba5", "the text gives other samples"),
         (("versions", "torch"), "2.1", "torch was 2.0 and is 2.1"),
         (("versions", "torch"), None, "torch was 2.0 and is None"),

@@ -47,6 +47,11 @@ class Samples:
     evaluation_ST: Tensor
     description: str
 
+    def shape(self, width: int) -> tuple[int, int, int]:
+        """Of an array of `width` numbers for each token of the calibration and the held-out samples."""
+        num_samples, length = self.calibration_ST.shape
+        return num_samples + len(self.held_out_ST), length, width
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the calibration samples, without padding."""
