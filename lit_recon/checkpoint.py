@@ -45,6 +45,16 @@ class Checkpoint:
         self._in_work: Window | None = None
         self._homes: list[Tensor] = []  # its weights, as they were
         self._masters = _Masters(device)
+        self._written: dict[int, DenseFiles] = {}  # the files of the layers that are done
+        self.unmap()
+
+    def unmap(self) -> None:
+        """Have what was read of the mapped layers leave the memory: each is mapped anew, by itself."""
+        if self.files is not None:
+            for index, layer in enumerate(self.layers):
+                prefix = f"{self.prefix}.{index}"
+                files = self._written.get(index, self.files)
+                point_at(layer, prefix, files.tensors(layer_state(layer, prefix)))
 
     def bring_in(self, window: Window) -> None:
         """Put a window's weights on the device, in float32."""
@@ -137,7 +147,8 @@ class Checkpoint:
         layer, prefix = self.layers[index], f"{self.prefix}.{index}"
         state = layer_state(layer, prefix)
         if self.files is not None:
-            point_at(layer, prefix, DenseFiles([path]).tensors(state))
+            self._written[index] = DenseFiles([path])
+            point_at(layer, prefix, self._written[index].tensors(state))
         elif copy:
             for name, stored in DenseFiles([path]).tensors(state).items():
                 state[name].copy_(stored)

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_recon.blocks import Decoder, decoder_layers
+from lit_recon.blocks import Decoder
 from lit_recon.captured import check_regime
 from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from lit_recon.pruning import check_units
 from lit_recon.regime import Regime
 from lit_recon.startup import check_pattern, check_scored
 from lit_recon.store import Needed, Store, StoreSettings
-from lit_recon.weights import DenseFiles, layer_state, point_at
+from lit_recon.weights import DenseFiles
 from lit_recon.windows import AnyWindow, Window
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ def load(job: Job, activations: Path) -> Loaded:
         files = None
     if files is None:
         _into_memory(model)
-    else:
-        _mapped_apart(model, files)
+    checkpoint = Checkpoint(model, job.compute.device, files=files)
     examine(model, job.samples.calibration_ST)
     windows, units = job.windows(model), job.units(model) if job.units else []
     check_units(units, windows)
@@ -122,28 +121,14 @@ def load(job: Job, activations: Path) -> Loaded:
         store=store,
         recompute=job.store.recompute,
     )
-    return Loaded(
-        model,
-        windows,
-        units,
-        _taken(store, shape, job.arrays),
-        chain,
-        Checkpoint(model, job.compute.device, files=files),
-    )
+    checkpoint.unmap()
+    return Loaded(model, windows, units, _taken(store, shape, job.arrays), chain, checkpoint)
 
 
 def _taken(store: Store, shape: Sequence[int], count: int) -> Needed:
     """What `count` arrays of this shape take, where they are kept."""
     size = count * math.prod(shape) * store.dtype.itemsize
     return Needed(0, size) if isinstance(store, DiskStore) else Needed(size, 0)
-
-
-def _mapped_apart(model: PreTrainedModel, files: DenseFiles) -> None:
-    """Have each layer in a map of its own: when its weights are replaced, what was read of it leaves the memory."""
-    prefix, layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
-        name = f"{prefix}.{index}"
-        point_at(layer, name, files.tensors(layer_state(layer, name)))
 
 
 def _into_memory(model: PreTrainedModel) -> None:

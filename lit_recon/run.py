@@ -156,6 +156,7 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
         facts["dense_perplexity"] = judge.perplexity(loaded.model)
     else:
         facts["dense_perplexity"] = commit.state["dense_perplexity"]
+    loaded.checkpoint.unmap()
     release_memory()
     before = peak_memory_bytes(device)
     reset_peak_memory(device)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ from lit_recon.reconstruction import Reconstructor
 from lit_recon.regime import Regime
 from lit_recon.windows import AnyWindow, Window
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
+torch.set_num_threads(1)
 CPU = Compute(torch.device("cpu"), "32-true")
 KINDS = (
     "llama",  # sequential halves, rotary positions
