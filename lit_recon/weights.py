@@ -7,12 +7,13 @@ at, and go when memory is short.
 
 import hashlib
 import json
+import mmap
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from lit_recon.durable import DTYPES
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
@@ -105,6 +107,19 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _mapped(entry: _Entry) -> Tensor:
+    """A tensor in a copy-on-write map of its bytes."""
+    dtype = _OF_NAME[entry.dtype]
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    before = entry.start % mmap.ALLOCATIONGRANULARITY
+    with entry.path.open("rb") as file:
+        length, offset = before + entry.nbytes, entry.start - before
+        mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=offset)
+    count = entry.nbytes // dtype.itemsize
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=before).view(entry.shape)
+
+
 class DenseFiles:
     """The safetensors files of a dense checkpoint, whose tensors are named as the model's parameters are.
 
@@ -134,15 +149,12 @@ class DenseFiles:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors in a map of their own, which goes when they go; changing them never changes the file."""
-        by_file = defaultdict(list)
-        for name in names:
-            by_file[self._entries[name].path].append(name)
-        found: dict[str, Tensor] = {}
-        for path, here in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in here}
-        return found
+        """Tensors, each in a map of its own, which goes when it goes; changing them never changes the file.
+
+        safetensors maps whole files, header first: with one map per layer, what the system reads around each header
+        adds up to half a model, and a file larger than the memory may not be mapped at all.
+        """
+        return {name: _mapped(self._entries[name]) for name in names}
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system read tensors into its cache in the background, where it can be asked to."""
@@ -164,6 +176,8 @@ class DenseFiles:
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():
                 stored = dense._entries.get(name)
+                if stored is not None and (stored.dtype not in _OF_NAME or stored.start % tensor.element_size()):
+                    return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
                 if stored is None:
                     return f"its files have no {name}: transformers converts them when it loads them"
                 kind = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
