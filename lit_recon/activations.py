@@ -99,8 +99,7 @@ class Activations:
         at once.
         """
         count, mean_D, squares_D = 0, torch.zeros(()), torch.zeros(())  # squares of distances to the mean
-        for batch in self.batches(0, self.num_samples):
-            targets_ND = batch.text(batch.targets_BTD).flatten(0, -2)
+        for targets_ND in self._target_rows(0, self.num_samples):
             added = len(targets_ND)
             variance_D, other_D = (one.double().cpu() for one in torch.var_mean(targets_ND, 0, correction=0))
             total, distance_D = count + added, other_D - mean_D
@@ -108,6 +107,17 @@ class Activations:
             squares_D = squares_D + variance_D * added + distance_D.square() * (count * added / total)
             count = total
         return squares_D.mean().item() / count
+
+    def _target_rows(self, first: int, last: int) -> Iterator[Tensor]:
+        """Targets of the samples from `first` up to `last` without padding, (N, D), batch after batch."""
+        if self.teacher:
+            for batch in self.batches(first, last):
+                yield batch.text(batch.targets_BTD).flatten(0, -2)
+            return
+        for start in range(first, last, self.batch_size):
+            samples = slice(start, min(start + self.batch_size, last))
+            yield self.rows(self.sources_STD, samples)
+            self.store.release(self.sources_STD, samples)
 
     def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
         """Inputs or targets of some samples as rows without padding, (N, D) in float32."""

@@ -7,13 +7,13 @@ files does not count: the system takes it back when it needs the room.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
 from lit_recon.job import Job, Loaded
+from lit_recon.metrics import in_gb
 from lit_recon.partition import partition
 from lit_recon.plan import Plan, make_plan
 from lit_recon.windows import AnyWindow
@@ -48,10 +48,6 @@ class Choice:
     kind: str
     batch_size: int
 
-    def state(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
-
 
 def plan_of(job: Job, loaded: Loaded, windows: list[AnyWindow] | None = None) -> Plan:
     """The plan of a run as it is."""
@@ -79,9 +75,9 @@ def choose(job: Job, loaded: Loaded) -> Choice:
             return choice
     smallest = min(needs, key=lambda choice: needs[choice])
     raise ValueError(
-        f"memory_limit={job.memory_limit / 1e9:.2f} GB: even windows={smallest.kind} with data.batch_size="
-        f"{smallest.batch_size} need {needs[smallest] / 1e9:.2f} GB, as asked for it would be "
-        f"{needs[next(iter(needs))] / 1e9:.2f} GB. Raise the limit, or use shorter or fewer samples (data.length, "
+        f"memory_limit={in_gb(job.memory_limit)}: even windows={smallest.kind} with data.batch_size="
+        f"{smallest.batch_size} need {in_gb(needs[smallest])}, as asked for it would be "
+        f"{in_gb(needs[next(iter(needs))])}. Raise the limit, or use shorter or fewer samples (data.length, "
         "data.num_samples), store=disk, or store.targets=recompute."
     )
 

@@ -5,8 +5,6 @@ files of the commits, all mapped. One set of masters is resident and serves ever
 that cannot be streamed is in memory as a whole.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import decoder_layers
+from lit_recon.durable import replaced_folder
 from lit_recon.models import no_progress_bars
 from lit_recon.packed_masks import PackedMasks
 from lit_recon.weights import DenseFiles, layer_state, point_at
@@ -86,9 +85,9 @@ class Checkpoint:
             parameter.data = home
         window.to("cpu")
         self._in_work, self._homes = None, []
-        kept = {matrix.name for matrix in window.matrices() if id(matrix.weight) not in dropped}
-        for name in kept & set(masks):
-            self.masks.add(name, masks[name])
+        for matrix in window.matrices():
+            if matrix.name in masks and id(matrix.weight) not in dropped:
+                self.masks.add(matrix.name, masks[matrix.name])
 
     def put_back(self) -> None:
         """Have the window that is in work, if there is one, as it was."""
@@ -113,11 +112,8 @@ class Checkpoint:
         for index, name in names.items():
             state = layer_state(self.layers[index], f"{self.prefix}.{index}")
             self._restore_layer(index, write(name, state, {"format": "pt"}), copy=False)
-        mine, done = PackedMasks(), f"masks.{number:05}"
-        for matrix in window.matrices():
-            if matrix.name in set(self.masks):
-                mine.add(matrix.name, self.masks[matrix.name])
-        self._restore_masks(write(done, mine.tensors(), mine.metadata()))
+        mine, done = self.masks.of(matrix.name for matrix in window.matrices()), f"masks.{number:05}"
+        self.masks.update(PackedMasks.load(write(done, mine.tensors(), mine.metadata())))
         return names, done
 
     def restore(self, layers: Mapping[int, Path], masks: Iterable[Path]) -> None:
@@ -125,21 +121,15 @@ class Checkpoint:
         for index, path in layers.items():
             self._restore_layer(index, path, copy=True)
         for path in masks:
-            self._restore_masks(path)
+            self.masks.update(PackedMasks.load(path))
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write a model that is in memory, its tokenizer and a model card as a Hugging Face folder, all at once."""
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        try:
+        with replaced_folder(folder) as partial:
             with no_progress_bars():
                 self.model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays behind
 
     @torch.no_grad()
     def _restore_layer(self, index: int, path: Path, *, copy: bool) -> None:
@@ -152,9 +142,6 @@ class Checkpoint:
         elif copy:
             for name, stored in DenseFiles([path]).tensors(state).items():
                 state[name].copy_(stored)
-
-    def _restore_masks(self, path: Path) -> None:
-        self.masks.update(PackedMasks.load(path))
 
 
 class _Masters:

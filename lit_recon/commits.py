@@ -6,7 +6,6 @@ of a whole commit. Size and CRC-32 of each file find what was truncated or chang
 before the newest is kept for that case. They guard against accidents, not against malice.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,15 +20,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_recon.durable import CHUNK, Fingerprint, publish, replaced, sync_folder, write_tensors
-
-__all__ = ["Commit", "CommitError", "Commits", "publish"]
+from lit_recon.durable import CHUNK, FULL, READ_ONLY, Fingerprint, replaced, sync_folder, write_tensors
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class CommitError(OSError):

@@ -13,7 +13,6 @@ from lit_recon.job import Job, Loaded
 from lit_recon.journal import Journal
 from lit_recon.logger import RunLogger
 from lit_recon.metrics import Clock
-from lit_recon.packed_masks import PackedMasks
 from lit_recon.plan import Plan
 from lit_recon.progress import WalkProgress
 from lit_recon.pruning import Pruner
@@ -120,13 +119,6 @@ class Course:
             f" (about {seconds / 60:.0f} min more)"
         )
 
-    def masks(self) -> PackedMasks:
-        """The masks of all windows that are committed, mapped."""
-        masks = PackedMasks()
-        for path in self.journal.mask_files():
-            masks.update(PackedMasks.load(path))
-        return masks
-
     def _left(self, done: int) -> Sequence[AnyWindow]:
         """The windows to walk over: up to `stop_after`, but all that the chain steps over at once."""
         windows, stop = self.setting.loaded.windows, self.setting.job.stop_after
@@ -167,7 +159,7 @@ class Course:
         if not done:
             return
         with protected(), self.setting.clock.phase("commit"):
-            self.masks().save(output / "masks.safetensors")
+            self.setting.loaded.checkpoint.masks.save(output / "masks.safetensors")
             if self.shards is None:
                 self.setting.loaded.checkpoint.save(output / "checkpoint", self.setting.job.tokenizer, self._card(done))
 

@@ -6,7 +6,6 @@ not a crash when one is written to. It goes when its array goes, at the latest w
 Shapes: S samples, T tokens, D hidden size.
 """
 
-import errno
 import math
 import mmap
 import os
@@ -17,6 +16,9 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
+
+from lit_recon.durable import FULL
+from lit_recon.metrics import in_gb
 
 SUFFIX = ".states"  # of the files
 _CHUNK = 2**20  # bytes written at once where a file cannot be allocated by its size
@@ -118,7 +120,7 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _explained(error: OSError, folder: Path, size: int) -> OSError:
     """The error with what can be done about it, if it is a full disk."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in FULL:
         return error
     return OSError(
         error.errno,
@@ -129,10 +131,9 @@ def _explained(error: OSError, folder: Path, size: int) -> OSError:
 
 def free_space(folder: Path) -> int:
     """Free bytes on the disk of a folder that need not exist yet."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(nearest(folder)).free
 
 
-def in_gb(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())

@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever ends the process or the machine: written aside, synced, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # what a full disk answers
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 CHUNK = 1 << 24  # bytes that are read or written at once
 DTYPES = {  # in the words of the safetensors format
     torch.bool: "BOOL",
@@ -27,8 +30,6 @@ DTYPES = {  # in the words of the safetensors format
     torch.float32: "F32",
     torch.float64: "F64",
 }
-
-
 Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
 
 
@@ -46,6 +47,19 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # what went wrong before is what matters
             partial.unlink()
         raise
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of `folder` when all is in it; otherwise nothing of it stays."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,18 +8,16 @@ The only file that sees the configuration.
 
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning import LightningModule
@@ -42,9 +40,9 @@ from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
 from lit_recon.run import run
 from lit_recon.signature import OF_ONE_CALL, OF_THE_CALL, differences
-from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet
-from lit_recon.stopping import Terminated, stoppable
+from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet, stop
 from lit_recon.store import StoreSettings, arrays, check_targets
+from lit_recon.sweep import fit_apart
 
 PARTS = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
 PRUNE_BY = ("window", "half", "block", "model")
@@ -160,7 +158,12 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
     if (folder / "results.json").is_file():
-        raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
+        lacking = (
+            "" if (folder / "report.html").is_file() else f"; python -m lit_recon.report {folder} draws its report"
+        )
+        raise ValueError(
+            f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}{lacking}."
+        )
     before = OmegaConf.create(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(before, DictConfig)
     given = {key.split("/")[0] for key in _given()} - {*OF_THE_CALL}
@@ -233,58 +236,17 @@ def _fit(cfg: DictConfig) -> None:
     try:
         job = prepare(cfg if cfg.resume is None else _resumed(cfg))
     except ValueError as error:
-        _stop(str(error), status=2)
+        stop(str(error), status=2)
     except KeyboardInterrupt:
-        _stop("interrupted: nothing was written.", status=1)
+        stop("interrupted: nothing was written.", status=1)
     try:
         run(job, console)
     except Refusal as error:
-        _stop(str(error), status=2)
+        stop(str(error), status=2)
     except CommitError as error:
-        _stop(str(error), status=1)
+        stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
-        _stop(f"interrupted: {str(interrupt) or f'go on with resume={job.output}'}", status=1)
-
-
-def _stop(message: str, *, status: int) -> NoReturn:
-    sys.stderr.write(message + "\n")
-    raise SystemExit(status)
-
-
-def _fit_apart(name: str) -> int:
-    """One run of a sweep as a process of its own; its exit status.
-
-    In one process, each run would find the memory that those before it left, and the end of one would be that of all.
-    """
-    overrides = HydraConfig.get().overrides
-    sys.stdout.write(f"\n== {name} ==\n")
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "lit_recon.fit", *overrides.task, *overrides.hydra, "hydra.mode=RUN"]
-    with stoppable(), subprocess.Popen(command) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt as stop:
-            if isinstance(stop, Terminated):  # Ctrl-C reaches both, SIGTERM this process only
-                process.terminate()
-            process.wait()  # it tells what it leaves
-            _stop("interrupted: the runs of the sweep that were left are not started.", status=1)
-    if status < 0:
-        sys.stderr.write(f"{name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n")
-    return 1 if status < 0 else status
-
-
-def _sweep(ended: dict[str, int], cfg: DictConfig) -> None:
-    """One run, or one of a sweep, where the next ones follow however it ends; its exit status goes into `ended`."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return _fit(cfg)
-    words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    given = {override.key_or_group: override for override in OverridesParser.create().parse_overrides(words)}
-    same = {key for key, override in given.items() if not override.is_sweep_override()}  # in all runs
-    if "output_dir" in same and "$" not in str(given["output_dir"].input_line):
-        _stop("output_dir is one folder, but a sweep has several runs; experiment_dir=<folder> moves all.", status=2)
-    settings = HydraConfig.get().overrides.task
-    name = " ".join([one for one in settings if one.partition("=")[0].lstrip("+~") not in same] or settings)
-    ended[name] = _fit_apart(name)
+        stop(f"interrupted: {str(interrupt) or f'go on with resume={job.output}'}", status=1)
 
 
 def main() -> None:
@@ -293,19 +255,22 @@ def main() -> None:
     ended: dict[str, int] = {}
 
     def task(cfg: DictConfig) -> None:
-        _sweep(ended, cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            fit_apart(ended)
+        else:
+            _fit(cfg)
 
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LIT_RECON_SCRATCH"] = scratch  # conf/fit.yaml: where Hydra leaves a file per sweep
         try:
             hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(task)()
         except (HydraException, OmegaConfBaseException) as error:
-            _stop(explain_override(error, sys.argv[1:], CONF), status=2)
+            stop(explain_override(error, sys.argv[1:], CONF), status=2)
     failed = [name for name, status in ended.items() if status]
     if failed:
         alike = len(set(ended.values())) == 1  # refused all: 2; else 1
         message = f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}"
-        _stop(message, status=ended[failed[0]] if alike else 1)
+        stop(message, status=ended[failed[0]] if alike else 1)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,6 @@ class Journal:
         """The files of the layers that are done, by index."""
         return {index: self.commits.path(name) for index, name in self._layers.items()}
 
-    def mask_files(self) -> list[Path]:
-        """The files of the masks of the windows that are done."""
-        return [self.commits.path(name) for name in self._masks]
-
     def _write_unit(self) -> str | None:
         """The file with the masks of the unit in work, written when the unit is new."""
         pending = self.pruner.pending
@@ -113,7 +109,7 @@ class Journal:
         state = commit.state
         self._layers = {int(index): name for index, name in state["layers"].items()}
         self._masks, self._unit = list(state["masks"]), state["unit"]
-        self.checkpoint.restore(self.layer_files(), self.mask_files())
+        self.checkpoint.restore(self.layer_files(), map(self.commits.path, self._masks))
         self.chain.restore(commit.read(state["chain"]))
         pending = None
         if self._unit is not None:

@@ -1,7 +1,7 @@
 """Boolean masks by matrix name, one bit per weight, in memory or mapped from the files that hold them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,12 @@ class PackedMasks:
     def __len__(self) -> int:
         """Number of masks."""
         return len(self._packed)
+
+    def of(self, names: Iterable[str]) -> "PackedMasks":
+        """Those of some matrices, as far as they have one."""
+        some = PackedMasks()
+        some._packed = {name: self._packed[name] for name in names if name in self._packed}
+        return some
 
     def update(self, others: "PackedMasks") -> None:
         """Take other masks over, in place of those of the same matrices."""

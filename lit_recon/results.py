@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lit_recon import __version__
 from lit_recon.evaluate import Protocol
+from lit_recon.metrics import in_gb
 from lit_recon.packed_masks import PackedMasks
 from lit_recon.plan import Plan
 from lit_recon.plots import duration
@@ -87,7 +88,7 @@ def table(results: Results, run: Path) -> Table:
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")
     shown.add_row("seconds", f"{phases}")
     shown.add_row("", f"{duration(results.seconds['total'])} in total")
-    shown.add_row("peak memory", f"{results.peak_memory_bytes / 1e9:.2f} GB")
+    shown.add_row("peak memory", in_gb(results.peak_memory_bytes))
     kept = [window for window in results.windows if window.note]
     for window in kept:
         shown.add_row(window.name, window.note)

@@ -7,7 +7,7 @@ is only needed for that is removed once results.json is there.
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,13 +20,13 @@ from rich.markup import escape
 from lit_recon.budget import Choice, adopt, choose, plan_of
 from lit_recon.commits import Commit, CommitError, Commits
 from lit_recon.course import Course, Setting
-from lit_recon.disk import DiskStore
+from lit_recon.disk import DiskStore, nearest
 from lit_recon.evaluate import Protocol
 from lit_recon.job import ACTIVATIONS, Job, load
 from lit_recon.judge import Judge, Saved, read_back
 from lit_recon.lease import hold
 from lit_recon.logger import RunLogger
-from lit_recon.metrics import Clock, peak_memory_bytes, release_memory, reset_peak_memory
+from lit_recon.metrics import Clock, in_gb, peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.plan import Plan
 from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
@@ -49,8 +49,7 @@ def run(job: Job, console: Console) -> None:
     """
     clock = Clock()
     if job.plan_only:
-        existing = next(path for path in (job.output.absolute(), *job.output.absolute().parents) if path.is_dir())
-        with TemporaryDirectory(dir=existing) as scratch:
+        with TemporaryDirectory(dir=nearest(job.output)) as scratch:
             commits = Commits(job.output / "commits")
             _open(job, commits, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
         return
@@ -109,15 +108,14 @@ def _open(
                 job, loaded = adopt(choice, job, loaded)
             plan = plan_of(job, loaded)
             if commit is None and not job.plan_only:
-                check_disk(
-                    job.output, plan.disk_bytes - loaded.arrays.disk - left_behind(job.output)
-                )  # arrays have their room already
+                there = loaded.arrays.disk + left_behind(job.output)  # arrays have their room already
+                check_disk(job.output, plan.disk_bytes - there)
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
     for name, text in _lines(job, plan, commit).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
-    facts["choice"] = Choice(job.kind, job.batch_size).state()
+    facts["choice"] = asdict(Choice(job.kind, job.batch_size))
     facts["store"] = "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"
     return Setting(job, loaded, plan, commits, console, clock), facts, commit
 
@@ -169,7 +167,7 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
     chain, dense_STD = loaded.chain, None
     if chain.dense and chain.dense.states_STD.dtype == torch.float32:
         dense_STD = chain.dense.states_STD[chain.num_samples :].clone()
-    saved = Saved(job.output / "checkpoint", course.masks(), judge.logits(loaded.model), dense_STD)
+    saved = Saved(job.output / "checkpoint", loaded.checkpoint.masks, judge.logits(loaded.model), dense_STD)
     return _Walked(
         job,
         saved,
@@ -255,10 +253,10 @@ def _lines(job: Job, plan: Plan, commit: Commit | None) -> dict[str, str]:
         + f"on {tokens} tokens of {job.samples.description}",
         "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
         "evaluate": _protocol(job).describe(),
-        "predicted": f"about {duration(plan.seconds)}, peak memory {plan.peak_bytes / 1e9:.2f} GB"
-        + (f" ({plan.mapped_bytes / 1e9:.2f} GB of it mapped from the model's files)" if plan.mapped_bytes else "")
-        + f", disk {plan.disk_bytes / 1e9:.2f} GB",
-        "by window": ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in plan.peaks_by_kind.items()),
+        "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
+        + (f" ({in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
+        + f", disk {in_gb(plan.disk_bytes)}",
+        "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output),
     }
     if job.resume:

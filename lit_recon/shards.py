@@ -5,15 +5,13 @@ ends early, however it ends, leaves a model that loads: pruned and reconstructed
 """
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import decoder_layers
-from lit_recon.durable import publish, replaced, write_tensors
+from lit_recon.durable import publish, replaced, replaced_folder, write_tensors
 from lit_recon.weights import DenseFiles, layer_state
 
 INDEX = "model.safetensors.index.json"
@@ -40,19 +38,13 @@ class ShardedFolder:
 
     def start(self, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write the dense model, its tokenizer and a card, all at once, in place of what is there."""
-        partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with replaced_folder(self.folder) as partial:
             self.model.config.save_pretrained(partial)
             if self.model.can_generate() and self.model.generation_config is not None:
                 self.model.generation_config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             self._write_dense(partial)
             _write_text(partial / "README.md", card)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.replace(partial, self.folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays behind
 
     def put(self, index: int, source: Path) -> None:
         """Have a finished layer's file as its shard."""

@@ -8,12 +8,13 @@ import difflib
 import logging
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,10 +24,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from lit_recon.disk import free_space
+from lit_recon.disk import free_space, nearest
 from lit_recon.durable import replaced
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
+from lit_recon.metrics import in_gb
 
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
@@ -84,9 +86,7 @@ class Problems:
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest(folder)
     try:
         tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
     except OSError as error:
@@ -131,7 +131,7 @@ def check_disk(folder: Path, needed: int) -> None:
     free = free_space(folder)
     if needed > free:
         raise ValueError(
-            f"output_dir={folder}: the run needs {needed / 1e9:.2f} GB there, where {free / 1e9:.2f} GB are free; free "
+            f"output_dir={folder}: the run needs {in_gb(needed)} there, where {in_gb(free)} are free; free "
             "some space, or choose an output_dir on another disk."
         )
 
@@ -224,6 +224,12 @@ def _keys_beside(key: str, arguments: Sequence[str], conf: Path) -> list[str]:
             break
         node = child
     return sorted(str(name) for name in node)
+
+
+def stop(message: str, *, status: int) -> NoReturn:
+    """End the process with a message."""
+    sys.stderr.write(message + "\n")
+    raise SystemExit(status)
 
 
 def quiet() -> None:

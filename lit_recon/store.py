@@ -19,7 +19,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from lit_recon.disk import SUFFIX, DiskStore, Rows, free_space, in_gb
+from lit_recon.disk import SUFFIX, DiskStore, Rows, free_space
+from lit_recon.metrics import in_gb
 from lit_recon.regime import Regime
 
 log = logging.getLogger(__name__)

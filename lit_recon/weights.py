@@ -176,10 +176,10 @@ class DenseFiles:
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():
                 stored = dense._entries.get(name)
-                if stored is not None and (stored.dtype not in _OF_NAME or stored.start % tensor.element_size()):
-                    return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
                 if stored is None:
                     return f"its files have no {name}: transformers converts them when it loads them"
+                if stored.dtype not in _OF_NAME or stored.start % tensor.element_size():
+                    return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
                 kind = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
                 if (stored.dtype, stored.shape) != kind:
                     return f"{name} is {stored.dtype} {stored.shape} in its files and {kind[0]} {kind[1]} in the model"

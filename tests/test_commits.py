@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mounted
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_recon import commits as module
 from lit_recon import durable
-from lit_recon.commits import CommitError, Commits, publish
+from lit_recon.commits import CommitError, Commits
+from lit_recon.durable import publish
 
 SHARED, OLD, NEW = "layer.00001", "chain.00001", "chain.00002"
 
@@ -441,14 +443,8 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one mebibyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting is not permitted")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with mounted(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def test_a_disk_that_is_full_keeps_the_commit_and_can_be_gone_on_with(small_disk: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ended, content, letter_tokenizer, numbers, tiny_settings
+from conftest import Ended, content, letter_tokenizer, mounted, numbers, tiny_settings
 from launcher import Launcher, Running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -355,14 +355,8 @@ def test_a_disk_that_fails_at_any_step_is_told_and_the_run_can_be_gone_on_with(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four mebibytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting is not permitted")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with mounted(tmp_path / "disk", "4m") as disk:
+        yield disk
 
 
 def fill(path: Path, *, but: int) -> None:
