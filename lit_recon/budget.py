@@ -102,8 +102,8 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     for kind in kinds:
         for batch_size, plan in plans.items():
             name = f"blocks of {job.size}" if kind == "blocks" else kind
-            if name in plan.peaks_by_kind:
-                yield Choice(kind, batch_size), plan.peaks_by_kind[name] - plan.mapped_bytes
+            if name in plan.own_by_kind:
+                yield Choice(kind, batch_size), plan.own_by_kind[name]
 
 
 def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:

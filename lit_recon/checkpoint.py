@@ -45,6 +45,8 @@ class Checkpoint:
         self._homes: list[Tensor] = []  # its weights, as they were
         self._masters = _Masters(device)
         self._written: dict[int, DenseFiles] = {}  # the files of the layers that are done
+        if files is not None:  # what is beside the layers too, so that the map that it was loaded from goes
+            point_at(model, "", files.tensors(files.same(dict(model.named_parameters()))))
         self.unmap()
 
     def unmap(self) -> None:

@@ -54,9 +54,10 @@ class Plan:
         unscored: Matrices of the layers that it does not.
         routers: Matrices that choose among experts; they stay dense.
         steps: Optimizer steps per window.
-        peak_bytes: Predicted peak memory, `mapped_bytes` included.
-        peaks_by_kind: The same for each kind of window.
-        mapped_bytes: What of it is mapped from the dense model's files, and goes when memory is short.
+        peak_bytes: Predicted peak memory of the run, what is mapped from files included.
+        peaks_by_kind: The same of the walk alone, for each kind of window.
+        own_by_kind: Of the run, without what is mapped, which goes when memory is short.
+        mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
     """
@@ -69,6 +70,7 @@ class Plan:
     steps: int
     peak_bytes: int
     peaks_by_kind: dict[str, int]
+    own_by_kind: dict[str, int]
     mapped_bytes: int
     disk_bytes: int
     seconds: float
@@ -124,12 +126,17 @@ def make_plan(
     # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    resident = _resident(chain, arrays) + mapped_bytes
+    own, shared = _resident(chain, arrays)
     matrix = _matrix_bytes(layers[0], chain, work.uses_moments)
-    peaks = {
-        name: resident + masters * (2 if chain.recompute else 1) + max(training, evaluation)
-        for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items()
-    }
+    mapped_layer = mapped_bytes and largest * model.dtype.itemsize
+    peaks, owned = {}, {}
+    for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items():
+        count = masters // (_FLOAT32 * largest)  # layers, of which the dense weights are looked at
+        masters *= 2 if chain.recompute else 1
+        peaks[name] = own + shared + masters + training + mapped_layer * max(1, count)
+        owned[name] = own + masters + max(training, evaluation)
+    name = f"blocks of {size}" if kind == "blocks" else kind
+    evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     steps = steps_per_window(chain, work)
     return Plan(
         windows=len(windows),
@@ -138,8 +145,9 @@ def make_plan(
         unscored=sum(matrix.input_dim is None for matrix in found),
         routers=sum(len(routers(layer)) for layer in chain.decoder.layers),
         steps=steps,
-        peak_bytes=peaks[f"blocks of {size}" if kind == "blocks" else kind],
+        peak_bytes=max(peaks[name], evaluated),
         peaks_by_kind=peaks,
+        own_by_kind=owned,
         mapped_bytes=mapped_bytes,
         disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory),
         seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
@@ -200,13 +208,13 @@ def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, he
     return forward / chain.batch_size * (depth * passes + evaluated * (depth + 3 * head))
 
 
-def _resident(chain: Chain, arrays: Needed) -> int:
-    """Bytes of its own that this process keeps: nothing on a GPU; on the CPU what is there, and the chain's arrays."""
+def _resident(chain: Chain, arrays: Needed) -> tuple[int, int]:
+    """Bytes that this process keeps: its own, with the chain's arrays, and mapped ones; none of either on a GPU."""
     if chain.compute.device.type == "cuda":
-        return 0
+        return 0, 0
     memory = psutil.Process().memory_info()
-    there = min(arrays.memory, chain.inputs_STD.nbytes)
-    return memory.rss - getattr(memory, "shared", 0) + arrays.memory - there
+    there, shared = min(arrays.memory, chain.inputs_STD.nbytes), getattr(memory, "shared", 0)
+    return memory.rss - shared + arrays.memory - there, shared
 
 
 def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, in_memory: bool) -> int:

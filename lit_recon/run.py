@@ -254,7 +254,7 @@ def _lines(job: Job, plan: Plan, commit: Commit | None) -> dict[str, str]:
         "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
         "evaluate": _protocol(job).describe(),
         "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
-        + (f" ({in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
+        + (f" (up to {in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
         + f", disk {in_gb(plan.disk_bytes)}",
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output),

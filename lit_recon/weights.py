@@ -156,6 +156,22 @@ class DenseFiles:
         """
         return {name: _mapped(self._entries[name]) for name in names}
 
+    def same(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The names under which the files have tensors of the same type and shape as these."""
+        return [name for name, tensor in tensors.items() if self._difference(name, tensor) is None]
+
+    def _difference(self, name: str, tensor: Tensor) -> str | None:
+        """Why a tensor of the model cannot be mapped from the files."""
+        stored = self._entries.get(name)
+        if stored is None:
+            return f"its files have no {name}: transformers converts them when it loads them"
+        if stored.dtype not in _OF_NAME or stored.start % tensor.element_size():
+            return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
+        kind = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        if (stored.dtype, stored.shape) != kind:
+            return f"{name} is {stored.dtype} {stored.shape} in its files and {kind[0]} {kind[1]} in the model"
+        return None
+
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system read tensors into its cache in the background, where it can be asked to."""
         if not hasattr(os, "posix_fadvise"):
@@ -175,14 +191,8 @@ class DenseFiles:
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():
-                stored = dense._entries.get(name)
-                if stored is None:
-                    return f"its files have no {name}: transformers converts them when it loads them"
-                if stored.dtype not in _OF_NAME or stored.start % tensor.element_size():
-                    return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
-                kind = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-                if (stored.dtype, stored.shape) != kind:
-                    return f"{name} is {stored.dtype} {stored.shape} in its files and {kind[0]} {kind[1]} in the model"
+                if difference := dense._difference(name, tensor):
+                    return difference
         return dense
 
 
@@ -191,8 +201,8 @@ def layer_state(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
 
 
-def point_at(layer: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Have a layer's tensors, by their names in the model, in place of its own."""
+def point_at(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Have these tensors, by their names in the model, in place of those of a module whose name is `prefix`."""
     for name, tensor in tensors.items():
         parent, _, leaf = name.removeprefix(f"{prefix}.").rpartition(".")
-        getattr(layer.get_submodule(parent), leaf).data = tensor
+        getattr(module.get_submodule(parent), leaf).data = tensor

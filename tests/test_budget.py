@@ -30,13 +30,13 @@ def test_what_is_no_size_is_refused_with_examples(limit: str) -> None:
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory of plans by hand: 1 GB mapped, and for each sample of a batch 1 GB per half, 2 per block, 6 for all."""
+    """Memory of plans by hand: for each sample of a batch 1 GB per half, 2 per block, 6 for all."""
     real = budget.make_plan
 
     def plan(*arguments: object, **settings: object) -> Plan:
         made, batch = real(*arguments, **settings), arguments[1].batch_size  # type: ignore[attr-defined]
-        peaks = {"matrix": GB, "half": (1 + batch) * GB, "block": (1 + 2 * batch) * GB, "model": (1 + 6 * batch) * GB}
-        return Plan(**{**made.__dict__, "peaks_by_kind": peaks, "mapped_bytes": GB})
+        own = {"matrix": GB, "half": batch * GB, "block": 2 * batch * GB, "model": 6 * batch * GB}
+        return Plan(**{**made.__dict__, "own_by_kind": own})
 
     monkeypatch.setattr(budget, "make_plan", plan)
 
