@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import decoder_layers
 from lit_recon.durable import replaced_folder
-from lit_recon.models import no_progress_bars
 from lit_recon.packed_masks import PackedMasks
+from lit_recon.progress import no_progress_bars
 from lit_recon.weights import DenseFiles, layer_state, point_at
 from lit_recon.windows import Window
 

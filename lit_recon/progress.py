@@ -2,13 +2,15 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
 
 from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
@@ -80,3 +82,15 @@ class WalkProgress(Callback):
     def _total_batches(trainer: Trainer) -> float:
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         return epochs * trainer.num_training_batches
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' bars for work on local files: seconds long, and in the way of the run's own display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,8 +1,8 @@
 """The dense checkpoint on disk: which files it is, what lies where in them, and whether it is still the same.
 
-transformers maps safetensors files into memory instead of reading them where a model's parameters are named and typed
-as the file's tensors are. Such a model costs no memory of its own: its pages come from the file when they are looked
-at, and go when memory is short.
+Tensors of safetensors files are mapped into memory instead of being read. A model whose parameters are named and typed
+as the files' tensors are costs no memory of its own: its pages come from the files when they are looked at, and go when
+memory is short.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -27,6 +26,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
+_LENGTH = 8  # bytes of a safetensors file that tell how long its header is
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
 
@@ -57,11 +57,9 @@ def _weight_problems(folder: Path, weights: str) -> list[str]:
             problems.append(f"no {name}, which {weights} lists")
         elif name.endswith(".safetensors"):
             try:
-                safe_open(folder / name, framework="pt")
-            except RuntimeError as error:  # of torch, which maps files
-                problems.append(f"{name} cannot be mapped; save it in shards (max_shard_size='5GB'): {error}")
-            except SafetensorError as error:
-                problems.append(f"{name} is cut short, damaged or a Git LFS pointer ({error})")
+                DenseFiles([folder / name])
+            except ValueError as error:
+                problems.append(str(error))
     return problems
 
 
@@ -107,6 +105,32 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _entries(path: Path) -> dict[str, _Entry]:
+    """What the header of a safetensors file (its length, JSON, then the tensors) says of its tensors.
+
+    Raises:
+        ValueError: It is no such file, or not all of it is there.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {
+            name: _Entry(path, _LENGTH + length + start, stop - start, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            for start, stop in [entry["data_offsets"]]
+        }
+        size = max((entry.start + entry.nbytes for entry in entries.values()), default=_LENGTH + length)
+        if size != path.stat().st_size:
+            raise ValueError(f"its header tells of {size} bytes, and it has {path.stat().st_size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is cut short, damaged or a Git LFS pointer ({error})") from error
+    return entries
+
+
 def _mapped(entry: _Entry) -> Tensor:
     """A tensor in a copy-on-write map of its bytes."""
     dtype = _OF_NAME[entry.dtype]
@@ -125,18 +149,13 @@ class DenseFiles:
 
     Args:
         files: The files.
+
+    Raises:
+        ValueError: One is not a safetensors file, or not all of it is there.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._entries: dict[str, _Entry] = {}
-        for path in files:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                for name, entry in json.loads(file.read(length)).items():
-                    if name != "__metadata__":
-                        start, stop = entry["data_offsets"]
-                        shape = tuple(entry["shape"])
-                        self._entries[name] = _Entry(path, 8 + length + start, stop - start, entry["dtype"], shape)
+        self._entries = {name: entry for path in files for name, entry in _entries(path).items()}
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +171,7 @@ class DenseFiles:
         """Tensors, each in a map of its own, which goes when it goes; changing them never changes the file.
 
         safetensors maps whole files, header first: with one map per layer, what the system reads around each header
-        adds up to half a model, and a file larger than the memory may not be mapped at all.
+        adds up to half a model, and Linux refuses to map a file that is larger than memory and swap.
         """
         return {name: _mapped(self._entries[name]) for name in names}
 

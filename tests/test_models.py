@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_recon import cache, models
+from lit_recon import cache, models, progress
+from lit_recon.architectures import tiny_model
 from lit_recon.cache import cache_folder, cached_folder
 from lit_recon.models import HubModel, WheelModel
 
@@ -129,13 +131,55 @@ def test_changing_a_loaded_model_in_place_leaves_its_file_alone(folder: Path) ->
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_model_comes_out_as_transformers_itself_loads_it(tmp_path: Path, kind: str, dtype: str) -> None:
+    made = tiny_model(kind)
+    made.generation_config.repetition_penalty = 1.5
+    made.save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = HubModel(name=str(tmp_path), dtype=dtype).load()
+    assert type(model) is type(expected) and model.name_or_path == expected.name_or_path
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    ours, theirs = (dict([*found.named_parameters(), *found.named_buffers()]) for found in (model, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def test_a_file_larger_than_memory_loads(tmp_path: Path) -> None:
+    """Its content is a hole, which takes no room on the disk and reads as zeros."""
+    memory, width = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total), 2**14
+    config = tiny_llama().config
+    config.hidden_size, config.intermediate_size, config.dtype = width, 4 * width, "bfloat16"
+    config.num_hidden_layers = 1 + memory // (3 * 4 * width * width * 2)  # bytes of its MLP
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    config.save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    entries, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    assert end > memory
+    source = HubModel(name=str(tmp_path))
+    source.check()
+    last = source.load().get_submodule(f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj")
+    assert last.weight.shape == (width, 4 * width) and last.weight[-1, -1] == 0
+
+
 def test_loading_a_folder_draws_no_progress_bar_and_leaves_bars_as_they_were(
     saved_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    models.transformers_logging.enable_progress_bar()
+    progress.transformers_logging.enable_progress_bar()
     HubModel(name=str(saved_model)).load()
     assert capfd.readouterr().err == ""
-    assert models.transformers_logging.is_progress_bar_enabled()
+    assert progress.transformers_logging.is_progress_bar_enabled()
 
 
 def test_a_sharded_folder_is_accepted_and_a_missing_shard_is_named(tmp_path: Path) -> None:
