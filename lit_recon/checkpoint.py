@@ -5,10 +5,13 @@ files of the commits, all mapped. One set of masters is resident and serves ever
 that cannot be streamed is in memory as a whole.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -128,8 +131,12 @@ class Checkpoint:
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
         """Write a model that is in memory, its tokenizer and a model card as a Hugging Face folder, all at once."""
         with replaced_folder(folder) as partial:
-            with no_progress_bars():
-                self.model.save_pretrained(partial)
+            try:
+                with no_progress_bars():
+                    self.model.save_pretrained(partial)
+            except SafetensorError as error:  # it tells of a full disk in words
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
 

@@ -38,9 +38,19 @@ from lit_recon.partition import check_partition, layer_windows
 from lit_recon.plan import Workload
 from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
-from lit_recon.run import run
+from lit_recon.run import finish, run
 from lit_recon.signature import OF_ONE_CALL, OF_THE_CALL, differences
-from lit_recon.startup import Problems, Refusal, check_output, check_pattern, check_steps, explain_override, quiet, stop
+from lit_recon.startup import (
+    NEXT_CONFIG,
+    Problems,
+    Refusal,
+    check_output,
+    check_pattern,
+    check_steps,
+    explain_override,
+    quiet,
+    stop,
+)
 from lit_recon.store import StoreSettings, arrays, check_targets
 from lit_recon.sweep import fit_apart
 
@@ -157,14 +167,10 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     folder = Path(str(cfg.resume))
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
-    if (folder / "results.json").is_file():
-        lacking = (
-            "" if (folder / "report.html").is_file() else f"; python -m lit_recon.report {folder} draws its report"
-        )
-        raise ValueError(
-            f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}{lacking}."
-        )
-    before = OmegaConf.create(OmegaConf.load(folder / "config.yaml"))
+    overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
+    if (folder / "results.json").is_file() and not overwriting:
+        raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
+    before = OmegaConf.create(OmegaConf.load(folder / (NEXT_CONFIG if overwriting else "config.yaml")))
     assert isinstance(before, DictConfig)
     given = {key.split("/")[0] for key in _given()} - {*OF_THE_CALL}
     now = {key: OmegaConf.select(cfg, key) for key in given}
@@ -179,6 +185,8 @@ def _resumed(cfg: DictConfig) -> DictConfig:
         if key in _given() or key in OF_ONE_CALL:
             OmegaConf.update(before, key, cfg[key])
     OmegaConf.update(before, "output_dir", str(folder))
+    if overwriting:
+        before.resume, before.overwrite = None, True
     return before
 
 
@@ -233,20 +241,22 @@ def _fit(cfg: DictConfig) -> None:
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     quiet()
+    go_on = f"go on with resume={cfg.resume}" if cfg.resume else "nothing was written."
     try:
-        job = prepare(cfg if cfg.resume is None else _resumed(cfg))
-    except ValueError as error:
-        stop(str(error), status=2)
-    except KeyboardInterrupt:
-        stop("interrupted: nothing was written.", status=1)
-    try:
+        if cfg.resume is not None and finish(Path(str(cfg.resume)), console):
+            return
+        try:
+            job = prepare(cfg if cfg.resume is None else _resumed(cfg))
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        go_on = f"go on with resume={job.output}"
         run(job, console)
     except Refusal as error:
         stop(str(error), status=2)
     except CommitError as error:
         stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
-        stop(f"interrupted: {str(interrupt) or f'go on with resume={job.output}'}", status=1)
+        stop(f"interrupted: {str(interrupt) or go_on}", status=1)
 
 
 def main() -> None:

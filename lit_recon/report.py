@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_recon.durable import replaced
 from lit_recon.plots import duration, measure, number, read_results, write_figures
 
 FILES = {
@@ -98,7 +99,8 @@ def write_report(run: Path) -> Path:
         **places(run),
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with replaced(path) as file:
+        file.write(page.encode())
     return path
 
 

@@ -1,7 +1,6 @@
 """What a run found, as results.json (other programs read it), as a table and as a model card."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lit_recon import __version__
+from lit_recon.durable import replaced
 from lit_recon.evaluate import Protocol
 from lit_recon.metrics import in_gb
 from lit_recon.packed_masks import PackedMasks
@@ -56,9 +56,8 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write results.json, whole or not at all."""
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replaced(path) as file:
+            file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
 
 def sparsity(masks: PackedMasks, plan: Plan) -> dict[str, Any]:

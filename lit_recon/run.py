@@ -33,7 +33,7 @@ from lit_recon.reconstruction import WindowResult
 from lit_recon.report import write_report
 from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
-from lit_recon.startup import Refusal, begin_output, check_disk, clear_output, left_behind, undo_output
+from lit_recon.startup import NEXT_CONFIG, Refusal, announce_output, begin_output, check_disk, left_behind, undo_output
 from lit_recon.stopping import stoppable
 
 PRUNED_STATES = ("pruned", "reconstructed")
@@ -65,20 +65,15 @@ def run(job: Job, console: Console) -> None:
 def _begun(job: Job) -> Iterator[None]:
     """Hold the output folder, with the configuration in it; without a trace where the run is refused."""
     made = [path for path in (job.output, *job.output.parents) if not path.exists()]
-    config = job.output / "config.yaml"
+    config: Path | None = None
     try:
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(hold(job.output))
-            except ValueError as error:
-                raise Refusal(str(error)) from error
-            new = not config.exists()
-            if new:
-                begin_output(job.output, _config(job))
+        with _held(job.output):
+            if not job.resume:
+                config = announce_output(job.output, _config(job))
             try:
                 yield
             except Refusal:
-                if new:
+                if config:
                     config.unlink()
                 raise
     except Refusal:
@@ -149,7 +144,6 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
     job, loaded, clock = setting.job, setting.loaded, setting.clock
     device, judge = job.compute.device, _judge(job, clock)
     if commit is None:
-        clear_output(job.output)
         begin_output(job.output, _config(job))
         facts["dense_perplexity"] = judge.perplexity(loaded.model)
     else:
@@ -208,22 +202,48 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
     walked.logger.log_results(results.as_dict())
     walked.logger.close()
     results.save(job.output / "results.json")
-    with _all_but_report(job.output):
-        shutil.rmtree(job.output / "commits")
-        write_report(job.output)
+    _report(job.output)
     return results
 
 
-@contextmanager
-def _all_but_report(output: Path) -> Iterator[None]:
-    """Say of what ends a run here that nothing is left to be resumed."""
-    left = f"{output} is finished but for its report; draw it with: python -m lit_recon.report {output}"
+def finish(output: Path, console: Console) -> bool:
+    """Do what is left of a run that was ended between its results and its report; False: it is no such run.
+
+    Raises:
+        Refusal: The run is in work.
+        CommitError: The disk is full or read-only.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    if not (output / "results.json").is_file() or any(
+        (output / name).is_file() for name in ("report.html", NEXT_CONFIG)
+    ):
+        return False
+    with _held(output):
+        _report(output)
+    console.print(f"{output} was finished but for its report, which is there now", highlight=False, soft_wrap=True)
+    return True
+
+
+def _report(output: Path) -> None:
+    """Remove the commits, of which none will be taken up any more, and draw the report."""
+    left = f"{output} is finished but for its report, which resume={output} draws"
     try:
-        yield
+        shutil.rmtree(output / "commits", ignore_errors=True)
+        write_report(output)
     except KeyboardInterrupt as stop:
         raise type(stop)(left) from stop
     except OSError as error:
         raise CommitError(f"{error}; {left}") from error
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(output))
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        yield
 
 
 def _config(job: Job) -> str:

@@ -30,9 +30,10 @@ from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
 from lit_recon.metrics import in_gb
 
+NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "checkpoint.partial"),
+    *("commits", "checkpoint.partial", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
@@ -107,10 +108,21 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         )
 
 
+def announce_output(folder: Path, config: str) -> Path:
+    """Write the configuration of a run that begins, beside that of one that it will overwrite; where it is written."""
+    own = folder / "config.yaml"
+    path = folder / NEXT_CONFIG if own.exists() else own
+    with replaced(path) as file:
+        file.write(config.encode())
+    return path
+
+
 def begin_output(folder: Path, config: str) -> None:
-    """Write the configuration of a run, whole or not at all, in place of an earlier one's."""
+    """Clear the folder for a run and write its configuration, whole or not at all, in place of an earlier one's."""
+    clear_output(folder)
     with replaced(folder / "config.yaml") as file:
         file.write(config.encode())
+    (folder / NEXT_CONFIG).unlink(missing_ok=True)
 
 
 def undo_output(made: Sequence[Path]) -> None:

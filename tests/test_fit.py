@@ -17,7 +17,6 @@ from conftest import CPU, Ended, content, numbers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_recon import report
 from lit_recon.cache import cache_folder
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
@@ -234,20 +233,27 @@ def test_ctrl_c_after_the_walk_leaves_a_whole_checkpoint_and_only_measuring_to_b
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
-def test_what_ends_a_run_at_its_report_says_that_only_that_is_left(
+def test_what_ends_a_run_at_its_report_says_that_only_that_is_left_and_resuming_draws_it(
     tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr("lit_recon.run.write_report", fail)
-    ended = tiny_run()
-    assert ended.status == 1
-    assert ended.err.endswith("run is finished but for its report; draw it with: python -m lit_recon.report run\n")
-    assert len(ended.err.splitlines()) == 1 and str(error) in ended.err
-    assert Path("run/results.json").is_file() and not Path("run/commits").exists()
-    report.main(["run"])
-    assert Path("run/report.html").is_file()
+    for again in ([], ["resume=run"]):
+        with monkeypatch.context() as failing:
+            failing.setattr("lit_recon.run.write_report", fail)
+            ended = tiny_run(*again)
+        assert ended.status == 1
+        assert ended.err.endswith("run is finished but for its report, which resume=run draws\n")
+        assert len(ended.err.splitlines()) == 1 and str(error) in ended.err
+        assert Path("run/results.json").is_file() and not Path("run/commits").exists()
+    Path("run/commits").mkdir()  # where the process was killed
+    before = Path("run/results.json").read_bytes()
+    ended = tiny_run("resume=run")
+    assert ended.status == 0 and ended.out == "run was finished but for its report, which is there now\n"
+    assert Path("run/report.html").is_file() and not Path("run/commits").exists()
+    assert Path("run/results.json").read_bytes() == before
+    assert "that run is finished" in tiny_run("resume=run").err
 
 
 def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:

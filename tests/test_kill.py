@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -80,6 +81,29 @@ def test_a_run_that_is_killed_while_it_begins_can_be_started_again(go: Callable[
     ended = go("run")
     assert ended.status == 0 and "no window was done: from the start" in ended.out, ended
     assert found(Path("run")) == found(Path("whole"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_is_killed_as_it_overwrites_another_is_the_one_that_begins_again(
+    launcher: Launcher, go: Callable[..., Ended], model_folder: Path, text_file: Path, finished: bool
+) -> None:
+    assert go("whole", "seed=5").status == 0
+    assert go("old", *([] if finished else ["stop_after=1"])).status == 0
+    for die_at in (None, 3, 5):  # while it loads; the old run is cleared; the new configuration is there
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree("old", "run")
+        settings = [*tiny_settings(model_folder, text_file), "seed=5", "overwrite=true", "output_dir=run"]
+        running = launcher.start(*settings, **({"die_at": die_at} if die_at else {}))
+        while not die_at and not Path("run/config.next.yaml").exists():
+            time.sleep(0.001)
+        if not die_at:
+            running.send(signal.SIGKILL)
+        assert running.wait().status == -signal.SIGKILL
+        assert Path("run/commits").exists() == (not die_at and not finished)
+        ended = go("run")
+        assert ended.status == 0, ended
+        assert found(Path("run")) == found(Path("whole")), die_at
+        assert not Path("run/config.next.yaml").exists()
 
 
 def test_a_run_that_is_killed_in_any_commit_loses_that_window_at_most(go: Callable[..., Ended]) -> None:

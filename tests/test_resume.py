@@ -279,6 +279,7 @@ def test_there_must_be_a_run_that_is_not_finished(go: Go, settings: list[str], t
         assert f"resume={folder}: no run is there (no config.yaml)" in ended.err
     assert {path.name for path in tmp_path.iterdir()} == {"other"} and not list((tmp_path / "other").iterdir())
     assert go(*settings).status == 0
+    Path("run/report.html").touch()  # the launcher's runs draw none
     before = content(Path("run"))
     refused(go("resume=run"), Path("run"), before, "resume=run: that run is finished; its numbers are in run/results")
 
@@ -383,6 +384,24 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
     ended = go(f"resume={run}")
     assert ended.status == 0, ended
     assert found(run) == found("run")
+
+
+def test_a_disk_that_becomes_full_as_a_model_in_memory_is_saved_is_told(
+    go: Go, settings: list[str], whole: dict[str, object], small_disk: Path
+) -> None:
+    run, settings = small_disk / "run", [*settings, "stream=false"]
+    assert go(*settings, "stop_after=1").status == 0
+    sizes = {part: sum(map(len, content(Path("run") / part).values())) for part in ("commits", "checkpoint")}
+    assert go(*settings, f"output_dir={run}", "stop_after=1").status == 0
+    shutil.rmtree(run / "checkpoint")
+    fill(small_disk / "ballast", but=2 * sizes["commits"] + sizes["checkpoint"] // 2)
+    ended = go(f"resume={run}", "stop_after=2")
+    assert ended.status == 1 and "Traceback" not in ended.err, ended
+    assert f"{run} cannot be written (No space left on device); the previous commit is whole" in said(ended.err)
+    assert (run / "commits" / "00002.json").is_file() and not (run / "checkpoint").exists()
+    (small_disk / "ballast").unlink()
+    assert go(f"resume={run}").status == 0
+    assert numbers(run) == whole["numbers"]
 
 
 @pytest.mark.parametrize("room", [0, 8 << 10, 64 << 10])

@@ -16,9 +16,11 @@ from lit_recon.masks import NM, Unstructured
 from lit_recon.matrices import Matrix
 from lit_recon.partition import layer_windows
 from lit_recon.startup import (
+    NEXT_CONFIG,
     OF_A_START,
     RUN_FILES,
     Problems,
+    announce_output,
     begin_output,
     check_output,
     check_pattern,
@@ -84,9 +86,13 @@ def test_what_a_run_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Pa
 def test_a_configuration_takes_the_place_of_an_earlier_one_or_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert announce_output(tmp_path, "a: 1\n") == tmp_path / "config.yaml"
     begin_output(tmp_path, "a: 1\n")
+    (tmp_path / "results.json").write_text("old")
+    assert announce_output(tmp_path, "a: ä\n") == tmp_path / NEXT_CONFIG
+    assert content(tmp_path) == {"config.yaml": b"a: 1\n", "results.json": b"old", NEXT_CONFIG: "a: ä\n".encode()}
     begin_output(tmp_path, "a: ä\n")
-    assert (tmp_path / "config.yaml").read_bytes() == "a: ä\n".encode()
+    assert content(tmp_path) == {"config.yaml": "a: ä\n".encode()}
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
