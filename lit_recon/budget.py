@@ -55,6 +55,7 @@ def plan_of(job: Job, loaded: Loaded, windows: list[AnyWindow] | None = None) ->
         windows or loaded.windows,
         loaded.chain,
         job.workload,
+        units=loaded.units,
         kind=job.kind,
         size=job.size,
         arrays=loaded.arrays,

@@ -61,7 +61,7 @@ class _Leaders:
         return {name for name, other in self._by_name.items() if other == leader}
 
     def __getitem__(self, name: str) -> str:
-        return self._by_name[name]
+        return self._by_name.get(name, name)
 
 
 class _Captured(NamedTuple):
@@ -89,15 +89,23 @@ class MatrixData:
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
         self._sums: dict[str, dict[str, list[Sums]]] = {part: {} for part in PARTS}
 
-    def activations(self, window: MatrixWindow) -> Activations:
-        """The inputs and products of one matrix, in the layer run on the chain's inputs."""
+    def activations(self, window: MatrixWindow) -> Activations | None:
+        """The inputs and products of one matrix, in the layer run on the chain's inputs; None if it is not reached.
+
+        That is where no calibration or no held-out token is routed to an expert that is a module of its own.
+        """
         if window.matrix.name not in self._names:
             self._captured = ()  # before the next ones are made
             states = [self.chain.inputs_STD]
             if not self.one_source:
                 assert self.chain.dense
                 states.append(self.chain.dense.states_STD)
-            self._captured = tuple(self._capture(window, states_STD) for states_STD in states)
+            captured = [self._capture(window, states_STD) for states_STD in states]
+            reached = [rows for rows in captured if rows is not None]
+            if len(reached) < len(captured):
+                self._names = set()
+                return None
+            self._captured = tuple(reached)
             self._names = self._leaders.led(self._leaders[window.matrix.name])
         inputs, sources = self._captured[0], self._captured[-1]
         calls = _calls(inputs.experts_ST) if window.matrix.experts > 1 else _no_calls
@@ -112,8 +120,8 @@ class MatrixData:
             self.chain.store,
         )
 
-    def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured:
-        """What a matrix is multiplied by while the layer runs on these states."""
+    def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
+        """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
         rows: dict[str, list[tuple[Tensor, int]]] = {part: [] for part in PARTS}
         store = self.chain.store
 
@@ -130,7 +138,7 @@ class MatrixData:
                 yield
 
         self.chain.run(self.layer, states_STD, None, watching)
-        return _as_samples(rows, self.chain.tokens_ST.shape[1], store)
+        return _as_samples(rows, self.chain.tokens_ST.shape[1], store) if all(rows.values()) else None
 
     @contextmanager
     def watching(self, part: str) -> Iterator[None]:
@@ -146,12 +154,13 @@ class MatrixData:
         with observed(self.layer.matrices(), observe):
             yield
 
-    def moments(self, window: MatrixWindow) -> Moments:
-        """What least squares needs to know of one matrix; its weight is still dense."""
+    def moments(self, window: MatrixWindow) -> Moments | None:
+        """What least squares needs to know of one matrix, whose weight is still dense; None if it is not reached."""
         if self.one_source:
-            leader = self._leaders[window.matrix.name]
-            return Moments.of_products(window, *(self._sums[part][leader] for part in PARTS))
-        return Moments.of_activations(self.activations(window))
+            calibration, held_out = (self._sums[part].get(self._leaders[window.matrix.name]) for part in PARTS)
+            return Moments.of_products(window, calibration, held_out) if calibration and held_out else None
+        activations = self.activations(window)
+        return Moments.of_activations(activations) if activations else None
 
     @property
     def one_source(self) -> bool:

@@ -27,7 +27,7 @@ from lit_recon.chain import Chain, watching_nothing
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.metrics import Clock, release_memory
 from lit_recon.pruning import Pruner
-from lit_recon.reconstruction import Reconstructor, WindowResult, uses_moments
+from lit_recon.reconstruction import Reconstructor, WindowResult, not_reached, uses_moments
 from lit_recon.stopping import protected
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
@@ -137,7 +137,7 @@ def _matrices(
             window.open()
             masks = pruner.prune(window.matrices())
         with clock.phase("fit"):
-            result = reconstructor.fit(window, masks, known)
+            result = reconstructor.fit(window, masks, known) if known else not_reached(window)
         del known  # before the next matrix's activations are made
         yield masks, result
     for window in windows:

@@ -98,6 +98,7 @@ def make_plan(
     chain: Chain,
     work: Workload,
     *,
+    units: Sequence[Window] = (),
     kind: str,
     size: int = 1,
     arrays: Needed,
@@ -109,6 +110,7 @@ def make_plan(
         windows: All windows, with the model's weights.
         chain: The chain at the first window.
         work: How often each of them will be run.
+        units: What is pruned at once, where that is not a window.
         kind: What kind of windows they are.
         size: Layers per window, for "blocks".
         arrays: What the chain's arrays take.
@@ -127,14 +129,19 @@ def make_plan(
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
     own, shared = _resident(chain, arrays)
-    matrix = _matrix_bytes(layers[0], chain, work.uses_moments)
+    matrix, captured = _matrix_bytes(layers[0], chain, work.uses_moments)
+    if arrays.disk:
+        matrix -= captured
+        captured = captured * chain.store.dtype.itemsize // _FLOAT32
+    scored = max((sum(parameter.numel() for parameter in unit.parameters()) for unit in units), default=0) * _FLOAT32
     mapped_layer = mapped_bytes and largest * model.dtype.itemsize
     peaks, owned = {}, {}
     for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items():
-        count = masters // (_FLOAT32 * largest)  # layers, of which the dense weights are looked at
+        count = max(masters, scored) // (_FLOAT32 * largest)  # layers, of which the dense weights are looked at
+        at_once = scored if scored > masters else 0  # a unit of several windows, pruned before they are brought in
         masters *= 2 if chain.recompute else 1
-        peaks[name] = own + shared + masters + training + mapped_layer * max(1, count)
-        owned[name] = own + masters + max(training, evaluation)
+        peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
+        owned[name] = own + masters + max(training, at_once, evaluation)
     name = f"blocks of {size}" if kind == "blocks" else kind
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     steps = steps_per_window(chain, work)
@@ -149,7 +156,8 @@ def make_plan(
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory),
+        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory)
+        + (captured if arrays.disk and kind == "matrix" else 0),
         seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
     )
 
@@ -185,17 +193,22 @@ def _training_bytes(probe: _Probe) -> int:
     return probe.parameters * (4 * _FLOAT32 + probe.weight_bytes + 1) + probe.saved_bytes
 
 
-def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> int:
-    """What is there for single matrices: a copy of the layer; inputs and products of one matrix, or all moments."""
+def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> tuple[int, int]:
+    """What is there for single matrices: a copy of the layer; inputs and products of one matrix, or all moments.
+
+    Returns:
+        Bytes of it all, and those of inputs and products in them, which may be kept on the disk.
+    """
     shapes = [matrix.by_expert(matrix.weight).shape for matrix in layer.matrices() if matrix.input_dim is not None]
     copy = sum(experts * outputs * inputs for experts, outputs, inputs in shapes)
     if uses_moments:  # calibration and held-out, in float32; those in work once more in float64
         widest = max(inputs for _, _, inputs in shapes)
-        return _FLOAT32 * (copy + 2 * sum({(e, i): e * i * i for e, _, i in shapes}.values()) + 12 * widest * widest)
-    rows = chain.tokens_ST.numel()
-    return _FLOAT32 * (
-        copy + max(2 * rows * inputs + 2 * rows * outputs + 4 * outputs * inputs for _, outputs, inputs in shapes)
-    )
+        sums = 2 * sum({(e, i): e * i * i for e, _, i in shapes}.values()) + 12 * widest * widest
+        return _FLOAT32 * (copy + sums), 0
+    rows, regime = chain.tokens_ST.numel(), chain.regime
+    sources = 2 if regime.inputs == "dense" or regime.targets == "local" else 3  # rows, and rows cut into samples
+    captured, outputs, inputs = max((rows * (sources * i + o), o, i) for _, o, i in shapes)
+    return _FLOAT32 * (copy + captured + rows * outputs + 4 * outputs * inputs), _FLOAT32 * captured
 
 
 def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, head: float) -> float:

@@ -51,6 +51,12 @@ class WindowResult:
     measure: str = "relative error"
 
 
+def not_reached(window: AnyWindow) -> WindowResult:
+    """What becomes of a single matrix that no calibration or no held-out token reaches."""
+    note = "no calibration or no held-out token reaches it: kept its pruned weights"
+    return WindowResult(window.name, 0.0, 0.0, 0.0, 0.0, accepted=False, steps=0, seconds=0.0, note=note)
+
+
 def uses_moments(module: Callable[..., LightningModule]) -> bool:
     """Whether a module, or a partial call of its class, is fed with moments (lit_recon.moments), not activations."""
     return getattr(getattr(module, "func", module), "uses_moments", False)

@@ -162,6 +162,7 @@ def _child(request: Mapping[str, Any]) -> None:
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ["LIT_RECON_CACHE"] = f"{request['folder']}/cache"
     os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])  # as `python -m` does
     sys.argv = ["fit", *request["arguments"]]
     steps = _Steps(request["die_at"], request["fail_at"], request["failure"], request["kinds"])
     if request["die_at"] or request["fail_at"]:

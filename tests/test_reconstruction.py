@@ -11,16 +11,18 @@ import pytest
 import torch
 from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
 from lightning import Callback, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_recon.activations import Batch
 from lit_recon.architectures import tiny_model
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.criteria.magnitude import Magnitude
+from lit_recon.criteria.wanda import Wanda
 from lit_recon.driver import walk
 from lit_recon.masks import Unstructured
 from lit_recon.metrics import Clock
+from lit_recon.modules.least_squares import LeastSquaresModule
 from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.partition import partition
@@ -287,3 +289,28 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
     by_layer = [kept.bytes[start : start + per_layer] for start in range(0, 6 * per_layer, per_layer)]
     for found in by_layer[2:]:  # in the first layer masters are made; the matrices of a layer differ in size
         assert found == by_layer[1], f"bytes of tensors after each window: {kept.bytes}"
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["by gradient", "least squares"])
+def test_a_matrix_that_no_token_reaches_keeps_its_pruned_weights_and_says_so(
+    tokens_ST: Tensor, tmp_path: Path, exact: bool
+) -> None:
+    """As an expert that is a module of its own, and to which no token is routed."""
+    model = tiny_model("llama")
+    spare = nn.Linear(8, 4, bias=False)
+    model.model.layers[1].mlp.spare = spare.requires_grad_(False)
+    dense = spare.weight.clone()
+    solver = partial(LeastSquaresModule, tolerance=1e-3, max_iterations=10)
+    chain = chain_of(model, tokens_ST, 4)
+    results = walk(
+        partition(model, by="matrix"),
+        chain=chain,
+        pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
+        reconstructor=reconstructor(tmp_path, solver if exact else module(), max_epochs=1),
+        checkpoint=Checkpoint(model, CPU.device),
+        clock=Clock(),
+    )
+    (result,) = [result for result in results if "spare" in result.name]
+    assert not result.accepted and "no calibration or no held-out token reaches it" in result.note
+    assert torch.count_nonzero(spare.weight) == 16 and torch.equal(spare.weight, dense * (spare.weight != 0))
+    assert sum(result.accepted for result in results) > 12, "the others are reconstructed"

@@ -125,6 +125,31 @@ def test_what_was_stopped_is_gone_on_with_from_there(
     assert "unfinished" not in (run / "checkpoint" / "README.md").read_text()
 
 
+NOISY = """
+import torch
+from lit_recon.modules.reconstruction import ReconstructionModule
+
+
+class Noisy(ReconstructionModule):
+    def training_step(self, batch, batch_idx):
+        noise = torch.rand(()) * torch.randn_like(batch.targets_BTD)
+        return super().training_step(batch, batch_idx) + (self.window(batch.inputs_BTD, batch.calls) * noise).mean()
+"""
+
+
+def test_a_module_that_draws_random_numbers_is_gone_on_with_as_if_it_had_not_stopped(
+    go: Go, settings: list[str], tmp_path: Path, whole: dict[str, object]
+) -> None:
+    (tmp_path / "mine.py").write_text(NOISY)
+    settings = [*settings, "module._target_=mine.Noisy"]
+    assert go(*settings, "output_dir=once").status == 0
+    assert go(*settings, "output_dir=parts", "stop_after=1").status == 0
+    ended = go("resume=parts")
+    assert ended.status == 0, ended
+    assert found("parts") == found("once")
+    assert found("parts")["checkpoint"] != whole["checkpoint"]
+
+
 @pytest.mark.parametrize("streams", [("true", "false"), ("false", "true")], ids=lambda streams: " then ".join(streams))
 def test_a_run_may_go_on_streamed_or_not(
     go: Go, settings: list[str], whole: dict[str, object], streams: tuple[str, str], model_folder: Path
