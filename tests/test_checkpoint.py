@@ -166,13 +166,11 @@ def test_results_that_could_not_be_written_whole_leave_the_earlier_file(
 ) -> None:
     path = tmp_path / "results.json"
     results(seed=1).save(path)
-    write_text = Path.write_text
 
-    def half(target: Path, text: str, **settings: object) -> None:
-        write_text(target, text[: len(text) // 2], **settings)
+    def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         results(seed=2).save(path)
     found = json.loads(path.read_text())
