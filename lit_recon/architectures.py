@@ -34,6 +34,7 @@ _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_p
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _HEADS = {"head_dim": 8}
 _SLIDING = {"sliding_window": 8}
+_MIXED = _SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}  # in turn
 _LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
@@ -58,7 +59,7 @@ SHAPES = {
     "qwen2": Shape("Qwen2", "qwen2", _GATED),
     "qwen3": Shape("Qwen3", "qwen3", _GATED | _HEADS),
     "gemma2": Shape("Gemma 2", "gemma2", _GATED | _HEADS | _SLIDING),
-    "gemma3": Shape("Gemma 3 (text)", "gemma3_text", _GATED | _HEADS | _SLIDING),
+    "gemma3": Shape("Gemma 3 (text)", "gemma3_text", _GATED | _HEADS | _MIXED),
     "phi": Shape("Phi", "phi", _GATED),
     "phi3": Shape("Phi-3", "phi3", _GATED),
     "opt": Shape("OPT", "opt", _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
@@ -71,7 +72,7 @@ SHAPES = {
     "gpt_neox": Shape("GPT-NeoX", "gpt_neox", _COMMON | {"intermediate_size": 48}),
     "gptj": Shape("GPT-J", "gptj", _GPT2 | {"rotary_dim": 4}),
     "falcon": Shape("Falcon", "falcon", _COMMON),
-    "cohere2": Shape("Cohere 2", "cohere2", _GATED | _SLIDING),
+    "cohere2": Shape("Cohere 2", "cohere2", _GATED | _MIXED),
     "olmo2": Shape("OLMo 2", "olmo2", _GATED),
     "stablelm": Shape("StableLM", "stablelm", _GATED),
     "starcoder2": Shape("StarCoder 2", "starcoder2", _GATED | _SLIDING),
@@ -108,7 +109,10 @@ SHAPES = {
 def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     """A random model of a shape: weights large enough that its layers matter, and norms that are not the identity."""
     shape = SHAPES[name]
-    config = AutoConfig.for_model(shape.model_type, **shape.settings | changes)
+    settings = shape.settings | changes
+    if kinds := settings.get("layer_types"):
+        settings["layer_types"] = [kinds[index % 2] for index in range(settings["num_hidden_layers"])]
+    config = AutoConfig.for_model(shape.model_type, **settings)
     attention = {"attn_implementation": changes["attn_implementation"]} if "attn_implementation" in changes else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -6,17 +6,18 @@ files does not count: the system takes it back when it needs the room.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate.utils import convert_file_size_to_int
 
+from lit_recon.disk import nearest
+from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
 from lit_recon.metrics import in_gb
 from lit_recon.partition import partition
 from lit_recon.plan import Plan, make_plan
-from lit_recon.windows import AnyWindow
+from lit_recon.store import Needed, arrays
 
 ORDER = ("model", "blocks", "block", "half")  # from large to small
 
@@ -49,17 +50,18 @@ class Choice:
     batch_size: int
 
 
-def plan_of(job: Job, loaded: Loaded, windows: list[AnyWindow] | None = None) -> Plan:
+def plan_of(job: Job, loaded: Loaded) -> Plan:
     """The plan of a run as it is."""
     return make_plan(
-        windows or loaded.windows,
+        loaded.windows,
         loaded.chain,
         job.workload,
-        units=loaded.units,
+        units=loaded.units if loaded.chain.regime.statistics == "sparse" else (),  # else they make no difference
         kind=job.kind,
         size=job.size,
         arrays=loaded.arrays,
         mapped_bytes=loaded.checkpoint.files.nbytes if loaded.checkpoint.files else 0,
+        linked=can_link(nearest(job.output)),
     )
 
 
@@ -83,19 +85,35 @@ def choose(job: Job, loaded: Loaded) -> Choice:
     )
 
 
+def check_limit(plan: Plan, job: Job) -> None:
+    """Check that a run as it is fits into its limit: what one began with is not chosen again when it is taken up.
+
+    Raises:
+        ValueError: It does not; the message has the numbers.
+    """
+    assert job.memory_limit is not None
+    need = plan.own_by_kind[f"blocks of {job.size}" if job.kind == "blocks" else job.kind]
+    if need > job.memory_limit:
+        raise ValueError(
+            f"memory_limit={in_gb(job.memory_limit)}: windows={job.kind} with data.batch_size={job.batch_size}, with "
+            f"which the run began, need {in_gb(need)}. Raise the limit, or start a new run."
+        )
+
+
 def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     """All choices in the order of preference, and the memory that each needs."""
     kinds = list(ORDER[ORDER.index(job.kind) :]) if job.kind in ORDER else [job.kind]
     if job.size > len(loaded.chain.decoder.layers):
         kinds = [kind for kind in kinds if kind != "blocks"]
-    windows = loaded.windows
     if "half" in kinds and job.kind != "half":
-        with suppress(ValueError):  # layers that have no halves
-            windows = partition(loaded.model, by="half")
+        try:
+            partition(loaded.model, by="half", head=_has_head(job))
+        except ValueError:  # layers that have no halves, or halves that have no logits
+            kinds.remove("half")
     batch_size, plans = job.batch_size, {}
     while True:
         loaded.chain.batch_size = batch_size
-        plans[batch_size] = plan_of(job, loaded, windows)
+        plans[batch_size] = plan_of(job, loaded)
         if batch_size % 2:  # then no whole number of smaller batches makes up a step
             break
         batch_size //= 2
@@ -104,7 +122,19 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
         for batch_size, plan in plans.items():
             name = f"blocks of {job.size}" if kind == "blocks" else kind
             if name in plan.own_by_kind:
-                yield Choice(kind, batch_size), plan.own_by_kind[name]
+                more = _arrays(kind, job, loaded).memory - loaded.arrays.memory
+                yield Choice(kind, batch_size), plan.own_by_kind[name] + more
+
+
+def _arrays(kind: str, job: Job, loaded: Loaded) -> Needed:
+    """What the chain's arrays take with another kind of windows."""
+    count = job.arrays if kind == job.kind else arrays(job.regime, job.store.targets, kind=kind)
+    return Needed(*(size // job.arrays * count for size in loaded.arrays))
+
+
+def _has_head(job: Job) -> bool:
+    assert isinstance(job.windows, partial)
+    return bool(job.windows.keywords.get("head"))
 
 
 def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
@@ -115,9 +145,8 @@ def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
     accumulate = job.workload.accumulate * (job.batch_size // choice.batch_size)
     of_kind = job.windows
     if choice.kind != job.kind:
-        head = bool(job.windows.keywords.get("head"))
         size = job.size if choice.kind == "blocks" else 1
-        of_kind = partial(partition, by=choice.kind, size=size, head=head)
+        of_kind = partial(partition, by=choice.kind, size=size, head=_has_head(job))
     described = {"windows": choice.kind} if choice.kind != job.kind else {}
     changed = replace(
         job,
@@ -129,4 +158,4 @@ def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
         recipe=job.recipe | described | {"batch_size": f"{choice.batch_size}, {accumulate} per step"},
     )
     loaded.chain.batch_size = choice.batch_size
-    return changed, replace(loaded, windows=of_kind(loaded.model))
+    return changed, replace(loaded, windows=of_kind(loaded.model), arrays=_arrays(choice.kind, job, loaded))

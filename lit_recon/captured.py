@@ -41,7 +41,7 @@ def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
 _REMEMBERED = 8  # inputs back that a matrix may share
 
 
-class _Leaders:
+class Leaders:
     """Which matrices have the same input: the first of them that is used leads the others."""
 
     def __init__(self) -> None:
@@ -61,6 +61,7 @@ class _Leaders:
         return {name for name, other in self._by_name.items() if other == leader}
 
     def __getitem__(self, name: str) -> str:
+        """Name of the matrix that leads another; its own where it leads or was never used."""
         return self._by_name.get(name, name)
 
 
@@ -84,7 +85,7 @@ class MatrixData:
     def __init__(self, layer: Window, chain: Chain) -> None:
         self.layer = layer
         self.chain = chain
-        self._leaders = _Leaders()
+        self._leaders = Leaders()
         self._names: set[str] = set()  # the matrices whose inputs are captured now
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
         self._sums: dict[str, dict[str, list[Sums]]] = {part: {} for part in PARTS}
@@ -129,7 +130,7 @@ class MatrixData:
         def watching(part: str) -> Iterator[None]:
             def observe(product: Product) -> None:
                 self._leaders.of(product)
-                if product.matrix.name == window.matrix.name:
+                if product.matrix.name == window.matrix.name and len(product.rows_NI):
                     kept_NI = store.zeros(product.rows_NI.shape).copy_(product.rows_NI)
                     store.release(kept_NI, slice(None))
                     rows[part].append((kept_NI, product.expert))

@@ -49,7 +49,8 @@ class Checkpoint:
         self._masters = _Masters(device)
         self._written: dict[int, DenseFiles] = {}  # the files of the layers that are done
         if files is not None:  # what is beside the layers too, so that the map that it was loaded from goes
-            point_at(model, "", files.tensors(files.same(dict(model.named_parameters()))))
+            others = {name: one for name, one in model.named_parameters() if not name.startswith(f"{self.prefix}.")}
+            point_at(model, "", files.tensors(files.same(others)))
         self.unmap()
 
     def unmap(self) -> None:

@@ -158,7 +158,7 @@ class Commits:
         except OSError as error:
             if error.errno not in FULL | READ_ONLY:
                 raise
-            kept = "nothing is committed yet" if self._current is None else "the previous commit is whole"
+            kept = "the previous commit is whole" if self._numbers() else "nothing is committed yet"
             remedy = "free space" if error.errno in FULL else "make the folder writable"
             raise CommitError(
                 f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and go on with "

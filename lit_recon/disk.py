@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary, finalize
 import torch
 from torch import Tensor
 
-from lit_recon.durable import FULL
+from lit_recon.durable import FULL, memory_map
 from lit_recon.metrics import in_gb
 
 SUFFIX = ".states"  # of the files
@@ -52,7 +52,7 @@ class DiskStore:
         try:
             with path.open("w+b") as file:
                 _allocate(file.fileno(), size)
-                mapping = mmap.mmap(file.fileno(), size)
+                mapping = memory_map(file, size)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise _explained(error, self.folder, size) from error

@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Protocol
 
+from lightning import seed_everything
 from torch import Tensor
 
 from lit_recon.activations import Activations
@@ -27,7 +28,7 @@ from lit_recon.chain import Chain, watching_nothing
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.metrics import Clock, release_memory
 from lit_recon.pruning import Pruner
-from lit_recon.reconstruction import Reconstructor, WindowResult, not_reached, uses_moments
+from lit_recon.reconstruction import Reconstructor, WindowResult, left_pruned, uses_moments
 from lit_recon.stopping import protected
 from lit_recon.windows import AnyWindow, MatrixWindow, Window
 
@@ -76,6 +77,7 @@ def walk(
     following = [*(span.indices for span, _ in spans[1:]), range(0)]
     with _quick_collection():
         for (span, group), next_indices in zip(spans, following, strict=False):
+            seed_everything(reconstructor.seed + span.indices.start, verbose=False)  # what statistics or scores draw
             with clock.phase("teacher"):
                 pruner.prepare(span)
             with clock.phase("load"):
@@ -137,7 +139,10 @@ def _matrices(
             window.open()
             masks = pruner.prune(window.matrices())
         with clock.phase("fit"):
-            result = reconstructor.fit(window, masks, known) if known else not_reached(window)
+            if known:
+                result = reconstructor.fit(window, masks, known)
+            else:
+                result = left_pruned(window, "no calibration or no held-out token reaches it")
         del known  # before the next matrix's activations are made
         yield masks, result
     for window in windows:

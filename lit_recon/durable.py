@@ -2,12 +2,15 @@
 
 import errno
 import json
+import mmap
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import torch
@@ -30,7 +33,13 @@ DTYPES = {  # in the words of the safetensors format
     torch.float32: "F32",
     torch.float64: "F64",
 }
+_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
+
+
+def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
+    """A map of a file, which holds no descriptor of it open from Python 3.13 on."""
+    return mmap.mmap(file.fileno(), length, **settings, **_UNTRACKED)
 
 
 @contextmanager
@@ -51,13 +60,18 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` when all is in it; otherwise nothing of it stays."""
+    """A folder that takes the place of `folder` when all is in it and on the disk; otherwise nothing of it stays."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         yield partial
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -104,6 +118,18 @@ def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memory
             flat = flat.clone(memory_format=torch.contiguous_format)
         for part in flat.split(max(1, CHUNK // flat.element_size())) if len(flat) else ():
             yield memoryview(part.cpu().view(torch.uint8).numpy())
+
+
+def can_link(folder: Path) -> bool:
+    """Whether files in a folder can have second names, or `publish` must copy them."""
+    with TemporaryDirectory(dir=folder) as scratch:
+        first, second = Path(scratch, "first"), Path(scratch, "second")
+        first.touch()
+        try:
+            os.link(first, second)
+        except OSError:
+            return False
+    return True
 
 
 def publish(source: Path, target: Path) -> None:

@@ -4,11 +4,13 @@ No architecture is trusted: before anything is written, a run sees that layers c
 arguments do what the model does.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.blocks import Decoder
+from lit_recon.blocks import Decoder, call_layer, float32_on
 from lit_recon.compute import Compute
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import final_states
@@ -20,15 +22,17 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # o
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel, tokens_ST: Tensor) -> None:
+def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, int] | None = None) -> None:
     """Learn from one pass how matrices are used, and check that its layers can be replayed.
 
     Args:
         model: The model on the CPU.
         tokens_ST: Samples, of which the first is used.
+        lengths: Tokens of the samples that it will be given, by the setting that says so.
 
     Raises:
-        ValueError: Replaying gives other logits: a layer depends on more than its own arguments.
+        ValueError: Replaying gives other logits: a layer depends on more than its own arguments; or the model cannot be
+            given samples of such a length.
     """
     tokens_BT = tokens_ST[:1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
@@ -45,3 +49,20 @@ def examine(model: PreTrainedModel, tokens_ST: Tensor) -> None:
             f"{type(model).__name__}: its layers, called one after the other, give other logits than the model (off by "
             f"{worst:.1%}); they depend on more than the arguments they are called with, which is not supported."
         )
+    for name, length in (lengths or {}).items():
+        _check_length(decoder, name, length)
+
+
+def _check_length(decoder: Decoder, name: str, length: int) -> None:
+    """Try the embeddings and the first layer, where a table of positions would end."""
+    try:
+        hidden_BTD, calls = decoder.embed(torch.zeros(1, length, dtype=torch.long))
+        with float32_on(decoder.layers[0], decoder.device):
+            call_layer(decoder.layers[0], hidden_BTD, calls[0])
+    except (IndexError, RuntimeError) as error:
+        positions = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
+        told = f", as max_position_embeddings={positions} in its config.json tells" if positions else ""
+        raise ValueError(
+            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{told}; use shorter ones "
+            f"({' '.join(str(error).split())})."
+        ) from error

@@ -82,7 +82,7 @@ def prepare(cfg: DictConfig) -> Job:
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
     count = _arrays(cfg, regime, store)
-    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), count)
+    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), count, limit)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -147,6 +147,9 @@ def _check_settings(cfg: DictConfig, problems: Problems) -> None:
     if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
         problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
     problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
+    for name in ("overwrite", "allow_unscored", "plan", "stream"):
+        if type(cfg[name]) is not bool:
+            problems.add(f"{name}={cfg[name]}: expected true or false.")
     if cfg.prune_by not in PRUNE_BY:
         problems.add(f"prune_by={cfg.prune_by}: expected one of {', '.join(PRUNE_BY)}.")
 

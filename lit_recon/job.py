@@ -100,7 +100,9 @@ def load(job: Job, activations: Path) -> Loaded:
     if files is None:
         _into_memory(model)
     checkpoint = Checkpoint(model, job.compute.device, files=files)
-    examine(model, job.samples.calibration_ST)
+    samples = job.samples
+    lengths = {"data.length": samples.calibration_ST.shape[1], "data.evaluation_length": samples.evaluation_ST.shape[1]}
+    examine(model, samples.calibration_ST, lengths=lengths)
     windows, units = job.windows(model), job.units(model) if job.units else []
     check_units(units, windows)
     check_regime(windows, job.regime)

@@ -41,7 +41,9 @@ def hold(folder: Path) -> Iterator[None]:
         ) from error
     try:
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        about.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}), encoding="utf-8")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+        with suppress(OSError):  # of a full disk: it is the lock that counts
+            about.write_text(json.dumps(owner), encoding="utf-8")
         yield
     finally:
         for path in (about, Path(lock.lock_file)):  # while they are ours: later, they may be another process's

@@ -30,6 +30,8 @@ def check_partition(
         raise ValueError(f"windows.stride={stride}: expected 1 to windows.size={size} layers from window to window.")
     if size > depth:
         raise ValueError(f"windows.size={size}: the model has {depth} layers; use windows=model for all of them.")
+    if type(head) is not bool:
+        raise ValueError(f"windows.head={head}: expected true or false.")
     if head and by == "matrix":
         raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
 
@@ -48,12 +50,19 @@ def partition(
         head: Have the last window's loss on the logits.
 
     Raises:
-        ValueError: What `check_partition` finds, or layers that do not fall into halves.
+        ValueError: What `check_partition` finds, layers that do not fall into halves, or halves without logits.
     """
     check_partition(model, by=by, size=size, stride=stride, head=head)
     windows = layer_windows(model, by="block" if by == "matrix" else by, size=size, stride=stride)
     if head:
-        windows[-1].head = Decoder(model, torch.device("cpu")).logits
+        if windows[-1].branch:
+            raise ValueError(
+                "windows.head=true with windows=half: the halves of these layers stand side by side, and none has the "
+                "model's logits; use block, blocks or model."
+            )
+        decoder = Decoder(model, torch.device("cpu"))
+        decoder.embed(torch.zeros(1, 1, dtype=torch.long))  # sees what layers return while they are whole, in one place
+        windows[-1].head = decoder.logits
     if by != "matrix":
         return list(windows)
     found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]

@@ -4,19 +4,19 @@ Memory is counted, not guessed: what a window's backward keeps is read off one r
 hooks, and the same forward is timed to tell how long the walk will take.
 """
 
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
-import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
-from lit_recon.blocks import LayerCall, float32_on
 from lit_recon.chain import Chain
 from lit_recon.evaluate import LOGITS_BYTES
+from lit_recon.losses import SLICE
 from lit_recon.matrices import routers
 from lit_recon.partition import layer_windows
+from lit_recon.probe import Probe, observe, probe
 from lit_recon.store import Needed
 from lit_recon.windows import AnyWindow, HalfWindow, Window
 
@@ -55,7 +55,8 @@ class Plan:
         routers: Matrices that choose among experts; they stay dense.
         steps: Optimizer steps per window.
         peak_bytes: Predicted peak memory of the run, what is mapped from files included.
-        peaks_by_kind: The same of the walk alone, for each kind of window.
+        walk_peak_bytes: The same of the walk alone.
+        peaks_by_kind: The same for each kind of window.
         own_by_kind: Of the run, without what is mapped, which goes when memory is short.
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
@@ -69,21 +70,12 @@ class Plan:
     routers: int
     steps: int
     peak_bytes: int
+    walk_peak_bytes: int
     peaks_by_kind: dict[str, int]
     own_by_kind: dict[str, int]
     mapped_bytes: int
     disk_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What one batch of one window showed."""
-
-    saved_bytes: int
-    seconds: float
-    parameters: int
-    weight_bytes: int  # of one weight in the model
 
 
 def steps_per_window(chain: Chain, work: Workload) -> int:
@@ -103,6 +95,7 @@ def make_plan(
     size: int = 1,
     arrays: Needed,
     mapped_bytes: int,
+    linked: bool = True,
 ) -> Plan:
     """Measure the first layer on one batch and extrapolate.
 
@@ -115,21 +108,27 @@ def make_plan(
         size: Layers per window, for "blocks".
         arrays: What the chain's arrays take.
         mapped_bytes: What is mapped of the model's files.
+        linked: Whether a commit's file can have a second name in the checkpoint.
     """
     model, depth = chain.decoder.model, len(chain.decoder.layers)
     in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
     layers = layer_windows(model)
     found = [matrix for layer in layers for matrix in layer.matrices()]
-    probes = {"block": _probe(layers[0], chain)}
-    if halves := [window for window in windows[:2] if isinstance(window, HalfWindow)]:
-        probes["half"] = max((_probe(half, chain) for half in halves), key=_training_bytes)
+    probes = {"block": probe(layers[0], chain)}
+    if halves := _halves_of(windows, model):
+        probes["half"] = max((probe(half, chain) for half in halves), key=_training_bytes)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    head_weights = model.get_output_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight
+    head_weights = head.numel()
     # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
     evaluation = 4 * LOGITS_BYTES + 2 * head_weights
     evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
+    # A loss on the logits: autocast's copy, two slices' logits with their softmax and gradient.
+    ends = (2 * head_weights + 8 * SLICE * len(head) * _FLOAT32) if windows[-1].head else 0
     own, shared = _resident(chain, arrays)
-    matrix, captured = _matrix_bytes(layers[0], chain, work.uses_moments)
+    alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
+    single = [_matrix_bytes(layer, chain, uses_moments=work.uses_moments) for layer in alike]
+    matrix, captured = (max(sizes) for sizes in zip(*single, strict=True))
     if arrays.disk:
         matrix -= captured
         captured = captured * chain.store.dtype.itemsize // _FLOAT32
@@ -139,6 +138,7 @@ def make_plan(
     for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items():
         count = max(masters, scored) // (_FLOAT32 * largest)  # layers, of which the dense weights are looked at
         at_once = scored if scored > masters else 0  # a unit of several windows, pruned before they are brought in
+        training += ends if name != "matrix" else 0
         masters *= 2 if chain.recompute else 1
         peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
         owned[name] = own + masters + max(training, at_once, evaluation)
@@ -153,17 +153,18 @@ def make_plan(
         routers=sum(len(routers(layer)) for layer in chain.decoder.layers),
         steps=steps,
         peak_bytes=max(peaks[name], evaluated),
+        walk_peak_bytes=peaks[name],
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory)
+        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory, linked=linked)
         + (captured if arrays.disk and kind == "matrix" else 0),
         seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
     )
 
 
 def _windows_bytes(
-    probes: dict[str, _Probe], matrix: int, *, largest: int, size: int, depth: int
+    probes: dict[str, Probe], matrix: int, *, largest: int, size: int, depth: int
 ) -> dict[str, tuple[int, int]]:
     """Bytes of the float32 weights, and of training, for each kind of window.
 
@@ -184,7 +185,7 @@ def _windows_bytes(
     return found | {name: (largest * _FLOAT32 * count, block * count) for name, count in layers.items()}
 
 
-def _training_bytes(probe: _Probe) -> int:
+def _training_bytes(probe: Probe) -> int:
     """What is there for a window beside its weights, and what the backward keeps of a batch.
 
     Per parameter in float32 a gradient, two moments, and the mask that gradients are multiplied by; the pruned weight
@@ -193,22 +194,40 @@ def _training_bytes(probe: _Probe) -> int:
     return probe.parameters * (4 * _FLOAT32 + probe.weight_bytes + 1) + probe.saved_bytes
 
 
-def _matrix_bytes(layer: Window, chain: Chain, uses_moments: bool) -> tuple[int, int]:
+def _matrix_bytes(layer: Window, chain: Chain, *, uses_moments: bool) -> tuple[int, int]:
     """What is there for single matrices: a copy of the layer; inputs and products of one matrix, or all moments.
 
     Returns:
         Bytes of it all, and those of inputs and products in them, which may be kept on the disk.
     """
-    shapes = [matrix.by_expert(matrix.weight).shape for matrix in layer.matrices() if matrix.input_dim is not None]
-    copy = sum(experts * outputs * inputs for experts, outputs, inputs in shapes)
-    if uses_moments:  # calibration and held-out, in float32; those in work once more in float64
-        widest = max(inputs for _, _, inputs in shapes)
-        sums = 2 * sum({(e, i): e * i * i for e, _, i in shapes}.values()) + 12 * widest * widest
+    matrices = {matrix.name: matrix for matrix in layer.matrices() if matrix.input_dim is not None}
+    shapes = {name: matrix.by_expert(matrix.weight).shape for name, matrix in matrices.items()}
+    copy = sum(shape.numel() for shape in shapes.values())
+    leaders, rows = observe(layer, chain)
+    one_source = chain.regime.inputs == "dense" or chain.regime.targets == "local"
+    if uses_moments and one_source:  # of calibration and held-out, in float32; those in work once more in float64
+        led = {name: shapes[name] for name in leaders if name in shapes}
+        widest = max((inputs for _, _, inputs in shapes.values()), default=0)
+        sums = 2 * sum(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
         return _FLOAT32 * (copy + sums), 0
-    rows, regime = chain.tokens_ST.numel(), chain.regime
-    sources = 2 if regime.inputs == "dense" or regime.targets == "local" else 3  # rows, and rows cut into samples
-    captured, outputs, inputs = max((rows * (sources * i + o), o, i) for _, o, i in shapes)
-    return _FLOAT32 * (copy + captured + rows * outputs + 4 * outputs * inputs), _FLOAT32 * captured
+    sources = 2 if one_source else 3  # rows, and rows cut into samples
+    kept, captured = 0, 0
+    for name, (experts, outputs, inputs) in shapes.items():
+        mine = rows[name] * (sources * inputs + outputs)
+        # Moments: targets in float64, and normal equations; else products, optimizer states and gradients.
+        aside = 2 * rows[name] * outputs + 12 * inputs * inputs if uses_moments else rows[name] * outputs
+        aside += 0 if uses_moments else 4 * experts * outputs * inputs
+        kept, captured = max(kept, mine + aside), max(captured, mine)
+    return _FLOAT32 * (copy + kept), _FLOAT32 * captured
+
+
+def _halves_of(windows: Sequence[AnyWindow], model: PreTrainedModel) -> list[HalfWindow]:
+    """The halves of the first layer, also where windows are others; none where it has none."""
+    if isinstance(windows[0], HalfWindow):
+        return [window for window in windows[:2] if isinstance(window, HalfWindow)]
+    with suppress(ValueError):
+        return [window for window in layer_windows(model, by="half")[:2] if isinstance(window, HalfWindow)]
+    return []
 
 
 def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, head: float) -> float:
@@ -230,12 +249,12 @@ def _resident(chain: Chain, arrays: Needed) -> tuple[int, int]:
     return memory.rss - shared + arrays.memory - there, shared
 
 
-def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, in_memory: bool) -> int:
+def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, in_memory: bool, linked: bool) -> int:
     """What the output folder takes at most.
 
-    The checkpoint, whose layers are the commits' files under second names, and those of a window before they take the
-    place of the dense ones. Of a model in memory the checkpoint is written beside the commits. Masks; the states of
-    three commits; arrays on the disk.
+    The checkpoint, whose layers are the commits' files under second names, or copies of them; those of a window before
+    they take the place of the dense ones, and of the halves before it. Of a model in memory the checkpoint is written
+    beside the commits, and beside that of a run that was stopped. Masks; the states of three commits; arrays.
     """
     model = chain.decoder.model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -243,37 +262,5 @@ def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, i
     states = sum(array_STD.nbytes for array_STD in chain.state().values())
     layers = {index for window in windows[:1] for index in window.span.indices}
     share = len(layers) / len(chain.decoder.layers)
-    return int(weights * (2 if in_memory else 1 + share)) + 2 * masks + 3 * states + arrays.disk
-
-
-def _probe(window: Window, chain: Chain) -> _Probe:
-    """Run a window on one batch, with what autograd keeps for its backward beside the weights."""
-    rows_B = torch.arange(min(chain.batch_size, chain.num_samples))
-    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device).float()
-    calls = chain.calls(rows_B)
-    kept: dict[int, int] = {}
-    with float32_on(window, chain.compute.device):
-        _seconds(window, inputs_BTD, calls, chain)  # the first call of a shape pays for set-up
-        seconds = min(_seconds(window, inputs_BTD, calls, chain) for _ in range(5))
-        weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
-
-        def count(tensor: Tensor) -> None:  # nothing is unpacked; a tensor kept here would keep the graph for ever
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-
-        for parameter in window.trained():
-            parameter.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
-            window(inputs_BTD, calls)
-        window.requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in window.trained())
-    return _Probe(sum(kept.values()), seconds, parameters, chain.decoder.model.dtype.itemsize)
-
-
-@torch.no_grad()
-def _seconds(window: Window, inputs_BTD: Tensor, calls: list[LayerCall], chain: Chain) -> float:
-    start = time.perf_counter()
-    with chain.compute.autocast():
-        window(inputs_BTD, calls).sum().item()  # reading a value waits for a GPU
-    return time.perf_counter() - start
+    share *= 2 if isinstance(windows[0], HalfWindow) else 1
+    return int(weights * (3 if in_memory else (1 if linked else 2) + share)) + 2 * masks + 3 * states + arrays.disk

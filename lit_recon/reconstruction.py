@@ -51,9 +51,9 @@ class WindowResult:
     measure: str = "relative error"
 
 
-def not_reached(window: AnyWindow) -> WindowResult:
-    """What becomes of a single matrix that no calibration or no held-out token reaches."""
-    note = "no calibration or no held-out token reaches it: kept its pruned weights"
+def left_pruned(window: AnyWindow, reason: str) -> WindowResult:
+    """What becomes of a single matrix that has nothing to be trained on, and so no error."""
+    note = f"{reason}: kept its pruned weights"
     return WindowResult(window.name, 0.0, 0.0, 0.0, 0.0, accepted=False, steps=0, seconds=0.0, note=note)
 
 
@@ -97,6 +97,8 @@ class Reconstructor:
         # What is drawn depends on the window alone, not on what was drawn before, so that a run can be taken up.
         seed_everything(self.seed + window.indices.start, verbose=False)
         variance = data.variance()
+        if variance == 0:  # of a matrix of zeros
+            return left_pruned(window, "its dense outputs are all the same")
         before, held_out_before = after, held_out_after = data.errors(window, variance)
         pruned = [_copy(parameter) for parameter in window.trained()]
         reason = ""

@@ -53,14 +53,15 @@ WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windo
 COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "run": "run",
     "window": "window",
-    "perplexity, dense": "perplexity\n\ndense",
+    "perplexity, dense": "PPL\n\ndense",
     "perplexity, pruned": "\n\npruned",
     "perplexity, reconstructed": "\nrecon-\nstructed",
     "share of the gap": "share\nof the\ngap",
-    "relative error": "relative\nerror",
+    "relative error": "rel.\nerror",
     "time, walk": "time\n\nwalk",
     "time, total": "\n\ntotal",
     "peak GB, walk": "peak GB\n\nwalk",
+    "peak GB, planned": "\n\nplan",
     "peak GB, total": "\n\ntotal",
 }
 
@@ -237,6 +238,7 @@ def cells(results: Mapping[str, Any]) -> list[str]:
         duration(sum(seconds[phase] for phase in WALK)),
         duration(seconds["total"]),
         as_memory(results.get("walk_peak_memory_bytes")).removesuffix(" GB"),
+        as_memory((results.get("predicted") or {}).get("walk_peak_memory_bytes")).removesuffix(" GB"),
         as_memory(results["peak_memory_bytes"]).removesuffix(" GB"),
     ]
 

@@ -5,7 +5,7 @@ is only needed for that is removed once results.json is there.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from lit_recon.budget import Choice, adopt, choose, plan_of
+from lit_recon.budget import Choice, adopt, check_limit, choose, plan_of
 from lit_recon.commits import Commit, CommitError, Commits
 from lit_recon.course import Course, Setting
 from lit_recon.disk import DiskStore, nearest
@@ -35,6 +35,7 @@ from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
 from lit_recon.startup import NEXT_CONFIG, Refusal, announce_output, begin_output, check_disk, left_behind, undo_output
 from lit_recon.stopping import stoppable
+from lit_recon.windows import AnyWindow, HalfWindow
 
 PRUNED_STATES = ("pruned", "reconstructed")
 
@@ -65,16 +66,21 @@ def run(job: Job, console: Console) -> None:
 def _begun(job: Job) -> Iterator[None]:
     """Hold the output folder, with the configuration in it; without a trace where the run is refused."""
     made = [path for path in (job.output, *job.output.parents) if not path.exists()]
-    config: Path | None = None
+    overwritten = job.output / NEXT_CONFIG
     try:
         with _held(job.output):
-            if not job.resume:
-                config = announce_output(job.output, _config(job))
+            announced = overwritten.exists()  # by a process that was killed
+            config = None if job.resume else announce_output(job.output, _config(job))
             try:
                 yield
             except Refusal:
-                if config:
+                if config and not announced:
                     config.unlink()
+                raise
+            except KeyboardInterrupt as stop:
+                if overwritten.exists() and not announced:
+                    overwritten.unlink()
+                    raise type(stop)(f"{job.output} holds the earlier run as it was") from stop
                 raise
     except Refusal:
         undo_output(made)
@@ -102,13 +108,15 @@ def _open(
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, loaded)
                 job, loaded = adopt(choice, job, loaded)
             plan = plan_of(job, loaded)
-            if commit is None and not job.plan_only:
+            if job.memory_limit is not None:
+                check_limit(plan, job)
+            if not job.plan_only:
                 there = loaded.arrays.disk + left_behind(job.output)  # arrays have their room already
                 check_disk(job.output, plan.disk_bytes - there)
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
-    for name, text in _lines(job, plan, commit).items():
+    for name, text in _lines(job, plan, commit, loaded.windows).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.kind, job.batch_size))
     facts["store"] = "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"
@@ -195,7 +203,11 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
-        predicted={"seconds": round(plan.seconds, 1), "peak_memory_bytes": plan.peak_bytes},
+        predicted={
+            "seconds": round(plan.seconds, 1),
+            "peak_memory_bytes": plan.peak_bytes,
+            "walk_peak_memory_bytes": plan.walk_peak_bytes,
+        },
         tokens={"calibration": job.samples.num_tokens},
         seed=job.seed,
     )
@@ -259,9 +271,10 @@ def _protocol(job: Job) -> Protocol:
     return Protocol.of(job.samples.evaluation_ST, dataset=described, precision=job.compute.precision)
 
 
-def _lines(job: Job, plan: Plan, commit: Commit | None) -> dict[str, str]:
+def _lines(job: Job, plan: Plan, commit: Commit | None, windows: Sequence[AnyWindow]) -> dict[str, str]:
     """What will be done, and what it takes."""
     tokens = job.samples.num_tokens
+    shared = sorted({name for window in windows if isinstance(window, HalfWindow) for name in window.split.shared})
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{plan.prunable * job.pattern.sparsity / plan.parameters:.1%} of the parameters: "
@@ -270,7 +283,8 @@ def _lines(job: Job, plan: Plan, commit: Commit | None) -> dict[str, str]:
         + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
         "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if job.workload.uses_moments else f"{plan.steps} steps each, ")
-        + f"on {tokens} tokens of {job.samples.description}",
+        + f"on {tokens} tokens of {job.samples.description}"
+        + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
         "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
         "evaluate": _protocol(job).describe(),
         "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"

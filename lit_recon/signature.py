@@ -1,12 +1,15 @@
 """What a run must have in common with the one that it takes up: configuration, model, data, code."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 
 from lit_recon import __version__
 from lit_recon.job import Job
@@ -30,6 +33,7 @@ def signature(job: Job) -> dict[str, Any]:
         "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
         "compute": {"device": job.compute.device.type, "precision": job.compute.precision},
+        "code": _code(job.config),
         "versions": {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
@@ -49,9 +53,27 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     if before["data"] != now["data"]:
         found.append("the text gives other samples")
+    found += [
+        f"the file of {name} has changed"
+        for name in sorted(before["code"])
+        if now["code"].get(name) != before["code"][name]
+    ]
     for name, old in before["versions"].items():
         if now["versions"].get(name) != old:
             found.append(f"{name} was {old} and is {now['versions'].get(name)}")
+    return found
+
+
+def _code(config: Mapping[str, Any]) -> dict[str, str]:
+    """The classes that a configuration names beside those of installed packages, with a hash of their files."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _code(value)
+        elif key == "_target_" and not value.startswith("lit_recon."):
+            path = inspect.getsourcefile(get_object(value))
+            if path and "site-packages" not in Path(path).parts:
+                found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
 
 

@@ -164,14 +164,14 @@ class StoreSettings:
             return Needed(in_memory, 0)
         return Needed(0, size * self._dtype("disk").itemsize)
 
-    def check(self, folder: Path, shape: Sequence[int], count: int) -> None:
+    def check(self, folder: Path, shape: Sequence[int], count: int, limit: int | None = None) -> None:
         """Check that the disk has room for `count` arrays of this shape (S, T, D) in `folder`, which need not exist.
 
         Raises:
             ValueError: It has not.
         """
         leftovers = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))  # of a killed run; they will go
-        needed, free = self.needed(shape, count).disk, free_space(folder) + leftovers
+        needed, free = self.needed(shape, count, limit).disk, free_space(folder) + leftovers
         if needed > free:
             raise ValueError(
                 f"store={self.kind}: the activations ({count} arrays of {' x '.join(map(str, shape))}) need "

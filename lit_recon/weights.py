@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_recon.blocks import decoder_layers
-from lit_recon.durable import DTYPES
+from lit_recon.durable import DTYPES, memory_map
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
+_RUN = 2**28  # bytes that are mapped at once, unless a tensor is larger
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
@@ -103,6 +104,12 @@ class _Entry(NamedTuple):
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    name: str  # of two empty tensors at one place, each is itself
+
+    @property
+    def stop(self) -> int:
+        """The byte behind its last."""
+        return self.start + self.nbytes
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
@@ -119,11 +126,11 @@ def _entries(path: Path) -> dict[str, _Entry]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {
-            name: _Entry(path, _LENGTH + length + start, stop - start, entry["dtype"], tuple(entry["shape"]))
+            name: _Entry(path, _LENGTH + length + start, stop - start, entry["dtype"], tuple(entry["shape"]), name)
             for name, entry in header.items()
             for start, stop in [entry["data_offsets"]]
         }
-        size = max((entry.start + entry.nbytes for entry in entries.values()), default=_LENGTH + length)
+        size = max((entry.stop for entry in entries.values()), default=_LENGTH + length)
         if size != path.stat().st_size:
             raise ValueError(f"its header tells of {size} bytes, and it has {path.stat().st_size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,17 +138,36 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _mapped(entry: _Entry) -> Tensor:
-    """A tensor in a copy-on-write map of its bytes."""
-    dtype = _OF_NAME[entry.dtype]
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=dtype)
-    before = entry.start % mmap.ALLOCATIONGRANULARITY
-    with entry.path.open("rb") as file:
-        length, offset = before + entry.nbytes, entry.start - before
-        mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=offset)
-    count = entry.nbytes // dtype.itemsize
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=before).view(entry.shape)
+def _runs(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+    """The tensors that follow each other in a file, of up to `_RUN` bytes together."""
+    run: list[_Entry] = []
+    for entry in sorted(entries, key=lambda entry: (entry.path, entry.start)):
+        follows = run and entry.path == run[-1].path and entry.start == run[-1].stop
+        if not follows or entry.stop - run[0].start > _RUN:
+            if run:
+                yield run
+            run = []
+        run.append(entry)
+    if run:
+        yield run
+
+
+def _mapped(run: Sequence[_Entry]) -> Iterator[Tensor]:
+    """Tensors that follow each other, in one copy-on-write map of their bytes."""
+    first = run[0].start - run[0].start % mmap.ALLOCATIONGRANULARITY
+    with run[0].path.open("rb") as file:
+        mapping = memory_map(file, max(1, run[-1].stop - first), access=mmap.ACCESS_COPY, offset=first)
+    for entry in run:
+        if entry.dtype not in _OF_NAME:
+            raise ValueError(f"{entry.path.name}: tensors of type {entry.dtype} cannot be read")
+        dtype = _OF_NAME[entry.dtype]
+        if not entry.nbytes:
+            yield torch.empty(entry.shape, dtype=dtype)
+            continue
+        offset, aligned = entry.start - first, not entry.start % dtype.itemsize
+        kind, count = (dtype, entry.nbytes // dtype.itemsize) if aligned else (torch.uint8, entry.nbytes)
+        tensor = torch.frombuffer(mapping, dtype=kind, count=count, offset=offset)
+        yield (tensor if aligned else tensor.clone().view(dtype)).view(entry.shape)
 
 
 class DenseFiles:
@@ -168,12 +194,16 @@ class DenseFiles:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors, each in a map of its own, which goes when it goes; changing them never changes the file.
+        """Tensors, those that follow each other in a map that goes with them; changing them never changes the file.
 
         safetensors maps whole files, header first: with one map per layer, what the system reads around each header
-        adds up to half a model, and Linux refuses to map a file that is larger than memory and swap.
+        adds up to half a model, and Linux refuses to map a file that is larger than memory and swap. One map per tensor
+        would be more than the open files that systems allow a process.
         """
-        return {name: _mapped(self._entries[name]) for name in names}
+        wanted = {name: self._entries[name] for name in names}
+        pairs = (pair for run in _runs(wanted.values()) for pair in zip(run, _mapped(run), strict=True))
+        found = {entry.name: tensor for entry, tensor in pairs}
+        return {name: found[name] for name in wanted}
 
     def same(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names under which the files have tensors of the same type and shape as these."""

@@ -49,7 +49,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model", "6GB", "model", 1, 4, 1),
         ("model", "5GB", "block", 2, 2, 3),
         ("block", "3GB", "block", 1, 4, 3),
-        ("block", "1GB", "half", 1, 4, 6),
+        ("block", "1.1GB", "half", 1, 4, 6),  # which need an array more
     ],
 )
 def test_the_batch_shrinks_before_the_window(
@@ -83,9 +83,9 @@ def test_what_never_fits_is_refused_with_numbers_and_without_a_trace(
 def test_a_limit_is_kept_when_a_run_is_gone_on_with(
     tiny_run: Callable[..., Ended], command: Callable[..., Ended], planned: None
 ) -> None:
-    assert tiny_run("memory_limit=1GB", "data.batch_size=4", "stop_after=1").status == 0
+    assert tiny_run("memory_limit=1.1GB", "data.batch_size=4", "stop_after=1").status == 0
     ended = command("resume=run")
     assert ended.status == 0, ended.err
     results = json.loads(Path("run/results.json").read_text())
     assert results["recipe"]["windows"] == "half" and len(results["windows"]) == 6
-    assert OmegaConf.load("run/config.yaml").memory_limit == "1GB"
+    assert OmegaConf.load("run/config.yaml").memory_limit == "1.1GB"

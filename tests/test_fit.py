@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, Ended, content, numbers
+from conftest import CPU, Ended, content, letter_tokenizer, numbers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_recon.architectures import tiny_model
 from lit_recon.cache import cache_folder
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
@@ -63,7 +65,7 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
     assert results["seed"] == 0
     assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert results["peak_memory_bytes"] >= results["walk_peak_memory_bytes"] > 1e8
-    assert set(results["predicted"]) == {"seconds", "peak_memory_bytes"}
+    assert set(results["predicted"]) == {"seconds", "peak_memory_bytes", "walk_peak_memory_bytes"}
     assert results["predicted"]["seconds"] > 0 and results["predicted"]["peak_memory_bytes"] > 1e8
 
 
@@ -260,7 +262,16 @@ def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -
     ended = tiny_run("plan=true")
     assert ended.status == 0
     assert "predicted" in ended.out
+    assert re.search(r"by window +matrix .* GB, half .* GB, block .* GB, .*model .* GB", " ".join(ended.out.split()))
     assert not Path("run").exists()
+
+
+def test_norms_that_both_halves_depend_on_are_named(tiny_run: Callable[..., Ended], tmp_path: Path) -> None:
+    tiny_model("phi").save_pretrained(tmp_path / "phi")
+    letter_tokenizer().save_pretrained(tmp_path / "phi")
+    ended = tiny_run(f"model.name={tmp_path / 'phi'}", "windows=half", "plan=true")
+    told = "input_layernorm.bias, input_layernorm.weight of both halves, trained in the attention half"
+    assert told in " ".join(ended.out.split()), ended
 
 
 def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_of_the_first(
@@ -292,6 +303,10 @@ def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothi
 
 
 BAD_INPUT = {
+    ("windows.head=no",): ["windows.head=no", "true or false"],
+    ("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1"): [
+        *("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1", "true or false")
+    ],
     ("model=foo",): ["model=foo", "hf, smollm2"],
     ("modell=hf",): ["modell", "Did you mean model?"],
     ("trainer.max_epoch=2",): ["trainer.max_epoch", "Did you mean trainer.max_epochs?"],

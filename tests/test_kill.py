@@ -16,6 +16,7 @@ SETTINGS = {
     "block": (),
     "half, sparse": ("windows=half", "chain.inputs=sparse", "chain.statistics=sparse", "prune_by=block"),
     "matrix, on disk": ("windows=matrix", "store=disk", "+trainer.limit_train_batches=2"),
+    "in memory": ("stream=false",),
     "overlapping": ("windows=blocks", "windows.size=2", "windows.stride=1", "chain.inputs=mix"),
 }
 KILLS = 5  # for each of the settings
@@ -76,8 +77,8 @@ def test_a_run_that_is_killed_while_it_begins_can_be_started_again(go: Callable[
     for step in (1, 2):  # its configuration: synced, then renamed
         assert go("run", die_at=step).status == -signal.SIGKILL
         assert not Path("run/config.yaml").exists()
-    ended = go("run", die_at=3)  # while checkpoint/ is made
-    assert ended.status == -signal.SIGKILL
+    for step in (3, 4, 6):  # while it loads; its configuration again; while checkpoint/ is made
+        assert go("run", die_at=step).status == -signal.SIGKILL
     ended = go("run")
     assert ended.status == 0 and "no window was done: from the start" in ended.out, ended
     assert found(Path("run")) == found(Path("whole"))
@@ -89,7 +90,7 @@ def test_a_run_that_is_killed_as_it_overwrites_another_is_the_one_that_begins_ag
 ) -> None:
     assert go("whole", "seed=5").status == 0
     assert go("old", *([] if finished else ["stop_after=1"])).status == 0
-    for die_at in (None, 3, 5):  # while it loads; the old run is cleared; the new configuration is there
+    for die_at in (None, 3, 4, 6):  # while it loads, twice; the old run is cleared; the new configuration is there
         shutil.rmtree("run", ignore_errors=True)
         shutil.copytree("old", "run")
         settings = [*tiny_settings(model_folder, text_file), "seed=5", "overwrite=true", "output_dir=run"]
@@ -99,11 +100,34 @@ def test_a_run_that_is_killed_as_it_overwrites_another_is_the_one_that_begins_ag
         if not die_at:
             running.send(signal.SIGKILL)
         assert running.wait().status == -signal.SIGKILL
-        assert Path("run/commits").exists() == (not die_at and not finished)
+        loading = die_at in (None, 3)
+        assert Path("run/results.json").exists() == (finished and loading)
+        assert Path("run/commits").exists() == (not finished and loading)
         ended = go("run")
         assert ended.status == 0, ended
         assert found(Path("run")) == found(Path("whole")), die_at
         assert not Path("run/config.next.yaml").exists()
+
+
+def test_what_is_to_be_overwritten_stays_where_the_new_run_is_interrupted_or_refused_as_it_loads(
+    launcher: Launcher, go: Callable[..., Ended], model_folder: Path, text_file: Path
+) -> None:
+    assert go("run", "stop_after=1").status == 0
+    before = content(Path("run"))
+    settings = [*tiny_settings(model_folder, text_file), "seed=5", "overwrite=true", "output_dir=run"]
+    running = launcher.start(*settings)
+    while not Path("run/config.next.yaml").exists():
+        time.sleep(0.001)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.status == 1 and ended.err == "interrupted: run holds the earlier run as it was\n"
+    assert content(Path("run")) == before
+    assert launcher.run(*settings, "memory_limit=1MB").status == 2
+    assert content(Path("run")) == before
+    # But an announcement that a killed process left is not the refused one's to take back.
+    shutil.copy("run/config.yaml", "run/config.next.yaml")
+    assert launcher.run("resume=run", "memory_limit=1MB").status == 2
+    assert Path("run/config.next.yaml").exists()
 
 
 def test_a_run_that_is_killed_in_any_commit_loses_that_window_at_most(go: Callable[..., Ended]) -> None:

@@ -90,6 +90,13 @@ def test_the_last_window_alone_has_a_head(settings: dict) -> None:
     assert all(window.head is None for window in partition(tiny_model("llama"), **settings))
 
 
+@pytest.mark.parametrize("shape", ["phi", "gpt_neox", "cohere2"])
+def test_halves_that_stand_side_by_side_have_no_head(shape: str) -> None:
+    with pytest.raises(ValueError, match=r"windows.head=true with windows=half.*side by side.*use block"):
+        partition(tiny_model(shape), by="half", head=True)
+    assert partition(tiny_model(shape), by="block", head=True)[-1].head
+
+
 @pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("shape", ["llama", "mixtral"])
 def test_a_head_on_a_run_over_the_model_lowers_the_divergence_that_is_measured(

@@ -22,15 +22,16 @@ def test_the_readme_shows_a_criterion_a_module_and_a_data_set_in_at_most_15_line
         assert len(code.strip().splitlines()) <= 15, title
 
 
+@pytest.mark.parametrize("packing", ["fixed", "documents"])
 @pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda extension: extension[1])
 def test_an_extension_runs_from_a_file_in_the_working_directory(
-    tiny_run: Callable[..., Ended], text_file: Path, extension: tuple[str, str, str, str]
+    tiny_run: Callable[..., Ended], text_file: Path, extension: tuple[str, str, str, str], packing: str
 ) -> None:
     _, name, code, arguments = extension
     Path(name).write_text(code)
     Path("poems.txt").write_text(text_file.read_text())
     overrides = shlex.split(arguments)
-    ended = tiny_run(*overrides)
+    ended = tiny_run(*overrides, f"data.packing={packing}")
     assert ended.status == 0, ended.err
     results = json.loads(Path("run/results.json").read_text())
     target = next(argument for argument in overrides if "_target_" in argument)

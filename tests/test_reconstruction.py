@@ -292,13 +292,14 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["by gradient", "least squares"])
-def test_a_matrix_that_no_token_reaches_keeps_its_pruned_weights_and_says_so(
+def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and_says_so(
     tokens_ST: Tensor, tmp_path: Path, exact: bool
 ) -> None:
-    """As an expert that is a module of its own, and to which no token is routed."""
+    """An expert with a module of its own that no token is routed to; a layer that was added as the identity."""
     model = tiny_model("llama")
     spare = nn.Linear(8, 4, bias=False)
     model.model.layers[1].mlp.spare = spare.requires_grad_(False)
+    nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
     dense = spare.weight.clone()
     solver = partial(LeastSquaresModule, tolerance=1e-3, max_iterations=10)
     chain = chain_of(model, tokens_ST, 4)
@@ -312,5 +313,7 @@ def test_a_matrix_that_no_token_reaches_keeps_its_pruned_weights_and_says_so(
     )
     (result,) = [result for result in results if "spare" in result.name]
     assert not result.accepted and "no calibration or no held-out token reaches it" in result.note
+    (result,) = [result for result in results if result.name == "block_01.self_attn.o_proj"]
+    assert not result.accepted and "its dense outputs are all the same" in result.note
     assert torch.count_nonzero(spare.weight) == 16 and torch.equal(spare.weight, dense * (spare.weight != 0))
     assert sum(result.accepted for result in results) > 12, "the others are reconstructed"

@@ -332,7 +332,7 @@ def test_numbers_read_well(text: str, expected: str) -> None:
 NEW = {  # what runs of earlier versions lack
     "relative_error": {"pruned": 0.345678, "reconstructed": 0.123456},
     "walk_peak_memory_bytes": 987_654_321,
-    "predicted": {"seconds": 65.43, "peak_memory_bytes": 1_400_000_000},
+    "predicted": {"seconds": 65.43, "peak_memory_bytes": 1_400_000_000, "walk_peak_memory_bytes": 1_050_000_000},
 }
 
 
@@ -389,11 +389,11 @@ def test_the_table_has_a_row_of_whole_numbers_per_run_in_120_columns(
     shared = "tiny-llama, Wanda, unstructured 50% per row, 8,192 calibration tokens"
     assert lines[0].startswith(shared) and "16 x 512 tokens" in " ".join(lines[:2])
     rows = [line for line in lines if "14.90" in line]
-    first = "matrix_least_squares 14.90 22.35 17.30 67.8% 0.123 41.0 s 71.0 s 0.99 1.51"
+    first = "matrix_least_squares 14.90 22.35 17.30 67.8% 0.123 41.0 s 71.0 s 0.99 1.05 1.51"
     assert len(rows) == 3 and rows[0].split() == first.split()
     for text in ("half", "123,456.79", "1 h 01 min", "3 h 25 min", "0.99"):
         assert text in rows[1], text
-    assert rows[2].split()[4:] == ["67.8%", "–", "41.0", "s", "71.0", "s", "–", "1.51"]
+    assert rows[2].split()[4:] == ["67.8%", "–", "41.0", "s", "71.0", "s", "–", "–", "1.51"]
     assert "matrix, LeastSquaresModule" in lines and "half" in lines and "block" in lines
 
 
@@ -405,12 +405,12 @@ def test_markdown_is_the_whole_output_and_has_the_same_rows(
     assert capsys.readouterr().out.splitlines() == [
         "| run | window | perplexity, dense | perplexity, pruned | perplexity, reconstructed | "
         "share of the gap | relative error | time, walk | time, total | peak GB, walk | "
-        "peak GB, total |",
-        "| --- | --- |" + " ---: |" * 9,
+        "peak GB, planned | peak GB, total |",
+        "| --- | --- |" + " ---: |" * 10,
         "| matrix_least_squares | matrix, LeastSquaresModule | 14.90 | 22.35 | 17.30 | 67.8% | 0.123 | "
-        "41.0 s | 71.0 s | 0.99 | 1.51 |",
-        "| half | half | 14.90 | 123,456.79 | 17.30 | 67.8% | 0.123 | 1 h 01 min | 3 h 25 min | 0.99 | 1.51 |",
-        "| block | block | 14.90 | 22.35 | 17.30 | 67.8% | – | 41.0 s | 71.0 s | – | 1.51 |",
+        "41.0 s | 71.0 s | 0.99 | 1.05 | 1.51 |",
+        "| half | half | 14.90 | 123,456.79 | 17.30 | 67.8% | 0.123 | 1 h 01 min | 3 h 25 min | 0.99 | 1.05 | 1.51 |",
+        "| block | block | 14.90 | 22.35 | 17.30 | 67.8% | – | 41.0 s | 71.0 s | – | – | 1.51 |",
     ]
     assert all(Path(run, "report.html").exists() for run in granularity)
 

@@ -14,6 +14,7 @@ SIGNED: dict[str, Any] = {
     "model_config": {"rope_theta": 1e4},
     "compute": {"device": "cpu", "precision": "32-true"},
     "data": "ba4",
+    "code": {"mine.Module": "c0de"},
     "versions": {"lit_recon": "0.1", "torch": "2.0"},
 }
 
@@ -38,6 +39,7 @@ def test_a_signature_that_went_through_json_is_the_same() -> None:
         (("config", "seed"), 1, "seed was 0 and is 1"),
         (("config", "trainer", "max_epochs"), 2, "trainer.max_epochs was 1 and is 2"),
         (("config", "trainer", "new"), "x", "trainer.new was None and is 'x'"),
+        (("code", "mine.Module"), "c0de2", "the file of mine.Module has changed"),
         (("config", "trainer"), None, "trainer was {'max_epochs': 1, 'precision': 'auto'} and is None"),
         (("config", "data", "paths"), ["a"], "data.paths was ['a', 'b'] and is ['a']"),
         (("model",), "f01", "the files of the dense model are not the same"),

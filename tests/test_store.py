@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import CPU, module, reconstructor
+from conftest import CPU, Ended, letter_tokenizer, module, reconstructor
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -614,3 +614,14 @@ def test_the_dense_weights_are_freed_behind_the_window(tokens_ST: Tensor) -> Non
         gc.collect()
         counts.append(sum(type(one) is Tensor for one in gc.get_objects()))
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_experts_that_see_no_token_of_a_batch_are_no_obstacle_on_disk(
+    tiny_run: Callable[..., Ended], tmp_path: Path
+) -> None:
+    """Llama 4 gives every expert rows for all tokens, zeros where they are another's."""
+    tiny_model("llama4").save_pretrained(tmp_path / "llama4")
+    letter_tokenizer().save_pretrained(tmp_path / "llama4")
+    settings = ("windows=matrix", "data.batch_size=1", "data.length=4", "+trainer.limit_train_batches=1")
+    ended = tiny_run(f"model.name={tmp_path / 'llama4'}", "store=disk", *settings)
+    assert ended.status == 0, ended

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,48 @@ def test_a_model_that_is_not_as_in_its_files_is_said_to_be_in_memory(
     told = " ".join(ended.out.split())
     assert "the model is in memory as a whole: " in told
     assert reason in told or reason.replace("(32,)", "(32, 32)") in told
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "opt"])  # norms that answer in the type of what they are given, too
+@pytest.mark.parametrize("windows", ["model", "half"])
+def test_a_16_bit_model_is_trained_on_its_logits(
+    run_on: Callable[..., Ended], tmp_path: Path, kind: str, windows: str
+) -> None:
+    folder = saved(kind, tmp_path / "model", dtype=torch.bfloat16)
+    ended = run_on(folder, f"windows={windows}", "windows.head=true", "module.optimizer.lr=1e-3")
+    assert ended.status == 0, ended
+    *_, last = json.loads(Path("run/results.json").read_text())["windows"]
+    assert last["measure"] == "KL divergence" and last["accepted"], last
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_of_many_tensors_needs_few_open_files(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model", shard="60KB")
+    files = DenseFiles(sorted(folder.glob("*.safetensors")))
+    before = len(os.listdir("/proc/self/fd"))
+    made = files.tensors(files.names)
+    assert len(made) > 20 and len(os.listdir("/proc/self/fd")) - before <= len(list(folder.glob("*.safetensors")))
+    expected = tensors(folder)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
+    assert list(made) == files.names
+
+
+def test_tensors_that_do_not_follow_each_other_or_are_empty_or_unaligned_are_read(tmp_path: Path) -> None:
+    flags = torch.ones(2, 2, dtype=torch.bool)
+    stored = {"a": torch.arange(6.0), "b": torch.zeros(0, 3), "c": flags, "d": torch.ones(3)}
+    save_file(stored, tmp_path / "aligned.safetensors")
+    content = (tmp_path / "aligned.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip() + b" "  # of an odd length
+    header += b" " * (len(header) % 2 == 0)
+    odd = tmp_path / "odd.safetensors"
+    odd.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    for path in (tmp_path / "aligned.safetensors", odd):
+        for names in (["d", "a"], ["b"], list("abcd")):
+            made = DenseFiles([path]).tensors(names)
+            assert list(made) == names
+            for name, tensor in made.items():
+                assert tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name])
 
 
 def test_no_run_changes_the_dense_files(run_on: Callable[..., Ended], launcher: Launcher, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""What a model cannot take is found before a run begins; that replayed layers are the model is in test_windows.py."""
+
+import pytest
+import torch
+
+from lit_recon.architectures import tiny_model
+from lit_recon.examine import examine
+
+POSITIONS = 64  # of the tiny models
+TOKENS_ST = torch.randint(3, 64, (1, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "opt", "gptj"])  # tables of positions, beside and inside the layers
+def test_samples_longer_than_a_table_of_positions_are_refused_with_both_numbers(shape: str) -> None:
+    model = tiny_model(shape)
+    examine(model, TOKENS_ST, lengths={"data.length": POSITIONS})
+    said = f"data.evaluation_length={POSITIONS + 1}: .* max_position_embeddings={POSITIONS} "
+    with pytest.raises(ValueError, match=said):
+        examine(model, TOKENS_ST, lengths={"data.length": POSITIONS, "data.evaluation_length": POSITIONS + 1})
+
+
+@pytest.mark.parametrize("shape", ["llama", "bloom"])
+def test_models_without_such_a_table_take_longer_ones(shape: str) -> None:
+    examine(tiny_model(shape), TOKENS_ST, lengths={"data.length": 2 * POSITIONS})
