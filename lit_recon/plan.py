@@ -111,31 +111,19 @@ def make_plan(
         linked: Whether a commit's file can have a second name in the checkpoint.
     """
     model, depth = chain.decoder.model, len(chain.decoder.layers)
-    in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
     layers = layer_windows(model)
-    found = [matrix for layer in layers for matrix in layer.matrices()]
-    probes = {"block": probe(layers[0], chain)}
-    if halves := _halves_of(windows, model):
-        probes["half"] = max((probe(half, chain) for half in halves), key=_training_bytes)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    head = model.get_output_embeddings().weight
-    head_weights = head.numel()
-    # Logits, their softmax and two copies on the way; autocast's copy of the head in 16 bits.
-    evaluation = 4 * LOGITS_BYTES + 2 * head_weights
-    evaluation += chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    # A loss on the logits: autocast's copy, two slices' logits with their softmax and gradient.
-    ends = (2 * head_weights + 8 * SLICE * len(head) * _FLOAT32) if windows[-1].head else 0
-    own, shared = _resident(chain, arrays)
-    alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
-    single = [_matrix_bytes(layer, chain, uses_moments=work.uses_moments) for layer in alike]
-    matrix, captured = (max(sizes) for sizes in zip(*single, strict=True))
-    if arrays.disk:
-        matrix -= captured
-        captured = captured * chain.store.dtype.itemsize // _FLOAT32
+    in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
+    block = probe(layers[0], chain)
+    single = _single_bytes(layers, chain, arrays, uses_moments=work.uses_moments)
+    probes = _probes(block, windows, chain)
+    bytes_of_kind = _windows_bytes(probes, single.memory, largest=largest, size=size, depth=depth)
     scored = max((sum(parameter.numel() for parameter in unit.parameters()) for unit in units), default=0) * _FLOAT32
+    evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
+    own, shared = _resident(chain, arrays)
     mapped_layer = mapped_bytes and largest * model.dtype.itemsize
     peaks, owned = {}, {}
-    for name, (masters, training) in _windows_bytes(probes, matrix, largest=largest, size=size, depth=depth).items():
+    for name, (masters, training) in bytes_of_kind.items():
         count = max(masters, scored) // (_FLOAT32 * largest)  # layers, of which the dense weights are looked at
         at_once = scored if scored > masters else 0  # a unit of several windows, pruned before they are brought in
         training += ends if name != "matrix" else 0
@@ -144,23 +132,46 @@ def make_plan(
         owned[name] = own + masters + max(training, at_once, evaluation)
     name = f"blocks of {size}" if kind == "blocks" else kind
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
-    steps = steps_per_window(chain, work)
     return Plan(
         windows=len(windows),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        prunable=sum(matrix.weight.numel() for matrix in found if matrix.input_dim is not None),
-        unscored=sum(matrix.input_dim is None for matrix in found),
-        routers=sum(len(routers(layer)) for layer in chain.decoder.layers),
-        steps=steps,
+        **_counts(chain),
+        steps=steps_per_window(chain, work),
         peak_bytes=max(peaks[name], evaluated),
         walk_peak_bytes=peaks[name],
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
         disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory, linked=linked)
-        + (captured if arrays.disk and kind == "matrix" else 0),
-        seconds=_seconds_of_run(probes["block"].seconds, chain, work, steps * depth, head_weights / max(1, largest)),
+        + (single.disk if kind == "matrix" else 0),
+        seconds=_seconds_of_run(block.seconds, chain, work, largest),
     )
+
+
+def _counts(chain: Chain) -> dict[str, int]:
+    """What there is in the model, as the plan's attributes say."""
+    model = chain.decoder.model
+    found = [matrix for layer in layer_windows(model) for matrix in layer.matrices()]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "prunable": sum(matrix.weight.numel() for matrix in found if matrix.input_dim is not None),
+        "unscored": sum(matrix.input_dim is None for matrix in found),
+        "routers": sum(len(routers(layer)) for layer in chain.decoder.layers),
+    }
+
+
+def _probes(block: Probe, windows: Sequence[AnyWindow], chain: Chain) -> dict[str, Probe]:
+    """What one batch shows of a block, and of the larger half where layers have halves."""
+    halves = [probe(half, chain) for half in _halves_of(windows, chain.decoder.model)]
+    return {"block": block} | ({"half": max(halves, key=_training_bytes)} if halves else {})
+
+
+def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, int]:
+    """What an evaluation takes, and a loss on the logits where there is one."""
+    weight = chain.decoder.model.get_output_embeddings().weight
+    copied = 2 * weight.numel()  # by autocast, in 16 bits
+    states = chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
+    evaluation = 4 * LOGITS_BYTES + copied + states  # logits, their softmax and two copies on the way
+    return evaluation, (copied + 8 * SLICE * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients
 
 
 def _windows_bytes(
@@ -192,6 +203,16 @@ def _training_bytes(probe: Probe) -> int:
     to go back to; the boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
     """
     return probe.parameters * (4 * _FLOAT32 + probe.weight_bytes + 1) + probe.saved_bytes
+
+
+def _single_bytes(layers: Sequence[Window], chain: Chain, arrays: Needed, *, uses_moments: bool) -> Needed:
+    """What single matrices take at most, in memory and, with the chain's arrays, on the disk."""
+    alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
+    sizes = [_matrix_bytes(layer, chain, uses_moments=uses_moments) for layer in alike]
+    memory, captured = (max(one) for one in zip(*sizes, strict=True))
+    if not arrays.disk:
+        return Needed(memory, 0)
+    return Needed(memory - captured, captured * chain.store.dtype.itemsize // _FLOAT32)
 
 
 def _matrix_bytes(layer: Window, chain: Chain, *, uses_moments: bool) -> tuple[int, int]:
@@ -230,10 +251,11 @@ def _halves_of(windows: Sequence[AnyWindow], model: PreTrainedModel) -> list[Hal
     return []
 
 
-def _seconds_of_run(forward: float, chain: Chain, work: Workload, steps: int, head: float) -> float:
+def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int) -> float:
     """Seconds of walk and evaluation, from those of one layer's forward on a batch."""
+    head = chain.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
     depth, total, held_out = len(chain.decoder.layers), len(chain.tokens_ST), chain.num_held_out
-    trained = steps / depth * work.accumulate * chain.batch_size
+    trained = steps_per_window(chain, work) * work.accumulate * chain.batch_size
     passes = total * chain.regime.passes + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
