@@ -60,10 +60,11 @@ class Commits:
 
     Args:
         folder: Where they lie, inside the run's output folder; made when something is written.
+        resumed: Whether those that are there already are of the same run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, resumed: bool = False) -> None:
+        self.folder, self.resumed = folder, resumed
         self._written: dict[str, Fingerprint] = {}
         self._current: int | None = None
         self._in_use: set[str] = set()  # files of the current commit
@@ -158,12 +159,16 @@ class Commits:
         except OSError as error:
             if error.errno not in FULL | READ_ONLY:
                 raise
-            kept = "the previous commit is whole" if self._numbers() else "nothing is committed yet"
+            kept = "the previous commit is whole" if self._is_committed() else "nothing is committed yet"
             remedy = "free space" if error.errno in FULL else "make the folder writable"
             raise CommitError(
                 f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and go on with "
                 f"resume={self.folder.parent}"
             ) from error
+
+    def _is_committed(self) -> bool:
+        """Whether there is a commit of this run, also before it was looked for; not one that it will overwrite."""
+        return self._current is not None or (self.resumed and bool(self._numbers()))
 
     def _manifest(self, number: int) -> Path:
         return self.folder / f"{number:05}.json"

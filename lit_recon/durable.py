@@ -65,10 +65,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
+        for path in (partial, *partial.rglob("*")):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         sync_folder(folder.parent)

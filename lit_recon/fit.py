@@ -34,11 +34,12 @@ from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples
 from lit_recon.job import ACTIVATIONS, Job
 from lit_recon.masks import Pattern
+from lit_recon.output import finish
 from lit_recon.partition import check_partition, layer_windows
 from lit_recon.plan import Workload
 from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
-from lit_recon.run import finish, run
+from lit_recon.run import run
 from lit_recon.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.startup import (
     NEXT_CONFIG,

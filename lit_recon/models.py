@@ -146,8 +146,10 @@ class LanguageModel(ABC):
         with _explained(self.describe()), no_progress_bars():
             model, info = build(None, config=skeleton.config, state_dict=files.tensors(files.names), **settings)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
-        with suppress(ValueError):  # a model may have none
-            model.generation_config = self._read(GenerationConfig)
+        location = self._location()
+        source, revision = location["pretrained_model_name_or_path"], location.get("revision") or "main"
+        with suppress(OSError):  # a model may have none
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
         return model, info
 
     def _read(self, auto_class: Any, **settings: Any) -> Any:

@@ -5,8 +5,7 @@ is only needed for that is removed once results.json is there.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,23 +17,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from lit_recon.budget import Choice, adopt, check_limit, choose, plan_of
-from lit_recon.commits import Commit, CommitError, Commits
+from lit_recon.commits import Commit, Commits
 from lit_recon.course import Course, Setting
 from lit_recon.disk import DiskStore, nearest
 from lit_recon.evaluate import Protocol
 from lit_recon.job import ACTIVATIONS, Job, load
 from lit_recon.judge import Judge, Saved, read_back
-from lit_recon.lease import hold
 from lit_recon.logger import RunLogger
 from lit_recon.metrics import Clock, in_gb, peak_memory_bytes, release_memory, reset_peak_memory
+from lit_recon.output import begun, draw_report
 from lit_recon.plan import Plan
 from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
-from lit_recon.report import write_report
 from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
-from lit_recon.startup import NEXT_CONFIG, Refusal, announce_output, begin_output, check_disk, left_behind, undo_output
-from lit_recon.stopping import stoppable
+from lit_recon.startup import Refusal, begin_output, check_disk, left_behind
+from lit_recon.stopping import protected, stoppable
 from lit_recon.windows import AnyWindow, HalfWindow
 
 PRUNED_STATES = ("pruned", "reconstructed")
@@ -54,37 +52,13 @@ def run(job: Job, console: Console) -> None:
             commits = Commits(job.output / "commits")
             _open(job, commits, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
         return
-    commits = Commits(job.output / "commits")
-    with commits.writing(job.output), stoppable(), _begun(job):  # of what is written beside commits, too
+    commits = Commits(job.output / "commits", resumed=job.resume)
+    # Errors of what is written beside the commits are told like theirs.
+    with commits.writing(job.output), stoppable(), begun(job.output, _config(job), resumed=job.resume):
         walked = _walk(job, commits, clock, console)
         if walked is not None:
             release_memory()  # the model that was saved, before it is read back
             console.print(table(_conclude(walked, clock), job.output))
-
-
-@contextmanager
-def _begun(job: Job) -> Iterator[None]:
-    """Hold the output folder, with the configuration in it; without a trace where the run is refused."""
-    made = [path for path in (job.output, *job.output.parents) if not path.exists()]
-    overwritten = job.output / NEXT_CONFIG
-    try:
-        with _held(job.output):
-            announced = overwritten.exists()  # by a process that was killed
-            config = None if job.resume else announce_output(job.output, _config(job))
-            try:
-                yield
-            except Refusal:
-                if config and not announced:
-                    config.unlink()
-                raise
-            except KeyboardInterrupt as stop:
-                if overwritten.exists() and not announced:
-                    overwritten.unlink()
-                    raise type(stop)(f"{job.output} holds the earlier run as it was") from stop
-                raise
-    except Refusal:
-        undo_output(made)
-        raise
 
 
 def _open(
@@ -108,7 +82,7 @@ def _open(
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, loaded)
                 job, loaded = adopt(choice, job, loaded)
             plan = plan_of(job, loaded)
-            if job.memory_limit is not None:
+            if commit and job.memory_limit is not None:
                 check_limit(plan, job)
             if not job.plan_only:
                 there = loaded.arrays.disk + left_behind(job.output)  # arrays have their room already
@@ -152,7 +126,8 @@ def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -
     job, loaded, clock = setting.job, setting.loaded, setting.clock
     device, judge = job.compute.device, _judge(job, clock)
     if commit is None:
-        begin_output(job.output, _config(job))
+        with protected():
+            begin_output(job.output, _config(job))
         facts["dense_perplexity"] = judge.perplexity(loaded.model)
     else:
         facts["dense_perplexity"] = commit.state["dense_perplexity"]
@@ -214,48 +189,8 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
     walked.logger.log_results(results.as_dict())
     walked.logger.close()
     results.save(job.output / "results.json")
-    _report(job.output)
+    draw_report(job.output)
     return results
-
-
-def finish(output: Path, console: Console) -> bool:
-    """Do what is left of a run that was ended between its results and its report; False: it is no such run.
-
-    Raises:
-        Refusal: The run is in work.
-        CommitError: The disk is full or read-only.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    if not (output / "results.json").is_file() or any(
-        (output / name).is_file() for name in ("report.html", NEXT_CONFIG)
-    ):
-        return False
-    with _held(output):
-        _report(output)
-    console.print(f"{output} was finished but for its report, which is there now", highlight=False, soft_wrap=True)
-    return True
-
-
-def _report(output: Path) -> None:
-    """Remove the commits, of which none will be taken up any more, and draw the report."""
-    left = f"{output} is finished but for its report, which resume={output} draws"
-    try:
-        shutil.rmtree(output / "commits", ignore_errors=True)
-        write_report(output)
-    except KeyboardInterrupt as stop:
-        raise type(stop)(left) from stop
-    except OSError as error:
-        raise CommitError(f"{error}; {left}") from error
-
-
-@contextmanager
-def _held(output: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(hold(output))
-        except ValueError as error:
-            raise Refusal(str(error)) from error
-        yield
 
 
 def _config(job: Job) -> str:

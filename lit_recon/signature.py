@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -55,8 +56,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append("the text gives other samples")
     found += [
         f"the file of {name} has changed"
-        for name in sorted(before["code"])
-        if now["code"].get(name) != before["code"][name]
+        for name, old in sorted(before.get("code", {}).items())
+        if now["code"].get(name) != old
     ]
     for name, old in before["versions"].items():
         if now["versions"].get(name) != old:
@@ -71,10 +72,18 @@ def _code(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= _code(value)
         elif key == "_target_" and not value.startswith("lit_recon."):
-            path = inspect.getsourcefile(get_object(value))
+            path = _source(value)
             if path and "site-packages" not in Path(path).parts:
                 found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
+
+
+def _source(target: str) -> str | None:
+    """The file of what a dotted path names: of its definition, or of the module where an instance stands."""
+    try:
+        return inspect.getsourcefile(get_object(target))
+    except TypeError:
+        return getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None)
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

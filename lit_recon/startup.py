@@ -135,7 +135,8 @@ def undo_output(made: Sequence[Path]) -> None:
 def left_behind(folder: Path) -> int:
     """Bytes of what `clear_output` will remove."""
     paths = [path for name in RUN_FILES for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
-    return sum(path.stat().st_size for path in paths)
+    found = {(about.st_dev, about.st_ino): about.st_size for about in (path.stat() for path in paths)}
+    return sum(found.values())  # a commit's file and its second name in checkpoint/ once
 
 
 def check_disk(folder: Path, needed: int) -> None:

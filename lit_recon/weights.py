@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
-_RUN = 2**28  # bytes that are mapped at once, unless a tensor is larger
+_RUN = 2**28  # bytes that may be mapped at once in a small model
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
@@ -138,12 +138,13 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _runs(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    """The tensors that follow each other in a file, of up to `_RUN` bytes together."""
+def _runs(entries: Collection[_Entry]) -> Iterator[list[_Entry]]:
+    """The tensors that follow each other in a file; of a large model some hundred runs, each far below the memory."""
     run: list[_Entry] = []
+    bound = max(_RUN, sum(entry.nbytes for entry in entries) // 64)
     for entry in sorted(entries, key=lambda entry: (entry.path, entry.start)):
         follows = run and entry.path == run[-1].path and entry.start == run[-1].stop
-        if not follows or entry.stop - run[0].start > _RUN:
+        if not follows or entry.stop - run[0].start > bound:
             if run:
                 yield run
             run = []

@@ -184,7 +184,7 @@ def _child(request: Mapping[str, Any]) -> None:
 
 def _import_everything() -> None:
     """What runs import on their way, and what they would make at their first call."""
-    from lit_recon import fit, run
+    from lit_recon import fit, output
 
     kinds = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "phi", "mixtral")]
     for name in (*LAZY, *kinds):
@@ -192,7 +192,7 @@ def _import_everything() -> None:
     sys.argv = ["fit", "--cfg", "job"]
     with contextlib.redirect_stdout(io.StringIO()):
         fit.main()
-    run.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
+    output.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
     gc.collect()
     gc.freeze()
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lit_recon.architectures import VOCABULARY, tiny_model
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.criteria.magnitude import Magnitude
+from lit_recon.durable import replaced_folder
 from lit_recon.evaluate import Protocol
 from lit_recon.masks import Unstructured
 from lit_recon.partition import partition
@@ -159,6 +160,16 @@ def results(seed: int) -> Results:
         tokens={"calibration": 4},
         seed=seed,
     )
+
+
+def test_a_folder_with_folders_in_it_takes_the_place_of_another(tmp_path: Path) -> None:
+    """As of tokenizers with several chat templates."""
+    for text in ("first", "second"):
+        with replaced_folder(tmp_path / "made") as partial:
+            (partial / "additional_chat_templates").mkdir(parents=True)
+            (partial / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+        assert (tmp_path / "made" / "additional_chat_templates" / "tool_use.jinja").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_results_that_could_not_be_written_whole_leave_the_earlier_file(

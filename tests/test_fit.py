@@ -243,7 +243,7 @@ def test_what_ends_a_run_at_its_report_says_that_only_that_is_left_and_resuming_
 
     for again in ([], ["resume=run"]):
         with monkeypatch.context() as failing:
-            failing.setattr("lit_recon.run.write_report", fail)
+            failing.setattr("lit_recon.output.write_report", fail)
             ended = tiny_run(*again)
         assert ended.status == 1
         assert ended.err.endswith("run is finished but for its report, which resume=run draws\n")

@@ -320,6 +320,14 @@ def test_other_versions_are_refused(command: Callable[..., Ended], run: Path, mo
     assert f"torch was {torch.__version__.split('+')[0]}" in ended.err
 
 
+def test_a_folder_of_another_program_is_not_finished(go: Go, tmp_path: Path) -> None:
+    (tmp_path / "other" / "commits").mkdir(parents=True)
+    (tmp_path / "other" / "results.json").write_text("{}")
+    before = content(tmp_path / "other")
+    refused(go("resume=other"), tmp_path / "other", before, "resume=other: no run is there (no config.yaml)")
+    assert (tmp_path / "other" / "commits").is_dir()
+
+
 def test_there_must_be_a_run_that_is_not_finished(go: Go, settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for folder in ("other", "nowhere"):

@@ -2,11 +2,12 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_recon.signature import changes, differences
+from lit_recon.signature import _code, changes, differences
 
 SIGNED: dict[str, Any] = {
     "config": {"seed": 0, "trainer": {"max_epochs": 1, "precision": "auto"}, "data": {"paths": ["a", "b"]}},
@@ -17,6 +18,14 @@ SIGNED: dict[str, Any] = {
     "code": {"mine.Module": "c0de"},
     "versions": {"lit_recon": "0.1", "torch": "2.0"},
 }
+
+
+def test_what_a_configuration_names_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "named.py").write_text("from functools import partial\nloss = partial(print)\nclass Module: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    targets = ["named.loss", "named.Module", "torch.optim.AdamW", "lit_recon.criteria.wanda.Wanda", "builtins.print"]
+    found = _code({str(index): {"_target_": target} for index, target in enumerate(targets)})
+    assert found.keys() == {"named.loss", "named.Module"} and len(set(found.values())) == 1
 
 
 def changed(*keys: str, value: object) -> dict[str, Any]:

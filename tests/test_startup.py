@@ -27,6 +27,7 @@ from lit_recon.startup import (
     check_scored,
     check_steps,
     clear_output,
+    left_behind,
     quiet,
     undo_output,
 )
@@ -72,6 +73,15 @@ def test_clearing_removes_a_runs_files_and_no_others(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     clear_output(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_a_file_with_two_names_is_left_behind_once(tmp_path: Path) -> None:
+    for name in ("commits", "checkpoint"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "commits" / "layer").write_bytes(bytes(1000))
+    os.link(tmp_path / "commits" / "layer", tmp_path / "checkpoint" / "shard")
+    (tmp_path / "checkpoint" / "rest").write_bytes(bytes(10))
+    assert left_behind(tmp_path) == 1010
 
 
 def test_what_a_run_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path) -> None:
