@@ -16,7 +16,7 @@ from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
 from lit_recon.metrics import in_gb
 from lit_recon.partition import partition
-from lit_recon.plan import Plan, make_plan
+from lit_recon.plan import Plan, make_plan, name_of
 from lit_recon.store import Needed, arrays
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
@@ -93,7 +93,7 @@ def check_limit(plan: Plan, job: Job) -> None:
         ValueError: It does not; the message has the numbers.
     """
     assert job.memory_limit is not None
-    need = plan.own_by_kind[f"blocks of {job.size}" if job.kind == "blocks" else job.kind]
+    need = plan.own_by_kind[name_of(job.kind, job.size)]
     if need > _SLACK * job.memory_limit:
         raise ValueError(
             f"memory_limit={in_gb(job.memory_limit)}: windows={job.kind} with data.batch_size={job.batch_size}, with "
@@ -121,7 +121,7 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     loaded.chain.batch_size = job.batch_size
     for kind in kinds:
         for batch_size, plan in plans.items():
-            name = f"blocks of {job.size}" if kind == "blocks" else kind
+            name = name_of(kind, job.size)
             if name in plan.own_by_kind:
                 on_gpu = job.compute.device.type == "cuda"  # whose memory the arrays take none of
                 more = 0 if on_gpu else _arrays(kind, job, loaded).memory - loaded.arrays.memory

@@ -98,7 +98,7 @@ class MatrixData:
         if window.matrix.name not in self._names:
             self._captured = ()  # before the next ones are made
             states = [self.chain.inputs_STD]
-            if not self.one_source:
+            if not self.chain.regime.one_source:
                 assert self.chain.dense
                 states.append(self.chain.dense.states_STD)
             captured = [self._capture(window, states_STD) for states_STD in states]
@@ -157,16 +157,11 @@ class MatrixData:
 
     def moments(self, window: MatrixWindow) -> Moments | None:
         """What least squares needs to know of one matrix, whose weight is still dense; None if it is not reached."""
-        if self.one_source:
+        if self.chain.regime.one_source:
             calibration, held_out = (self._sums[part].get(self._leaders[window.matrix.name]) for part in PARTS)
             return Moments.of_products(window, calibration, held_out) if calibration and held_out else None
         activations = self.activations(window)
         return Moments.of_activations(activations) if activations else None
-
-    @property
-    def one_source(self) -> bool:
-        """Whether a matrix's targets are its dense products with the inputs that it is trained on."""
-        return self.chain.regime.inputs == "dense" or self.chain.regime.targets == "local"
 
 
 def _no_calls(rows_B: Tensor) -> list[LayerCall]:

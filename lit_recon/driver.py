@@ -126,7 +126,7 @@ def _matrices(
     """Steps 2 to 4 for the matrices of a layer, which stays dense until the last of them is done."""
     data = MatrixData(layer, chain)
     moments = uses_moments(reconstructor.module)
-    summed = moments and data.one_source
+    summed = moments and chain.regime.one_source
     shared = summed and chain.regime.independent  # one pass for targets, statistics and moments
     with clock.phase("teacher"):
         pruner.gather(layer, data.watching if shared else watching_nothing)

@@ -78,6 +78,11 @@ class Plan:
     seconds: float
 
 
+def name_of(kind: str, size: int) -> str:
+    """A kind of window as the plan names it."""
+    return f"blocks of {size}" if kind == "blocks" else kind
+
+
 def steps_per_window(chain: Chain, work: Workload) -> int:
     """Optimizer steps of each window."""
     batches = -(-chain.num_samples // chain.batch_size)
@@ -130,7 +135,7 @@ def make_plan(
         masters *= 2 if chain.recompute else 1
         peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
         owned[name] = own + masters + max(training, at_once, evaluation)
-    name = f"blocks of {size}" if kind == "blocks" else kind
+    name = name_of(kind, size)
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     return Plan(
         windows=len(windows),
@@ -192,7 +197,7 @@ def _windows_bytes(
     if "half" in probes:
         half = probes["half"]
         found["half"] = int(half.parameters * scale * _FLOAT32), int(_training_bytes(half) * scale)
-    layers = {"block": 1, f"blocks of {size}": size, "model": depth}
+    layers = {"block": 1, name_of("blocks", size): size, "model": depth}
     return found | {name: (largest * _FLOAT32 * count, block * count) for name, count in layers.items()}
 
 
@@ -225,13 +230,14 @@ def _matrix_bytes(layer: Window, chain: Chain, *, uses_moments: bool) -> tuple[i
     shapes = {name: matrix.by_expert(matrix.weight).shape for name, matrix in matrices.items()}
     copy = sum(shape.numel() for shape in shapes.values())
     leaders, rows = observe(layer, chain)
-    one_source = chain.regime.inputs == "dense" or chain.regime.targets == "local"
-    if uses_moments and one_source:  # of calibration and held-out, in float32; those in work once more in float64
+    if (
+        uses_moments and chain.regime.one_source
+    ):  # of calibration and held-out, in float32; those in work once more in float64
         led = {name: shapes[name] for name in leaders if name in shapes}
         widest = max((inputs for _, _, inputs in shapes.values()), default=0)
         sums = 2 * sum(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
         return _FLOAT32 * (copy + sums), 0
-    sources = 2 if one_source else 3  # rows, and rows cut into samples
+    sources = 2 if chain.regime.one_source else 3  # rows, and rows cut into samples
     kept, captured = 0, 0
     for name, (experts, outputs, inputs) in shapes.items():
         mine = rows[name] * (sources * inputs + outputs)

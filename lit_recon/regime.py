@@ -87,6 +87,11 @@ class Regime:
         return self.needs_dense + local + apart + self.needs_sparse
 
     @property
+    def one_source(self) -> bool:
+        """Whether a matrix's targets are its dense products with the inputs that it is trained on."""
+        return self.inputs == "dense" or self.targets == "local"
+
+    @property
     def independent(self) -> bool:
         """Whether no window needs another one's result, so that they could be reconstructed in any order."""
         return not self.needs_sparse

@@ -317,7 +317,7 @@ def moments_of(
         chain.dense_pass(span, data.watching)
     else:
         chain.dense_pass(span)
-        if data.one_source:
+        if regime.one_source:
             chain.run(span, chain.inputs_STD, None, data.watching)
     return [(name, window, data.moments(window), data.activations(window)) for name, window in windows.items()]
 
