@@ -19,7 +19,7 @@ from lit_recon.blocks import LayerCall
 from lit_recon.chain import Chain
 from lit_recon.compute import Compute
 from lit_recon.losses import kl_divergence_sum
-from lit_recon.store import MemoryStore, Store
+from lit_recon.store import MemoryStore, Store, on_device
 from lit_recon.windows import AnyWindow
 
 
@@ -182,8 +182,8 @@ class Activations:
         same = self.sources_STD is self.inputs_STD
         valid_BT = None if self.valid_ST is None else self.valid_ST[rows_B]
         calls = self.calls(rows_B)
-        inputs_BTD = inputs_BTD.to(device, non_blocking=True).float()  # moved before they grow
-        targets_BTD = inputs_BTD if same else sources_BTD.to(device, non_blocking=True).float()
+        inputs_BTD = on_device(inputs_BTD, device)
+        targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
         if self.teacher:
             targets_BTD = self.teacher(targets_BTD, calls)
         valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)

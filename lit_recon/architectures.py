@@ -17,14 +17,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lit_recon.blocks import Decoder
+from lit_recon.blocks import Decoder, LayerCall
 from lit_recon.examine import examine
-from lit_recon.matrices import routers
-from lit_recon.partition import KINDS, layer_windows
-from lit_recon.windows import HalfWindow
+from lit_recon.matrices import Product, observed, routers
+from lit_recon.partition import KINDS, layer_windows, partition
+from lit_recon.windows import HalfWindow, MatrixWindow
 
 VOCABULARY = 64
 COLUMNS = ("architecture", "halves", *KINDS, "covered", "remarks")
+TESTED = "Tested with transformers "
 COMPOSED = 1e-5  # largest difference between a model and its windows, relative to the largest output
 
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -141,6 +142,29 @@ def compose(model: PreTrainedModel, tokens_BT: Tensor, **settings: Any) -> Tenso
     return decoder.logits(hidden_BTD)
 
 
+@torch.no_grad()
+def multiply(model: PreTrainedModel, tokens_BT: Tensor) -> float:
+    """How far the products of matrix windows are from those that the model makes, relative to the largest of each."""
+    windows = [window for window in partition(model, by="matrix") if isinstance(window, MatrixWindow)]
+    by_name = {window.matrix.name: window for window in windows}
+    worst = [0.0]
+
+    def compare(product: Product) -> None:
+        rows_NI, weight = product.rows_NI, product.matrix.weight
+        if not len(rows_NI):
+            return
+        used = weight[product.expert] if weight.dim() == 3 else weight
+        expected_NO = torch.tensordot(rows_NI, used, ([1], [product.input_dim]))
+        experts_BT = torch.full((1, len(rows_NI)), product.expert)
+        calls = [LayerCall(kwargs={"experts": experts_BT})] if product.matrix.experts > 1 else []
+        apart_NO = by_name[product.matrix.name](rows_NI[None], calls)[0] - expected_NO
+        worst.append((apart_NO.abs().max() / expected_NO.abs().max().clamp(min=1e-30)).item())
+
+    with observed([window.matrix for window in windows], compare):
+        model(tokens_BT, use_cache=False)
+    return max(worst)
+
+
 def support(name: str) -> dict[str, str]:
     """What works on a tiny model of a shape, by column of the table."""
     model = tiny_model(name)
@@ -151,6 +175,8 @@ def support(name: str) -> dict[str, str]:
     layers = layer_windows(model)
     found = [matrix for layer in layers for matrix in layer.matrices()]
     row["matrix"] = "yes" if all(matrix.input_dim is not None for matrix in found) else "in part"
+    worst = multiply(model, tokens_BT)
+    row["matrix"] = row["matrix"] if worst <= COMPOSED else f"no: off by {worst:.0e}"
     for kind in KINDS[1:]:
         try:
             logits_BTV = compose(model, tokens_BT, by=kind, size=2 if kind == "blocks" else 1)
@@ -173,9 +199,10 @@ def support(name: str) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """The table for a README."""
+    """The table for a README, and what it was made with."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows)])
+    lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows]
+    return "\n".join([*lines, "", f"{TESTED}{transformers.__version__}."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,13 +31,21 @@ class LayerCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> "LayerCall":
-        """The same call with its tensors on `device`, floating point ones in float32 like the chain."""
+    def to(self, device: torch.device, moved: dict[int, tuple[Tensor, Tensor]]) -> "LayerCall":
+        """The same call with its tensors on `device`, floating point ones in float32 like the chain.
+
+        Args:
+            device: Where they go.
+            moved: Tensors that are there already, by the identity of the original: layers share masks and positions.
+        """
 
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return leaf.to(device, torch.float32 if leaf.is_floating_point() else leaf.dtype)
+            if id(leaf) not in moved:
+                there = leaf.to(device, torch.float32 if leaf.is_floating_point() else leaf.dtype)
+                moved[id(leaf)] = (leaf, there)  # with the original, so that no other gets its identity
+            return moved[id(leaf)][1]
 
         return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
@@ -134,6 +142,7 @@ class Decoder:
         """What reaches layer 0, (B, T, D) in float32, and every layer's own arguments, for these tokens."""
         received: list[Tensor] = []
         calls: list[LayerCall] = []
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def record(layer: nn.Module) -> Callable[..., Any]:
             original = layer.forward
@@ -141,7 +150,7 @@ class Decoder:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden_BTD, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
                 received.append(hidden_BTD)
-                calls.append(LayerCall(args, kwargs).to(self.device))
+                calls.append(LayerCall(args, kwargs).to(self.device, moved))
                 if type(layer) not in self._returns_tuple:  # a tuple where the model expects one, or it unpacks samples
                     output = original(hidden_BTD, *args, **kwargs)
                     self._returns_tuple[type(layer)] = not isinstance(output, Tensor)
@@ -195,12 +204,16 @@ class Decoder:
 
     @contextmanager
     def ends_on(self, device: torch.device) -> Iterator[None]:
-        """Have all of the model but its layers on `device`, and on the CPU again after."""
+        """Have all of the model but its layers on `device`, and what may be mapped from a file back after."""
+        inside = {id(parameter) for parameter in self.layers.parameters()}
+        homes = [(one, one.data) for one in self.model.parameters() if id(one) not in inside]
         self._move_ends(device)
         try:
             yield
         finally:
-            self._move_ends(torch.device("cpu"))
+            for parameter, home in homes:
+                parameter.data = home
+            self._move_ends(torch.device("cpu"))  # buffers
 
     def _move_ends(self, device: torch.device) -> None:
         layers = list(self.layers)

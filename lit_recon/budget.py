@@ -11,6 +11,7 @@ from functools import partial
 
 from accelerate.utils import convert_file_size_to_int
 
+from lit_recon.chain import check_halves
 from lit_recon.disk import nearest
 from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
@@ -57,7 +58,7 @@ def plan_of(job: Job, loaded: Loaded) -> Plan:
         loaded.windows,
         loaded.chain,
         job.workload,
-        units=loaded.units if loaded.chain.regime.statistics == "sparse" else (),  # else they make no difference
+        units=loaded.units,
         kind=job.kind,
         size=job.size,
         arrays=loaded.arrays,
@@ -108,8 +109,9 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
         kinds = [kind for kind in kinds if kind != "blocks"]
     if "half" in kinds and job.kind != "half":
         try:
-            partition(loaded.model, by="half", head=_has_head(job))
-        except ValueError:  # layers that have no halves, or halves that have no logits
+            halves = partition(loaded.model, by="half", head=_has_head(job))
+            check_halves(halves, job.regime, recompute=job.store.recompute)
+        except ValueError:  # layers that have no halves, or halves that have no logits or no targets
             kinds.remove("half")
     batch_size, plans = job.batch_size, {}
     while True:
@@ -130,7 +132,8 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
 
 def _arrays(kind: str, job: Job, loaded: Loaded) -> Needed:
     """What the chain's arrays take with another kind of windows."""
-    count = job.arrays if kind == job.kind else arrays(job.regime, job.store.targets, kind=kind)
+    units = job.units.keywords["by"] if job.units else "window"
+    count = job.arrays if kind == job.kind else arrays(job.regime, job.store.targets, kind=kind, units=units)
     return Needed(*(size // job.arrays * count for size in loaded.arrays))
 
 

@@ -20,17 +20,17 @@ from torch import Tensor
 from lit_recon.activations import Activations
 from lit_recon.blocks import LayerCall
 from lit_recon.chain import PARTS, Chain
-from lit_recon.matrices import Product, observed
+from lit_recon.matrices import Matrix, Product, observed
 from lit_recon.moments import Moments, Sums
 from lit_recon.regime import Regime
 from lit_recon.store import Store
-from lit_recon.windows import AnyWindow, MatrixWindow, Window
+from lit_recon.windows import MatrixWindow, Window
 
 
-def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
+def check_regime(matrices: Sequence[Matrix], regime: Regime) -> None:
     """Raise a ValueError for single matrices of experts whose inputs and targets would be of different tokens."""
-    experts = [window.name for window in windows if isinstance(window, MatrixWindow) and window.matrix.experts > 1]
-    if experts and regime.targets == "dense" and regime.inputs != "dense":
+    experts = [matrix.name for matrix in matrices if matrix.experts > 1]
+    if experts and regime.corrects:
         raise ValueError(
             f"chain.inputs={regime.inputs} with chain.targets=dense and windows=matrix: experts see other tokens in "
             f"the sparse chain than in the dense one ({len(experts)} such matrices, for example {experts[0]}); use "
@@ -38,6 +38,7 @@ def check_regime(windows: Sequence[AnyWindow], regime: Regime) -> None:
         )
 
 
+_PIECE_BYTES = 2**26  # of rows that are kept together
 _REMEMBERED = 8  # inputs back that a matrix may share
 
 
@@ -123,23 +124,23 @@ class MatrixData:
 
     def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
         """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
-        rows: dict[str, list[tuple[Tensor, int]]] = {part: [] for part in PARTS}
         store = self.chain.store
+        rows = {part: _Rows(store) for part in PARTS}
 
         @contextmanager
         def watching(part: str) -> Iterator[None]:
             def observe(product: Product) -> None:
                 self._leaders.of(product)
-                if product.matrix.name == window.matrix.name and len(product.rows_NI):
-                    kept_NI = store.zeros(product.rows_NI.shape).copy_(product.rows_NI)
-                    store.release(kept_NI, slice(None))
-                    rows[part].append((kept_NI, product.expert))
+                if product.matrix.name == window.matrix.name:
+                    rows[part].add(product.rows_NI, product.expert)
 
             with observed(self.layer.matrices(), observe):
                 yield
+            rows[part].put_away()
 
         self.chain.run(self.layer, states_STD, None, watching)
-        return _as_samples(rows, self.chain.tokens_ST.shape[1], store) if all(rows.values()) else None
+        seen = all(one.count for one in rows.values())
+        return _as_samples(rows, self.chain.tokens_ST.shape[1], store) if seen else None
 
     @contextmanager
     def watching(self, part: str) -> Iterator[None]:
@@ -172,23 +173,57 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
-def _as_samples(rows: dict[str, list[tuple[Tensor, int]]], length: int, store: Store) -> _Captured:
-    """Rows, each run of them of one expert, as samples of `length` positions; the last of each part is padded.
+class _Rows:
+    """Rows of one matrix as they come, kept in pieces: an array of a store may be a file, and each product gives few.
 
-    `rows` is emptied on the way, so that they are there once.
+    Attributes:
+        count: How many there are.
+        width: Their length; 0 before the first.
     """
-    samples = {part: -(-sum(len(run_NI) for run_NI, _ in runs) // length) for part, runs in rows.items()}
-    width = next(run_NI.shape[1] for runs in rows.values() for run_NI, _ in runs)
+
+    def __init__(self, store: Store) -> None:
+        self.count, self.width = 0, 0
+        self._store = store
+        self._new: list[tuple[Tensor, Tensor]] = []  # rows, and the expert of each
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # the same, in the store
+
+    def add(self, rows_NI: Tensor, expert: int) -> None:
+        """Add rows of one expert."""
+        rows_NI = rows_NI.to("cpu", self._store.dtype, copy=True)
+        self._new.append((rows_NI, torch.full((len(rows_NI),), expert)))
+        self.count, self.width = self.count + len(rows_NI), rows_NI.shape[1]
+        if sum(new_NI.nbytes for new_NI, _ in self._new) >= _PIECE_BYTES:
+            self.put_away()
+
+    def put_away(self) -> None:
+        """Have all of them in the store."""
+        if not self._new:
+            return
+        piece_NI = self._store.zeros((sum(len(new_NI) for new_NI, _ in self._new), self.width))
+        torch.cat([new_NI for new_NI, _ in self._new], out=piece_NI)
+        self._pieces.append((piece_NI, torch.cat([experts_N for _, experts_N in self._new])))
+        self._new = []
+        self._store.release(piece_NI, slice(None))
+
+    def taken(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces in order, each of them gone when the next one comes."""
+        while self._pieces:
+            yield self._pieces.pop(0)
+
+
+def _as_samples(rows: dict[str, _Rows], length: int, store: Store) -> _Captured:
+    """Rows as samples of `length` positions; the last of each part is padded. Of `rows` nothing is left."""
+    samples = {part: -(-one.count // length) for part, one in rows.items()}
+    width = max(one.width for one in rows.values())
     total = sum(samples.values()) * length
     inputs_NI = store.zeros((total, width))
     experts_N, valid_N = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
     end = 0
-    for part, runs in rows.items():
+    for part, one in rows.items():
         start, end = end, end + samples[part] * length
-        while runs:
-            run_NI, expert = runs.pop(0)
-            here = slice(start, start + len(run_NI))
-            inputs_NI[here], experts_N[here], valid_N[here] = run_NI, expert, True
+        for piece_NI, expert_N in one.taken():
+            here = slice(start, start + len(piece_NI))
+            inputs_NI[here], experts_N[here], valid_N[here] = piece_NI, expert_N, True
             store.release(inputs_NI, here)
             start = here.stop
     valid_ST = None if valid_N.all() else valid_N.view(-1, length)

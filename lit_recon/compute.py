@@ -1,11 +1,12 @@
 """Where and how precisely a run computes: the device and the precision that every pass of a run shares."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -28,18 +29,28 @@ class Compute:
     precision: str
 
     @classmethod
-    def choose(cls, trainer: Callable[..., Trainer], precision: str) -> "Compute":
+    def choose(cls, trainer: "partial[Trainer]", precision: str) -> "Compute":
         """The device that Lightning picks for `trainer`, and the precision, "auto" resolved by the hardware.
 
         Raises:
-            ValueError: A precision other than "auto", "32-true", "bf16-mixed" or "16-mixed".
+            ValueError: A precision other than "auto", "32-true", "bf16-mixed" or "16-mixed"; a device without float64,
+                in which errors are summed; more than one device; float16 without a GPU.
         """
         if precision not in ("auto", *_AUTOCAST):
             raise ValueError(
                 f"trainer.precision={precision!r}: expected one of auto, {', '.join(_AUTOCAST)} "
                 "(weights kept in 16 bits do not learn at the rates of reconstruction)."
             )
-        device = trainer(precision="32-true", logger=False).strategy.root_device
+        strategy = trainer(precision="32-true", logger=False).strategy
+        if strategy.root_device.type == "mps":
+            if trainer.keywords["accelerator"] != "auto":
+                raise ValueError("Apple's GPU has no float64, in which errors are summed; use trainer.accelerator=cpu.")
+            strategy = trainer(precision="32-true", logger=False, accelerator="cpu").strategy
+        device = strategy.root_device
+        if type(strategy) is not SingleDeviceStrategy:
+            raise ValueError("several devices: a run uses one; use trainer.devices=1, and a run per device.")
+        if precision == "16-mixed" and device.type == "cpu":
+            raise ValueError("trainer.precision=16-mixed: float16 needs a GPU; use bf16-mixed or 32-true.")
         if precision == "auto":
             precision = "bf16-mixed" if bf16_is_fast(device) else "32-true"
         return cls(device, precision)
@@ -47,4 +58,4 @@ class Compute:
     def autocast(self) -> AbstractContextManager:
         """The context in which Lightning runs a training step, for the passes outside of it."""
         dtype = _AUTOCAST[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)

@@ -27,14 +27,15 @@ def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, 
 
     Args:
         model: The model on the CPU.
-        tokens_ST: Samples, of which the first is used.
+        tokens_ST: Samples, of which the one with the most text is used.
         lengths: Tokens of the samples that it will be given, by the setting that says so.
 
     Raises:
         ValueError: Replaying gives other logits: a layer depends on more than its own arguments; or the model cannot be
             given samples of such a length.
     """
-    tokens_BT = tokens_ST[:1, :LENGTH]
+    fullest = int((tokens_ST != PADDING).sum(1).argmax())
+    tokens_BT = tokens_ST[fullest : fullest + 1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
     outputs = []
     matrices = [matrix for window in layer_windows(model) for matrix in window.matrices()]

@@ -28,6 +28,7 @@ from rich.logging import RichHandler
 
 from lit_recon.budget import parse_limit
 from lit_recon.cache import cache_folder
+from lit_recon.captured import check_regime
 from lit_recon.commits import CommitError
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
@@ -45,6 +46,7 @@ from lit_recon.startup import (
     NEXT_CONFIG,
     Problems,
     Refusal,
+    check_module,
     check_output,
     check_pattern,
     check_steps,
@@ -78,7 +80,16 @@ def prepare(cfg: DictConfig) -> Job:
     model.check()
     skeleton = model.skeleton()
     check_partition(skeleton, **make_windows.keywords)
-    check_pattern([matrix for window in layer_windows(skeleton) for matrix in window.matrices()], pattern)
+    layers = layer_windows(skeleton)
+    check_pattern([matrix for layer in layers for matrix in layer.matrices()], pattern)
+    check_module(module, layers[0], single=cfg.windows.by == "matrix")
+    if cfg.windows.by == "matrix":
+        check_regime([matrix for layer in layers for matrix in layer.matrices()], regime)
+        if _has_units(cfg, regime) and cfg.prune_by == "half":
+            raise ValueError(
+                "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers "
+                "that stay dense; use window, block or model."
+            )
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
@@ -99,7 +110,7 @@ def prepare(cfg: DictConfig) -> Job:
         size=cfg.windows.get("size", 4),
         batch_size=cfg.data.batch_size,
         memory_limit=limit,
-        units=None if cfg.prune_by == "window" else partial(layer_windows, by=cfg.prune_by),
+        units=partial(layer_windows, by=cfg.prune_by) if _has_units(cfg, regime) else None,
         allow_unscored=cfg.allow_unscored,
         module=module,
         trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),
@@ -128,7 +139,18 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
         )
     if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
         parameters = [torch.nn.Parameter(torch.zeros(1))]
-        problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+        optimizer = problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+        schedule = module.keywords.get("scheduler")
+        if optimizer and schedule:
+            steps = {"num_warmup_steps": 0, "num_training_steps": 1}
+            problems.check(schedule, optimizer=optimizer, **steps, about="module.scheduler: ")
+        if cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val and cfg.module.optimizer.get("fused"):
+            problems.add(
+                f"trainer.gradient_clip_val={cfg.trainer.gradient_clip_val} with trainer.precision=16-mixed: a fused "
+                "optimizer scales gradients back only as it steps; give module.optimizer.fused=false."
+            )
+    if cfg.trainer.get("logger") is not None:
+        problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     if source:
         problems.check(source.check)
     if uses_moments(module) and cfg.windows.by != "matrix":
@@ -147,6 +169,8 @@ def _check_settings(cfg: DictConfig, problems: Problems) -> None:
         problems.check(check_output, Path(str(cfg.output_dir)), overwrite=cfg.overwrite)
     if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
         problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
+    if not (type(cfg.seed) is int and 0 <= cfg.seed < 2**31):
+        problems.add(f"seed={cfg.seed}: expected a whole number from 0 to 2147483647.")
     problems.check(check_steps, cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.accumulate_grad_batches)
     for name in ("overwrite", "allow_unscored", "plan", "stream"):
         if type(cfg[name]) is not bool:
@@ -155,11 +179,16 @@ def _check_settings(cfg: DictConfig, problems: Problems) -> None:
         problems.add(f"prune_by={cfg.prune_by}: expected one of {', '.join(PRUNE_BY)}.")
 
 
+def _has_units(cfg: DictConfig, regime: Regime) -> bool:
+    """Whether it makes a difference that something else than each window is pruned at once."""
+    return cfg.prune_by != "window" and regime.statistics == "sparse"
+
+
 def _arrays(cfg: DictConfig, regime: Regime, store: StoreSettings) -> int:
     """How many arrays of hidden states the run keeps."""
     stride = cfg.windows.get("stride")
     overlapping = stride is not None and stride < cfg.windows.size
-    return arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping)
+    return arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping, units=cfg.prune_by)
 
 
 def _resumed(cfg: DictConfig) -> DictConfig:

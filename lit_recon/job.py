@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import Decoder
-from lit_recon.captured import check_regime
-from lit_recon.chain import Chain
+from lit_recon.chain import Chain, check_halves
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
@@ -53,7 +53,7 @@ class Job:
     size: int
     batch_size: int
     memory_limit: int | None
-    units: Callable[[PreTrainedModel], list[Window]] | None
+    units: "partial[list[Window]] | None"
     allow_unscored: bool
     module: Callable[..., LightningModule]
     trainer: Callable[..., Trainer]
@@ -103,9 +103,9 @@ def load(job: Job, activations: Path) -> Loaded:
     samples = job.samples
     lengths = {"data.length": samples.calibration_ST.shape[1], "data.evaluation_length": samples.evaluation_ST.shape[1]}
     examine(model, samples.calibration_ST, lengths=lengths)
-    windows, units = job.windows(model), job.units(model) if job.units else []
+    windows, units = job.windows(model), _units(job, model)
     check_units(units, windows)
-    check_regime(windows, job.regime)
+    check_halves(windows, job.regime, recompute=job.store.recompute)
     layers = {id(window.span): window.span for window in windows}.values()
     found = [matrix for layer in layers for matrix in layer.matrices()]
     check_scored(found, allow_unscored=job.allow_unscored)
@@ -125,6 +125,14 @@ def load(job: Job, activations: Path) -> Loaded:
     )
     checkpoint.unmap()
     return Loaded(model, windows, units, _taken(store, shape, job.arrays), chain, checkpoint)
+
+
+def _units(job: Job, model: PreTrainedModel) -> list[Window]:
+    """What is pruned at once, where that is not each window."""
+    try:
+        return job.units(model) if job.units else []
+    except ValueError as error:  # it advises another kind of windows
+        raise ValueError(f"prune_by=half: {str(error).partition(';')[0]}; use prune_by=block.") from error
 
 
 def _taken(store: Store, shape: Sequence[int], count: int) -> Needed:

@@ -79,6 +79,8 @@ class Moments:
         "max_steps": -1,
         "val_check_interval": 1.0,
         "log_every_n_steps": 1,
+        "accumulate_grad_batches": 1,
+        "gradient_clip_val": None,
         "precision": "32-true",  # the solver's products would not survive autocast to 16 bits
     }
 

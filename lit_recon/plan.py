@@ -5,7 +5,6 @@ hooks, and the same forward is timed to tell how long the walk will take.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -102,7 +101,7 @@ def make_plan(
     mapped_bytes: int,
     linked: bool = True,
 ) -> Plan:
-    """Measure the first layer on one batch and extrapolate.
+    """Measure one layer of each kind on one batch and extrapolate.
 
     Args:
         windows: All windows, with the model's weights.
@@ -119,10 +118,11 @@ def make_plan(
     layers = layer_windows(model)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
-    block = probe(layers[0], chain)
     single = _single_bytes(layers, chain, arrays, uses_moments=work.uses_moments)
-    probes = _probes(block, windows, chain)
-    bytes_of_kind = _windows_bytes(probes, single.memory, largest=largest, size=size, depth=depth)
+    probes = {name: probe(layer, chain) for name, layer in {repr(layer): layer for layer in layers}.items()}
+    halves = [probe(half, chain) for half in _halves_of(windows, model)]
+    blocks = list(probes.values())
+    bytes_of_kind = _windows_bytes(blocks, halves, single.memory, largest=largest, size=size, depth=depth)
     scored = max((sum(parameter.numel() for parameter in unit.parameters()) for unit in units), default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
     own, shared = _resident(chain, arrays)
@@ -148,7 +148,7 @@ def make_plan(
         mapped_bytes=mapped_bytes,
         disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory, linked=linked)
         + (single.disk if kind == "matrix" else 0),
-        seconds=_seconds_of_run(block.seconds, chain, work, largest),
+        seconds=_seconds_of_run(sum(probes[repr(layer)].seconds for layer in layers), chain, work, largest),
     )
 
 
@@ -164,12 +164,6 @@ def _counts(chain: Chain) -> dict[str, int]:
     }
 
 
-def _probes(block: Probe, windows: Sequence[AnyWindow], chain: Chain) -> dict[str, Probe]:
-    """What one batch shows of a block, and of the larger half where layers have halves."""
-    halves = [probe(half, chain) for half in _halves_of(windows, chain.decoder.model)]
-    return {"block": block} | ({"half": max(halves, key=_training_bytes)} if halves else {})
-
-
 def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, int]:
     """What an evaluation takes, and a loss on the logits where there is one."""
     weight = chain.decoder.model.get_output_embeddings().weight
@@ -180,23 +174,22 @@ def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, i
 
 
 def _windows_bytes(
-    probes: dict[str, Probe], matrix: int, *, largest: int, size: int, depth: int
+    blocks: Sequence[Probe], halves: Sequence[Probe], matrix: int, *, largest: int, size: int, depth: int
 ) -> dict[str, tuple[int, int]]:
     """Bytes of the float32 weights, and of training, for each kind of window.
 
     Args:
-        probes: What one batch of a block, and of a half where there are any, showed.
+        blocks: What one batch of a layer of each kind showed.
+        halves: The same of their halves, where there are any.
         matrix: Bytes of training a single matrix.
         largest: Parameters of the largest layer.
         size: Layers per window, for "blocks".
         depth: Layers of the model.
     """
-    scale = largest / probes["block"].parameters  # the first layer may be smaller than others
-    block = int(_training_bytes(probes["block"]) * scale)
+    block = max(map(_training_bytes, blocks))
     found = {"matrix": (largest * _FLOAT32, matrix)}
-    if "half" in probes:
-        half = probes["half"]
-        found["half"] = int(half.parameters * scale * _FLOAT32), int(_training_bytes(half) * scale)
+    if halves:
+        found["half"] = max(half.parameters for half in halves) * _FLOAT32, max(map(_training_bytes, halves))
     layers = {"block": 1, name_of("blocks", size): size, "model": depth}
     return found | {name: (largest * _FLOAT32 * count, block * count) for name, count in layers.items()}
 
@@ -249,23 +242,25 @@ def _matrix_bytes(layer: Window, chain: Chain, *, uses_moments: bool) -> tuple[i
 
 
 def _halves_of(windows: Sequence[AnyWindow], model: PreTrainedModel) -> list[HalfWindow]:
-    """The halves of the first layer, also where windows are others; none where it has none."""
-    if isinstance(windows[0], HalfWindow):
-        return [window for window in windows[:2] if isinstance(window, HalfWindow)]
-    with suppress(ValueError):
-        return [window for window in layer_windows(model, by="half")[:2] if isinstance(window, HalfWindow)]
-    return []
+    """The halves of one layer of each kind, also where windows are others; none where there are none."""
+    if not isinstance(windows[0], HalfWindow):
+        try:
+            windows = layer_windows(model, by="half")
+        except ValueError:
+            return []
+    halves = [window for window in windows if isinstance(window, HalfWindow)]
+    return list({(repr(half.layer), half.side): half for half in halves}.values())
 
 
 def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int) -> float:
-    """Seconds of walk and evaluation, from those of one layer's forward on a batch."""
+    """Seconds of walk and evaluation, from those of all layers' forward on a batch."""
     head = chain.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
     depth, total, held_out = len(chain.decoder.layers), len(chain.tokens_ST), chain.num_held_out
     trained = steps_per_window(chain, work) * work.accumulate * chain.batch_size
     passes = total * chain.regime.passes + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
-    return forward / chain.batch_size * (depth * passes + evaluated * (depth + 3 * head))
+    return forward / chain.batch_size * (passes + evaluated * (1 + 3 * head / depth))
 
 
 def _resident(chain: Chain, arrays: Needed) -> tuple[int, int]:

@@ -143,7 +143,11 @@ class Pruner:
     @torch.no_grad()
     def prune(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
         """Zero the weights that the criterion finds least important, in place; the masks (True = kept) by name."""
-        masks = {matrix.name: self._masks[matrix.name] for matrix in matrices if matrix.name in self._masks}
+        masks = {
+            matrix.name: self._masks[matrix.name].to(matrix.weight.device)  # a resumed unit's are on the CPU
+            for matrix in matrices
+            if matrix.name in self._masks
+        }
         for matrix in matrices:
             if matrix.name in masks:
                 matrix.weight.mul_(masks[matrix.name])
@@ -182,7 +186,7 @@ def check_units(units: Sequence[Window], windows: Sequence[AnyWindow]) -> None:
     """Check that what is pruned at once is nested with what is reconstructed at once.
 
     Raises:
-        ValueError: A window and a unit overlap in part, or a unit is smaller than the layer that single matrices need.
+        ValueError: A window and a unit overlap in part.
     """
     for span in {id(window.span): window.span for window in windows}.values():
         names = _names(span)
@@ -191,10 +195,6 @@ def check_units(units: Sequence[Window], windows: Sequence[AnyWindow]) -> None:
             if common and common not in (names, _names(unit)):
                 raise ValueError(
                     f"prune_by: {unit.name} and window {span.name} overlap in part; expected one in the other."
-                )
-            if common and common != names and any(window.span is not window for window in windows):
-                raise ValueError(
-                    "prune_by=half: single matrices are pruned in layers that stay dense; use block or model."
                 )
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class WindowResult:
     """What became of one window.
 
     Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
-    window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says.
+    window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says. Those
+    after are of the weights that were kept; what a try reached that was not accepted is in the note.
     """
 
     name: str
@@ -67,7 +69,8 @@ class Reconstructor:
 
     Args:
         module: Makes the LightningModule from (window, masks, variance).
-        trainer: Makes the Trainer from `callbacks` and `logger`.
+        trainer: Makes the Trainer from `callbacks` and `logger`. Callbacks that a partial call of it has come along,
+            copied for each fit: they may count.
         logger: The run's log.
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds its index.
@@ -109,12 +112,12 @@ class Reconstructor:
             accepted = not diverged and held_out_after < held_out_before
             if accepted:
                 break
-            reason = DIVERGED if diverged else NOT_BETTER
+            reason = DIVERGED if diverged else f"{NOT_BETTER} ({held_out_after:.3g})"
             _restore(window, pruned)
             release_memory()  # optimizer and gradients of this try, before the next one makes its own
-            after = before
+            after, held_out_after = before, held_out_before
             if diverged:
-                held_out_after, steps = held_out_before, 0
+                steps = 0
             elif steps == 0:  # no step, so nothing that a learning rate could change
                 break
         _check_zeros(window, masks)
@@ -139,10 +142,11 @@ class Reconstructor:
     ) -> tuple[int, bool]:
         """Fit once; how many steps the optimizer made, and whether the loss diverged."""
         guard = FiniteLoss()
+        own = getattr(self.trainer, "keywords", {}).get("callbacks") or []
         self.logger.start_window(window.name)
         trainer = self.trainer(
             logger=self.logger,
-            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
+            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *deepcopy(own), *self.callbacks],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]

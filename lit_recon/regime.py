@@ -87,6 +87,11 @@ class Regime:
         return self.needs_dense + local + apart + self.needs_sparse
 
     @property
+    def corrects(self) -> bool:
+        """Whether windows are trained to make up for what those before them have changed."""
+        return self.inputs != "dense" and self.targets == "dense"
+
+    @property
     def one_source(self) -> bool:
         """Whether a matrix's targets are its dense products with the inputs that it is trained on."""
         return self.inputs == "dense" or self.targets == "local"

@@ -5,6 +5,7 @@ traceback and exits with status 2.
 """
 
 import difflib
+import inspect
 import logging
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException, MissingConfigException
@@ -29,6 +31,7 @@ from lit_recon.durable import replaced
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
 from lit_recon.metrics import in_gb
+from lit_recon.windows import MatrixWindow, Window
 
 NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
 RUN_FILES = (
@@ -189,6 +192,29 @@ def check_pattern(matrices: Sequence[Matrix], pattern: Pattern) -> None:
     more = [f"... and {len(misfits) - 3} more matrices."] if len(misfits) > 3 else []
     if misfits:
         raise ValueError("\n".join(misfits[:3] + more))
+
+
+def check_module(module: Callable[..., Any], layer: Window, *, single: bool) -> None:
+    """Raise a ValueError where no LightningModule can be made of its settings.
+
+    Args:
+        module: Makes it from (window, masks, variance).
+        layer: A layer, which needs no weights.
+        single: Whether windows are single matrices.
+    """
+    window = MatrixWindow(layer.matrices()[0], layer) if single else layer
+    masks = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in window.matrices()}
+    try:
+        function = getattr(module, "func", module)  # its signature, which names what is wrong
+        inspect.signature(function).bind(window, masks, 1.0, **getattr(module, "keywords", {}))
+    except TypeError as error:
+        raise ValueError(f"module: {error}") from error
+    try:
+        module(window, masks, 1.0)
+    except ValueError:
+        raise
+    except Exception:  # one that needs weights; the first window tells
+        return
 
 
 def check_scored(matrices: Sequence[Matrix], *, allow_unscored: bool) -> None:

@@ -1,6 +1,6 @@
 """Where the hidden states of all samples are kept: in memory, or in memory-mapped files (disk.py).
 
-    memory   float32 in CPU memory, pinned if there is a GPU
+    memory   float32 in CPU memory
     disk     bfloat16 in one file per array, written and read batch after batch; the system keeps of them in memory what
              it has room for. Two arrays per chain serve in turn as input and output, so a file is never copied.
     auto     memory if the arrays fit into a share of what is free, else disk
@@ -57,15 +57,14 @@ class MemoryStore:
 
     Args:
         dtype: Their type.
-        pin: Whether they are in pinned memory: only from there copies to a GPU are asynchronous.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, *, pin: bool = False) -> None:
-        self.dtype, self.pin = dtype, pin
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """A new array."""
-        return torch.zeros(*shape, dtype=self.dtype, pin_memory=self.pin)
+        return torch.zeros(*shape, dtype=self.dtype)
 
     def prefetch(self, array_STD: Tensor, rows: Rows) -> None:
         """Nothing to do."""
@@ -85,20 +84,40 @@ class MemoryStore:
         self.close()
 
 
-def arrays(regime: Regime, targets: str, *, kind: str = "block", overlapping: bool = False) -> int:
+_LARGER = {"half": ("block", "blocks", "model"), "block": ("blocks", "model")}  # kinds of windows, by units
+
+
+def on_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of an array in float32 on a device.
+
+    They go through pinned memory, from which a GPU copies while it computes. Whole arrays are not pinned: pinned memory
+    comes in powers of two.
+    """
+    staged = rows.pin_memory() if device.type == "cuda" else rows
+    return staged.to(device, non_blocking=True).float()  # moved before they grow
+
+
+def arrays(
+    regime: Regime, targets: str, *, kind: str = "block", overlapping: bool = False, units: str = "window"
+) -> int:
     """How many arrays of all samples' hidden states are there at most.
 
     Args:
         regime: Which chains are kept.
         targets: "keep" or "recompute".
-        kind: What kind of windows there are; the halves of a parallel layer need one array more for each chain.
+        kind: What kind of windows there are; the halves of a parallel layer need one array more for each chain, and
+            one for targets of their own where windows correct the sparse chain.
         overlapping: Whether windows overlap: targets are then not the dense chain's next value.
+        units: What is pruned at once. Units smaller than a window are walked over in the sparse chain before it.
     """
     chains = regime.needs_dense + regime.needs_sparse
     aside = chains if kind == "half" else 0
+    if regime.statistics == "sparse" and kind in _LARGER.get(units, ()):
+        aside += 2 if units == "half" else 1
     if targets == "recompute":
         return chains + (regime.inputs == "mix") + aside
-    return regime.arrays + aside + (overlapping and regime.needs_dense and regime.targets == "dense")
+    own = regime.corrects if kind == "half" else overlapping and regime.targets == "dense"
+    return regime.arrays + aside + own
 
 
 def check_targets(kind: str, targets: str) -> None:
@@ -197,7 +216,7 @@ class StoreSettings:
         dtype = self._dtype(kind)
         where = f"{folder} as {str(dtype).removeprefix('torch.')}" if needed.disk else "memory"
         log.info("activations: %s in %s (store=%s)", in_gb(max(needed)), where, self.kind)
-        return DiskStore(folder, dtype) if needed.disk else MemoryStore(dtype, pin=device.type == "cuda")
+        return DiskStore(folder, dtype) if needed.disk else MemoryStore(dtype)
 
     def _dtype(self, kind: str) -> torch.dtype:
         return DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]

@@ -32,13 +32,11 @@ class DenseWindow:
         now = [parameter.data for parameter, _ in self._weights]
         for parameter, dense in self._weights:
             parameter.data = dense
-        torch.clear_autocast_cache()  # it knows parameters, not their values
         try:
             yield
         finally:
             for (parameter, _), data in zip(self._weights, now, strict=True):
                 parameter.data = data
-            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def __call__(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_recon import captured
 from lit_recon.activations import Activations
 from lit_recon.architectures import tiny_model
 from lit_recon.blocks import Decoder, call_layer, decoder_layers
@@ -252,6 +253,29 @@ def test_a_window_of_experts_multiplies_each_row_by_its_own_expert() -> None:
 
 
 @torch.no_grad()
+def test_rows_of_experts_are_the_same_in_few_arrays_of_the_store_and_in_many(
+    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("mixtral")
+    examine(model, tokens_ST)
+    made, found = [], []
+    for piece_bytes in (captured._PIECE_BYTES, 1):
+        monkeypatch.setattr(captured, "_PIECE_BYTES", piece_bytes)
+        chain, windows, span = at_layer(model, tokens_ST, 0)
+        chain.dense_pass(span)
+        shapes, zeros = [], chain.store.zeros
+        monkeypatch.setattr(
+            chain.store, "zeros", lambda shape, zeros=zeros, shapes=shapes: shapes.append(shape) or zeros(shape)
+        )
+        found.append(MatrixData(span, chain).activations(windows["mlp.experts.gate_up_proj"]))
+        made.append(len(shapes))
+    assert made[0] == 4, "a piece per part, the samples, their products"
+    assert made[1] > 8, "a piece per product"
+    assert torch.equal(found[0].inputs_STD, found[1].inputs_STD)
+    assert torch.equal(found[0].targets_STD, found[1].targets_STD)
+
+
+@torch.no_grad()
 def test_llama_4s_rows_of_zeros_are_not_trained_on(tokens_ST: Tensor) -> None:
     model = tiny_model("llama4")
     examine(model, tokens_ST)
@@ -388,12 +412,12 @@ def test_the_gram_matrix_is_that_of_the_calibration_rows_alone(tokens_ST: Tensor
 
 @pytest.mark.parametrize("inputs", ["sparse", "mix"])
 def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inputs: str) -> None:
-    windows = partition(tiny_model("mixtral"), by="matrix")
+    models = tiny_model("mixtral"), tiny_model("llama")
+    mixture, plain = ([matrix for layer in partition(model) for matrix in layer.matrices()] for model in models)
     with pytest.raises(
         ValueError, match=rf"chain\.inputs={inputs} with chain\.targets=dense.*6 such.*use chain\.targets"
     ):
-        check_regime(windows, Regime(inputs=inputs))
-    check_regime(windows, Regime(inputs=inputs, targets="local"))
-    check_regime(windows, Regime(statistics="sparse"))
-    check_regime(partition(tiny_model("mixtral")), Regime(inputs=inputs))
-    check_regime(partition(tiny_model("llama"), by="matrix"), Regime(inputs=inputs))
+        check_regime(mixture, Regime(inputs=inputs))
+    check_regime(mixture, Regime(inputs=inputs, targets="local"))
+    check_regime(mixture, Regime(statistics="sparse"))
+    check_regime(plain, Regime(inputs=inputs))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_recon.architectures import tiny_model
+from lit_recon.data.packing import PADDING
 from lit_recon.examine import examine
 
 POSITIONS = 64  # of the tiny models
@@ -22,3 +23,13 @@ def test_samples_longer_than_a_table_of_positions_are_refused_with_both_numbers(
 @pytest.mark.parametrize("shape", ["llama", "bloom"])
 def test_models_without_such_a_table_take_longer_ones(shape: str) -> None:
     examine(tiny_model(shape), TOKENS_ST, lengths={"data.length": 2 * POSITIONS})
+
+
+def test_the_sample_with_the_most_text_is_tried() -> None:
+    tokens_ST = TOKENS_ST.repeat(3, 1)
+    tokens_ST[0, 2:] = tokens_ST[1, 9:] = PADDING
+    model, shapes = tiny_model("llama"), []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    examine(model, tokens_ST)
+    assert shapes and set(shapes) == {(1, 16)}

@@ -168,6 +168,19 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_the_weights_that_are_left_are_clipped_also_with_a_fused_optimizer(
+    tokens_ST: Tensor, tmp_path: Path, precision: str
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST, num_samples=2)  # a single batch
+    before = weights(window)
+    make = module(optimizer=partial(torch.optim.SGD, lr=1.0, fused=True), scheduler=None)
+    settings = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1e-3}
+    assert reconstructor(tmp_path, make, **settings).fit(window, masks, data).accepted
+    change = sum((parameter - before[name]).square().sum() for name, parameter in window.named_parameters())
+    assert change.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Path, precision: str) -> None:
     generator = torch.Generator().manual_seed(0)
     different_NI = torch.randn(30, 32, generator=generator) * torch.logspace(0, -2, 32)
@@ -181,7 +194,8 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
     make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
-    result = reconstructor(tmp_path, make, precision=precision).fit(window, {window.matrix.name: mask}, moments)
+    settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
+    result = reconstructor(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
     assert torch.count_nonzero(window.weight[~mask]) == 0
     left = 0.0
     for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):

@@ -477,7 +477,6 @@ def test_units_that_are_nested_with_windows_are_accepted(windows: dict[str, Any]
             {"by": "blocks", "size": 2},
             "blocks_02_03 and window blocks_00_02 overlap in part; expected one in the other",
         ),
-        ({"by": "matrix"}, {"by": "half"}, "prune_by=half: single matrices are pruned in layers that stay dense"),
     ],
     ids=str,
 )

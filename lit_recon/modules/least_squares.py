@@ -25,6 +25,9 @@ class LeastSquaresModule(LightningModule):
         variance: Variance of the targets, the unit of the errors that are logged.
         tolerance: Share of what a row of the matrix could gain that the solver may leave.
         max_iterations: Bound on its iterations.
+
+    Raises:
+        ValueError: One of these is out of range.
     """
 
     uses_moments = True  # the driver then gathers moments instead of activations
@@ -39,6 +42,10 @@ class LeastSquaresModule(LightningModule):
         max_iterations: int,
     ) -> None:
         super().__init__()
+        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+            raise ValueError(f"module.tolerance={tolerance}: expected a share of what can be gained, 0 to below 1.")
+        if type(max_iterations) is not int or max_iterations < 1:
+            raise ValueError(f"module.max_iterations={max_iterations}: expected a number of at least 1.")
         self.automatic_optimization = False
         self.window = window
         self.masks = masks

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -36,6 +38,9 @@ class ReconstructionModule(LightningModule):
         warmup: Share of the steps in which the learning rate rises.
         loss: Function of (outputs, targets, variance=...) to a scalar; the divergence of the logits where the window
             has a head.
+
+    Raises:
+        ValueError: `warmup` is no share.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class ReconstructionModule(LightningModule):
         loss: Callable[..., Tensor],
     ) -> None:
         super().__init__()
+        if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
+            raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
         self.window = window
         self.variance = variance
         self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
@@ -79,6 +86,20 @@ class ReconstructionModule(LightningModule):
         for index, matrix in enumerate(self._pruned):
             if matrix.weight.grad is not None:
                 matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer was told; also under bf16-mixed, where Lightning refuses fused optimizers needlessly."""
+        plugin = self.trainer.precision_plugin
+        if plugin.precision == "bf16-mixed":  # it has no scaler that a fused optimizer would undo in its step
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         """Keep the layers as they are in inference: dropout would change the function that is being matched."""
