@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning import LightningModule
+from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -113,7 +114,7 @@ def prepare(cfg: DictConfig) -> Job:
         units=partial(layer_windows, by=cfg.prune_by) if _has_units(cfg, regime) else None,
         allow_unscored=cfg.allow_unscored,
         module=module,
-        trainer=partial(trainer, precision=compute.precision, accelerator=compute.device.type),
+        trainer=_trainer(trainer, compute),
         compute=compute,
         workload=_workload(cfg, samples, module),
         recipe=_recipe(cfg, criterion, pattern, regime),
@@ -125,6 +126,17 @@ def prepare(cfg: DictConfig) -> Job:
         stop_after=cfg.stop_after,
         resume=cfg.resume is not None,
     )
+
+
+def _trainer(trainer: "partial[Trainer]", compute: Compute) -> Callable[..., Trainer]:
+    """Makes Trainers that compute there, each with the configured callbacks anew: they may count."""
+    configured = trainer.keywords.get("callbacks") or []
+
+    def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
+        where = {"precision": compute.precision, "accelerator": compute.device.type}
+        return trainer(callbacks=[*deepcopy(configured), *callbacks], **where | settings)
+
+    return make
 
 
 def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> Compute | None:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +68,7 @@ class Reconstructor:
 
     Args:
         module: Makes the LightningModule from (window, masks, variance).
-        trainer: Makes the Trainer from `callbacks` and `logger`. Callbacks that a partial call of it has come along,
-            copied for each fit: they may count.
+        trainer: Makes the Trainer from `callbacks` and `logger`.
         logger: The run's log.
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds its index.
@@ -142,11 +140,10 @@ class Reconstructor:
     ) -> tuple[int, bool]:
         """Fit once; how many steps the optimizer made, and whether the loss diverged."""
         guard = FiniteLoss()
-        own = getattr(self.trainer, "keywords", {}).get("callbacks") or []
         self.logger.start_window(window.name)
         trainer = self.trainer(
             logger=self.logger,
-            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *deepcopy(own), *self.callbacks],
+            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]

@@ -368,6 +368,18 @@ def test_bad_input_gets_status_2_one_message_and_writes_nothing(
     assert list(Path().iterdir()) == []
 
 
+def test_callbacks_of_the_trainer_reach_each_fit_anew(tiny_run: Callable[..., Ended]) -> None:
+    Path("mine.py").write_text(
+        "from lightning import Callback\n\n\nclass Stopper(Callback):\n    batches = 0\n\n"
+        "    def on_train_batch_end(self, trainer, *given):\n        self.batches += 1\n"
+        "        trainer.should_stop |= self.batches == 1\n"
+    )
+    ended = tiny_run("+trainer.callbacks=[{_target_:mine.Stopper}]", "trainer.max_epochs=4")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert [window["steps"] for window in windows] == [1] * 3, "of 16"
+
+
 def test_a_folder_that_is_not_a_run_is_left_alone_even_with_overwrite(tiny_run: Callable[..., Ended]) -> None:
     Path("run").mkdir()
     Path("run/config.yaml").write_text("title: thesis")
