@@ -42,6 +42,24 @@ class Boundary:
         return free_STD
 
 
+def correct(targets_BTD: Tensor, outputs_BTD: Tensor, dense_BTD: Tensor, sparse_BTD: Tensor, *, share: float) -> None:
+    """Make the targets of a parallel layer's second half where windows correct the sparse chain.
+
+    Both halves contain the residual, so that with plain targets each would make up for all of the chains' difference.
+    With a what the first half adds, x the dense chain's states, and z those that the window is trained on:
+
+        target = x + mlp(x) + a(x) - a(z),      a(z) = (1 - share) * a(x) + share * a(sparse chain's states)
+
+    Args:
+        targets_BTD: Where they go.
+        outputs_BTD: The dense half's outputs, x + mlp(x).
+        dense_BTD: What the first half adds in the dense chain.
+        sparse_BTD: What it adds in the sparse chain, reconstructed.
+        share: Share of the sparse chain in the window's inputs.
+    """
+    targets_BTD.copy_(outputs_BTD.float() + share * (dense_BTD.float() - sparse_BTD.float()))
+
+
 def state_of(boundaries: Mapping[str, Boundary]) -> dict[str, Tensor]:
     """The arrays of some boundaries by name, `<name>_aside` for what is aside; not copied."""
     arrays = {}

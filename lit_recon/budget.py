@@ -11,14 +11,13 @@ from functools import partial
 
 from accelerate.utils import convert_file_size_to_int
 
-from lit_recon.chain import check_halves
 from lit_recon.disk import nearest
 from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
 from lit_recon.metrics import in_gb
-from lit_recon.partition import partition
 from lit_recon.plan import Plan, make_plan, name_of
 from lit_recon.store import Needed, arrays
+from lit_recon.targets import check_halves
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
 ORDER = ("model", "blocks", "block", "half")  # from large to small
@@ -59,8 +58,8 @@ def plan_of(job: Job, loaded: Loaded) -> Plan:
         loaded.chain,
         job.workload,
         units=loaded.units,
-        kind=job.kind,
-        size=job.size,
+        kind=job.windows.by,
+        size=job.windows.blocks,
         arrays=loaded.arrays,
         mapped_bytes=loaded.checkpoint.files.nbytes if loaded.checkpoint.files else 0,
         linked=can_link(nearest(job.output)),
@@ -94,22 +93,22 @@ def check_limit(plan: Plan, job: Job) -> None:
         ValueError: It does not; the message has the numbers.
     """
     assert job.memory_limit is not None
-    need = plan.own_by_kind[name_of(job.kind, job.size)]
+    need = plan.own_by_kind[name_of(job.windows.by, job.windows.blocks)]
     if need > _SLACK * job.memory_limit:
         raise ValueError(
-            f"memory_limit={in_gb(job.memory_limit)}: windows={job.kind} with data.batch_size={job.batch_size}, with "
-            f"which the run began, need {in_gb(need)}. Raise the limit, or start a new run."
+            f"memory_limit={in_gb(job.memory_limit)}: windows={job.windows.by} with data.batch_size={job.batch_size}, "
+            f"with which the run began, need {in_gb(need)}. Raise the limit, or start a new run."
         )
 
 
 def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     """All choices in the order of preference, and the memory that each needs."""
-    kinds = list(ORDER[ORDER.index(job.kind) :]) if job.kind in ORDER else [job.kind]
-    if job.size > len(loaded.chain.decoder.layers):
+    kinds = list(ORDER[ORDER.index(job.windows.by) :]) if job.windows.by in ORDER else [job.windows.by]
+    if job.windows.blocks > len(loaded.chain.decoder.layers):
         kinds = [kind for kind in kinds if kind != "blocks"]
-    if "half" in kinds and job.kind != "half":
+    if "half" in kinds and job.windows.by != "half":
         try:
-            halves = partition(loaded.model, by="half", head=_has_head(job))
+            halves = job.windows.of_kind("half").cut(loaded.model)
             check_halves(halves, job.regime, recompute=job.store.recompute)
         except ValueError:  # layers that have no halves, or halves that have no logits or no targets
             kinds.remove("half")
@@ -123,7 +122,7 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     loaded.chain.batch_size = job.batch_size
     for kind in kinds:
         for batch_size, plan in plans.items():
-            name = name_of(kind, job.size)
+            name = name_of(kind, job.windows.blocks)
             if name in plan.own_by_kind:
                 on_gpu = job.compute.device.type == "cuda"  # whose memory the arrays take none of
                 more = 0 if on_gpu else _arrays(kind, job, loaded).memory - loaded.arrays.memory
@@ -133,34 +132,24 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
 def _arrays(kind: str, job: Job, loaded: Loaded) -> Needed:
     """What the chain's arrays take with another kind of windows."""
     units = job.units.keywords["by"] if job.units else "window"
-    count = job.arrays if kind == job.kind else arrays(job.regime, job.store.targets, kind=kind, units=units)
+    count = job.arrays if kind == job.windows.by else arrays(job.regime, job.store.targets, kind=kind, units=units)
     return Needed(*(size // job.arrays * count for size in loaded.arrays))
-
-
-def _has_head(job: Job) -> bool:
-    assert isinstance(job.windows, partial)
-    return bool(job.windows.keywords.get("head"))
 
 
 def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
     """The run with what was chosen."""
-    if choice == Choice(job.kind, job.batch_size):
+    if choice == Choice(job.windows.by, job.batch_size):
         return job, loaded
-    assert isinstance(job.windows, partial)
     accumulate = job.workload.accumulate * (job.batch_size // choice.batch_size)
-    of_kind = job.windows
-    if choice.kind != job.kind:
-        size = job.size if choice.kind == "blocks" else 1
-        of_kind = partial(partition, by=choice.kind, size=size, head=_has_head(job))
-    described = {"windows": choice.kind} if choice.kind != job.kind else {}
+    windows = job.windows.of_kind(choice.kind)
+    described = {"windows": windows.describe(), "batch_size": f"{choice.batch_size}, {accumulate} per step"}
     changed = replace(
         job,
-        windows=of_kind,
-        kind=choice.kind,
+        windows=windows,
         batch_size=choice.batch_size,
         trainer=partial(job.trainer, accumulate_grad_batches=accumulate),
         workload=replace(job.workload, accumulate=accumulate),
-        recipe=job.recipe | described | {"batch_size": f"{choice.batch_size}, {accumulate} per step"},
+        recipe=job.recipe | described,
     )
     loaded.chain.batch_size = choice.batch_size
-    return changed, replace(loaded, windows=of_kind(loaded.model), arrays=_arrays(choice.kind, job, loaded))
+    return changed, replace(loaded, windows=windows.cut(loaded.model), arrays=_arrays(choice.kind, job, loaded))

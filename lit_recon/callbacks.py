@@ -44,7 +44,7 @@ class FirstHeldOut(Callback):
 
 
 class FiniteLoss(Callback):
-    """Ends a fit whose loss is not finite; `diverged` tells the driver."""
+    """Ends a fit whose loss is not finite; `diverged` tells the Reconstructor."""
 
     def __init__(self) -> None:
         self.diverged = False
@@ -52,7 +52,7 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss of each step that is logged: reading it makes a GPU wait."""
+        """Look at the loss as often as losses are logged: reading it makes a GPU wait."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # a step may have none
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if loss is not None and batch_idx % every == 0 and not math.isfinite(float(loss)):

@@ -15,28 +15,18 @@ import torch
 from torch import Tensor
 
 from lit_recon.blocks import Decoder, LayerCall
-from lit_recon.boundary import Boundary, check_state, state_of
+from lit_recon.boundary import Boundary, check_state, correct, state_of
 from lit_recon.compute import Compute
 from lit_recon.data.packing import PADDING
 from lit_recon.regime import Regime
 from lit_recon.store import MemoryStore, Store, on_device
 from lit_recon.targets import DenseWindow
-from lit_recon.windows import AnyWindow, Window
+from lit_recon.windows import Window
 
 PARTS = ("calibration", "held_out")  # of the samples
 CALIBRATION = PARTS[:1]
 Watching = Callable[[str], AbstractContextManager]  # makes a context for the part of the samples that passes
 Forward = Callable[..., Tensor]  # of hidden states and calls
-
-
-def check_halves(windows: Sequence[AnyWindow], regime: Regime, *, recompute: bool) -> None:
-    """Raise a ValueError for halves of parallel layers of which targets, made anew for each batch, would be others."""
-    if recompute and regime.corrects and any(window.branch for window in windows if isinstance(window, Window)):
-        raise ValueError(
-            f"store.targets=recompute with windows=half and chain.inputs={regime.inputs}: the halves of these layers "
-            "stand side by side, and targets of the second depend on what the first has learnt; use "
-            "store.targets=keep, or windows=block."
-        )
 
 
 def watching_nothing(part: str) -> AbstractContextManager:
@@ -208,22 +198,12 @@ class Chain:
             self._correct()
 
     def _correct(self) -> None:
-        """Targets of a parallel layer's second half: it makes up for what the first one has left of the difference.
-
-        Both halves contain the residual, so that with plain targets each would make up for all of it. With a what the
-        first half adds, x and s the states of the dense and the sparse chain:
-
-            target = x + mlp(x) + a(x) - (mix * a(x) + (1 - mix) * a(s))
-        """
+        """Have a parallel layer's second half make up for what the first one has left of the chains' difference."""
         assert self.dense and self.sparse and self._outputs_STD is not None
-        share = 1 - (self.regime.mix if self.regime.inputs == "mix" else 0)
-
-        def correct(targets_BTD: Tensor, outputs_BTD: Tensor, dense_BTD: Tensor, sparse_BTD: Tensor) -> None:
-            targets_BTD.copy_(outputs_BTD.float() + share * (dense_BTD.float() - sparse_BTD.float()))
-
         assert self.dense.aside_STD is not None and self.sparse.aside_STD is not None
+        share = 1 - (self.regime.mix if self.regime.inputs == "mix" else 0)
         arrays_STD = (self._own_targets(), self._outputs_STD, self.dense.aside_STD, self.sparse.aside_STD)
-        self._each_batch(correct, *arrays_STD)
+        self._each_batch(partial(correct, share=share), *arrays_STD)
 
     def _own_targets(self) -> Tensor:
         """Memory for targets that are not the dense chain's next value."""

@@ -1,11 +1,14 @@
 """Where and how precisely a run computes: the device and the precision that every pass of a run shares."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -54,6 +57,16 @@ class Compute:
         if precision == "auto":
             precision = "bf16-mixed" if bf16_is_fast(device) else "32-true"
         return cls(device, precision)
+
+    def trainers(self, trainer: "partial[Trainer]") -> Callable[..., Trainer]:
+        """Makes Trainers that compute there, each with the callbacks of `trainer` anew: they may count."""
+        own = trainer.keywords.get("callbacks") or []
+
+        def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
+            where = {"precision": self.precision, "accelerator": self.device.type}
+            return trainer(callbacks=[*deepcopy(own), *callbacks], **where | settings)
+
+        return make
 
     def autocast(self) -> AbstractContextManager:
         """The context in which Lightning runs a training step, for the passes outside of it."""

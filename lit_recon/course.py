@@ -12,7 +12,7 @@ from lit_recon.driver import walk
 from lit_recon.job import Job, Loaded
 from lit_recon.journal import Journal
 from lit_recon.logger import RunLogger
-from lit_recon.metrics import Clock
+from lit_recon.metrics import WALK, Clock, duration
 from lit_recon.plan import Plan
 from lit_recon.progress import WalkProgress
 from lit_recon.pruning import Pruner
@@ -21,8 +21,6 @@ from lit_recon.results import model_card
 from lit_recon.shards import ShardedFolder
 from lit_recon.stopping import protected
 from lit_recon.windows import AnyWindow
-
-WALK_PHASES = ("teacher", "prune", "fit", "advance", "commit")
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,11 @@ class Course:
             return f"no window was done yet; start again with resume={output}"
         total = len(self.setting.loaded.windows)
         phases = self.setting.clock.seconds
-        seconds = sum(phases[name] for name in WALK_PHASES) / len(done) * (total - len(done))
+        seconds = sum(phases[name] for name in WALK) / len(done) * (total - len(done))
         return (
             f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {output}/checkpoint holds "
             f"them and is dense from there. Go on with: python -m lit_recon.fit resume={output}"
-            f" (about {seconds / 60:.0f} min more)"
+            f" (about {duration(seconds)} more)"
         )
 
     def _left(self, done: int) -> Sequence[AnyWindow]:

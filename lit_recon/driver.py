@@ -80,7 +80,7 @@ def walk(
             seed_everything(reconstructor.seed + span.indices.start, verbose=False)  # what statistics or scores draw
             with clock.phase("teacher"):
                 pruner.prepare(span)
-            with clock.phase("load"):
+            with clock.phase("advance"):
                 checkpoint.bring_in(span)
                 checkpoint.read_ahead(next_indices)
             masks: dict[str, Tensor] = {}

@@ -10,18 +10,16 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -36,26 +34,25 @@ from lit_recon.criteria import Criterion
 from lit_recon.data.source import Samples
 from lit_recon.job import ACTIVATIONS, Job
 from lit_recon.masks import Pattern
-from lit_recon.output import finish
-from lit_recon.partition import check_partition, layer_windows
+from lit_recon.output import NEXT_CONFIG, check_output, finish
+from lit_recon.partition import Partition, layer_windows
 from lit_recon.plan import Workload
 from lit_recon.reconstruction import uses_moments
 from lit_recon.regime import Regime
 from lit_recon.run import run
 from lit_recon.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.startup import (
-    NEXT_CONFIG,
     Problems,
     Refusal,
     check_module,
-    check_output,
+    check_optimizer,
     check_pattern,
     check_steps,
     explain_override,
     quiet,
     stop,
 )
-from lit_recon.store import StoreSettings, arrays, check_targets
+from lit_recon.store import arrays, check_targets
 from lit_recon.sweep import fit_apart
 
 PARTS = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
@@ -77,14 +74,14 @@ def prepare(cfg: DictConfig) -> Job:
     limit = None if cfg.memory_limit is None else problems.check(parse_limit, cfg.memory_limit)
     problems.raise_all()
     assert compute is not None
-    model, source, criterion, pattern, regime, store, make_windows, module, trainer = parts.values()
+    model, source, criterion, pattern, regime, store, windows, module, trainer = parts.values()
     model.check()
     skeleton = model.skeleton()
-    check_partition(skeleton, **make_windows.keywords)
+    windows.check(skeleton)
     layers = layer_windows(skeleton)
     check_pattern([matrix for layer in layers for matrix in layer.matrices()], pattern)
-    check_module(module, layers[0], single=cfg.windows.by == "matrix")
-    if cfg.windows.by == "matrix":
+    check_module(module, layers[0], single=windows.by == "matrix")
+    if windows.by == "matrix":
         check_regime([matrix for layer in layers for matrix in layer.matrices()], regime)
         if _has_units(cfg, regime) and cfg.prune_by == "half":
             raise ValueError(
@@ -94,7 +91,7 @@ def prepare(cfg: DictConfig) -> Job:
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    count = _arrays(cfg, regime, store)
+    count = arrays(regime, store.targets, kind=windows.by, overlapping=windows.overlapping, units=cfg.prune_by)
     store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), count, limit)
     return Job(
         model=model,
@@ -106,18 +103,16 @@ def prepare(cfg: DictConfig) -> Job:
         regime=regime,
         store=store,
         arrays=count,
-        windows=make_windows,
-        kind=cfg.windows.by,
-        size=cfg.windows.get("size", 4),
+        windows=windows,
         batch_size=cfg.data.batch_size,
         memory_limit=limit,
         units=partial(layer_windows, by=cfg.prune_by) if _has_units(cfg, regime) else None,
         allow_unscored=cfg.allow_unscored,
         module=module,
-        trainer=_trainer(trainer, compute),
+        trainer=compute.trainers(trainer),
         compute=compute,
         workload=_workload(cfg, samples, module),
-        recipe=_recipe(cfg, criterion, pattern, regime),
+        recipe=_recipe(cfg, criterion, pattern, windows, regime),
         output=output,
         config=_plain(cfg),
         seed=cfg.seed,
@@ -126,17 +121,6 @@ def prepare(cfg: DictConfig) -> Job:
         stop_after=cfg.stop_after,
         resume=cfg.resume is not None,
     )
-
-
-def _trainer(trainer: "partial[Trainer]", compute: Compute) -> Callable[..., Trainer]:
-    """Makes Trainers that compute there, each with the configured callbacks anew: they may count."""
-    configured = trainer.keywords.get("callbacks") or []
-
-    def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
-        where = {"precision": compute.precision, "accelerator": compute.device.type}
-        return trainer(callbacks=[*deepcopy(configured), *callbacks], **where | settings)
-
-    return make
 
 
 def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> Compute | None:
@@ -149,18 +133,9 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
             f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
             f"{pattern.sparsity:g}; leave one of them out."
         )
-    if isinstance(module, partial) and "optimizer" in module.keywords:  # a dry run finds bad rates and unknown options
-        parameters = [torch.nn.Parameter(torch.zeros(1))]
-        optimizer = problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
-        schedule = module.keywords.get("scheduler")
-        if optimizer and schedule:
-            steps = {"num_warmup_steps": 0, "num_training_steps": 1}
-            problems.check(schedule, optimizer=optimizer, **steps, about="module.scheduler: ")
-        if cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val and cfg.module.optimizer.get("fused"):
-            problems.add(
-                f"trainer.gradient_clip_val={cfg.trainer.gradient_clip_val} with trainer.precision=16-mixed: a fused "
-                "optimizer scales gradients back only as it steps; give module.optimizer.fused=false."
-            )
+    if isinstance(module, partial):
+        scaled = cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val
+        check_optimizer(module, problems, clipped=cfg.trainer.gradient_clip_val if scaled else None)
     if cfg.trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     if source:
@@ -194,13 +169,6 @@ def _check_settings(cfg: DictConfig, problems: Problems) -> None:
 def _has_units(cfg: DictConfig, regime: Regime) -> bool:
     """Whether it makes a difference that something else than each window is pruned at once."""
     return cfg.prune_by != "window" and regime.statistics == "sparse"
-
-
-def _arrays(cfg: DictConfig, regime: Regime, store: StoreSettings) -> int:
-    """How many arrays of hidden states the run keeps."""
-    stride = cfg.windows.get("stride")
-    overlapping = stride is not None and stride < cfg.windows.size
-    return arrays(regime, store.targets, kind=cfg.windows.by, overlapping=overlapping, units=cfg.prune_by)
 
 
 def _resumed(cfg: DictConfig) -> DictConfig:
@@ -244,12 +212,14 @@ def _given() -> set[str]:
     return {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
 
 
-def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern, regime: Regime) -> dict[str, str]:
+def _recipe(
+    cfg: DictConfig, criterion: Criterion, pattern: Pattern, windows: Partition, regime: Regime
+) -> dict[str, str]:
     """What was done, in the words of the settings."""
     recipe = {
         "criterion": type(criterion).__name__,
         "pattern": pattern.describe(),
-        "windows": _describe_windows(cfg.windows),
+        "windows": windows.describe(),
         "module": _class(cfg.module),
         **regime.describe(),
         "epochs": str(cfg.trainer.max_epochs),
@@ -257,12 +227,6 @@ def _recipe(cfg: DictConfig, criterion: Criterion, pattern: Pattern, regime: Reg
     }
     rate = OmegaConf.select(cfg, "module.optimizer.lr")
     return recipe | ({"learning_rate": f"{rate:g}"} if rate is not None else {})
-
-
-def _describe_windows(windows: DictConfig) -> str:
-    size = f" of {windows.size}" if "size" in windows else ""
-    stride = f" every {windows.stride}" if windows.get("stride") else ""
-    return windows.by + size + stride + (", logits at the end" if windows.get("head") else "")
 
 
 def _class(node: DictConfig) -> str:

@@ -172,7 +172,7 @@ def _trained(
 
 
 def _with_gradient(parameters: dict[str, nn.Parameter], run: Callable[[], Tensor]) -> set[str]:
-    """Names of the parameters that a change of which changes the output of `run`."""
+    """Names of the parameters that the output of `run` depends on."""
     if not parameters:
         return set()
     for parameter in parameters.values():

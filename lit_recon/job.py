@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import Decoder
-from lit_recon.chain import Chain, check_halves
+from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.compute import Compute
 from lit_recon.criteria import Criterion
@@ -22,11 +22,13 @@ from lit_recon.disk import DiskStore
 from lit_recon.examine import examine
 from lit_recon.masks import Pattern
 from lit_recon.models import LanguageModel
+from lit_recon.partition import Partition
 from lit_recon.plan import Workload
 from lit_recon.pruning import check_units
 from lit_recon.regime import Regime
 from lit_recon.startup import check_pattern, check_scored
 from lit_recon.store import Needed, Store, StoreSettings
+from lit_recon.targets import check_halves
 from lit_recon.weights import DenseFiles
 from lit_recon.windows import AnyWindow, Window
 
@@ -48,9 +50,7 @@ class Job:
     regime: Regime
     store: StoreSettings
     arrays: int
-    windows: Callable[..., list[AnyWindow]]
-    kind: str
-    size: int
+    windows: Partition
     batch_size: int
     memory_limit: int | None
     units: "partial[list[Window]] | None"
@@ -103,7 +103,7 @@ def load(job: Job, activations: Path) -> Loaded:
     samples = job.samples
     lengths = {"data.length": samples.calibration_ST.shape[1], "data.evaluation_length": samples.evaluation_ST.shape[1]}
     examine(model, samples.calibration_ST, lengths=lengths)
-    windows, units = job.windows(model), _units(job, model)
+    windows, units = job.windows.cut(model), _units(job, model)
     check_units(units, windows)
     check_halves(windows, job.regime, recompute=job.store.recompute)
     layers = {id(window.span): window.span for window in windows}.values()

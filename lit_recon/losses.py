@@ -1,7 +1,8 @@
 """Losses between a window's outputs and its targets: functions of (outputs, targets, variance) to one number.
 
-All are divided by the variance of the targets, so that curves of windows at different depth can be compared and one
-learning rate or clipping threshold means the same everywhere: 1 is what predicting the mean would give.
+Those of hidden states are in units of the targets' spread, so that curves of windows at different depth can be compared
+and one learning rate or clipping threshold means the same everywhere: 1 is the squared error of predicting the mean.
+The divergence of logits is in nats per token.
 """
 
 from collections.abc import Callable

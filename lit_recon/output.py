@@ -1,17 +1,105 @@
 """The output folder of a run, from its first moment to its last."""
 
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from lit_recon.commits import CommitError
+from lit_recon.disk import free_space, nearest
+from lit_recon.durable import replaced
 from lit_recon.lease import hold
+from lit_recon.metrics import in_gb
 from lit_recon.plots import read_results
 from lit_recon.report import write_report
-from lit_recon.startup import NEXT_CONFIG, Refusal, announce_output, undo_output
+from lit_recon.startup import Refusal
+
+NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
+RUN_FILES = (
+    *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
+    *("commits", "checkpoint.partial", f"{NEXT_CONFIG}.partial"),
+)
+OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
+    existing = nearest(folder)
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder}: cannot write to {existing} ({error.strerror}); choose another output_dir."
+        ) from error
+    if existing != folder.absolute() or {path.name for path in folder.iterdir()} <= {*OF_A_START}:
+        return
+    config = folder / "config.yaml"
+    if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"output_dir={folder} holds files that are not a run; choose an empty or a new folder.")
+    if not overwrite:
+        finished = (folder / "results.json").is_file()
+        raise ValueError(
+            f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
+            + ("" if finished else f"go on with it (resume={folder}), ")
+            + "or replace it with overwrite=true."
+        )
+
+
+def announce_output(folder: Path, config: str) -> Path:
+    """Write the configuration of a run that begins, beside that of one that it will overwrite; where it is written."""
+    own = folder / "config.yaml"
+    path = folder / NEXT_CONFIG if own.exists() else own
+    with replaced(path) as file:
+        file.write(config.encode())
+    return path
+
+
+def begin_output(folder: Path, config: str) -> None:
+    """Clear the folder for a run and write its configuration, whole or not at all, in place of an earlier one's."""
+    clear_output(folder)
+    with replaced(folder / "config.yaml") as file:
+        file.write(config.encode())
+    (folder / NEXT_CONFIG).unlink(missing_ok=True)
+
+
+def undo_output(made: Sequence[Path]) -> None:
+    """Remove folders that were made for a run, the inner ones first, as far as nothing is in them."""
+    for path in made:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def left_behind(folder: Path) -> int:
+    """Bytes of what `clear_output` will remove."""
+    paths = [path for name in RUN_FILES for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
+    found = {(about.st_dev, about.st_ino): about.st_size for about in (path.stat() for path in paths)}
+    return sum(found.values())  # a commit's file and its second name in checkpoint/ once
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise a ValueError where the disk has no room for `needed` bytes more in a run's folder."""
+    free = free_space(folder)
+    if needed > free:
+        raise ValueError(
+            f"output_dir={folder}: the run needs {in_gb(needed)} there, where {in_gb(free)} are free; free "
+            "some space, or choose an output_dir on another disk."
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Remove what an earlier run left in the folder of this one, and only that; its configuration stays till the last.
+
+    A run that is killed meanwhile is still a run, which can be taken up.
+    """
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

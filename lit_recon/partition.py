@@ -1,6 +1,8 @@
 """Cuts a model into windows; windows.py has the drawing."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,60 +15,93 @@ from lit_recon.windows import AnyWindow, HalfWindow, MatrixWindow, Window
 KINDS = ("matrix", "half", "block", "blocks", "model")
 
 
-def check_partition(
-    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
-) -> None:
-    """Check the arguments of `partition`, also on a model without weights.
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """How a model is cut into windows, in order, so that each of its layers is kept in exactly one of them.
 
-    Raises:
-        ValueError: An unknown kind, a size or stride out of range, or a model whose layers cannot be found.
-    """
-    depth = len(decoder_layers(model)[1])
-    if by not in KINDS:
-        raise ValueError(f"windows.by={by!r}: expected one of {', '.join(KINDS)}.")
-    if type(size) is not int or size < 1:
-        raise ValueError(f"windows.size={size}: expected at least 1 layer per window.")
-    if stride is not None and (type(stride) is not int or not 1 <= stride <= size):
-        raise ValueError(f"windows.stride={stride}: expected 1 to windows.size={size} layers from window to window.")
-    if size > depth:
-        raise ValueError(f"windows.size={size}: the model has {depth} layers; use windows=model for all of them.")
-    if type(head) is not bool:
-        raise ValueError(f"windows.head={head}: expected true or false.")
-    if head and by == "matrix":
-        raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
-
-
-def partition(
-    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None, head: bool = False
-) -> list[AnyWindow]:
-    """Cut a model into windows, in order, so that each of its layers is kept in exactly one of them.
-
-    Args:
-        model: The model, with its weights; the windows share them.
+    Attributes:
         by: One of KINDS.
         size: Layers per window for "blocks"; the last window may be shorter.
         stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
             and each keeps its first `stride` layers. None: `size`.
         head: Have the last window's loss on the logits.
-
-    Raises:
-        ValueError: What `check_partition` finds, layers that do not fall into halves, or halves without logits.
     """
-    check_partition(model, by=by, size=size, stride=stride, head=head)
-    windows = layer_windows(model, by="block" if by == "matrix" else by, size=size, stride=stride)
-    if head:
-        if windows[-1].branch:
+
+    by: str = "block"
+    size: int = 1
+    stride: int | None = None
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.by not in KINDS:
+            raise ValueError(f"windows.by={self.by!r}: expected one of {', '.join(KINDS)}.")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"windows.size={self.size}: expected at least 1 layer per window.")
+        if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.size):
             raise ValueError(
-                "windows.head=true with windows=half: the halves of these layers stand side by side, and none has the "
-                "model's logits; use block, blocks or model."
+                f"windows.stride={self.stride}: expected 1 to windows.size={self.size} layers from window to window."
             )
-        decoder = Decoder(model, torch.device("cpu"))
-        decoder.embed(torch.zeros(1, 1, dtype=torch.long))  # sees what layers return while they are whole, in one place
-        windows[-1].head = decoder.logits
-    if by != "matrix":
-        return list(windows)
-    found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
-    return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
+        if type(self.head) is not bool:
+            raise ValueError(f"windows.head={self.head}: expected true or false.")
+        if self.head and self.by == "matrix":
+            raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a ValueError for a model whose layers cannot be found, or are too few; it needs no weights."""
+        depth = len(decoder_layers(model)[1])
+        if self.size > depth:
+            raise ValueError(
+                f"windows.size={self.size}: the model has {depth} layers; use windows=model for all of them."
+            )
+
+    def cut(self, model: PreTrainedModel) -> list[AnyWindow]:
+        """The windows; they share the model's weights.
+
+        Raises:
+            ValueError: What `check` finds, layers that do not fall into halves, or halves without logits.
+        """
+        self.check(model)
+        by = "block" if self.by == "matrix" else self.by
+        windows = layer_windows(model, by=by, size=self.size, stride=self.stride)
+        if self.head:
+            if windows[-1].branch:
+                raise ValueError(
+                    "windows.head=true with windows=half: the halves of these layers stand side by side, and none has "
+                    "the model's logits; use block, blocks or model."
+                )
+            decoder = Decoder(model, torch.device("cpu"))
+            decoder.embed(torch.zeros(1, 1, dtype=torch.long))  # sees what layers return while they are whole, here
+            windows[-1].head = decoder.logits
+        if self.by != "matrix":
+            return list(windows)
+        found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
+        return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether layers are trained in more than one window."""
+        return self.stride is not None and self.stride < self.size
+
+    @property
+    def blocks(self) -> int:
+        """Layers per window for "blocks", where that is another kind than this one too."""
+        return self.size if self.by == "blocks" else 4
+
+    def of_kind(self, by: str) -> "Partition":
+        """The partition into another kind of windows."""
+        return self if by == self.by else Partition(by=by, size=self.blocks if by == "blocks" else 1, head=self.head)
+
+    def describe(self) -> str:
+        """In the words of the settings."""
+        size = f" of {self.size}" if self.by == "blocks" else ""
+        stride = f" every {self.stride}" if self.stride else ""
+        return self.by + size + stride + (", logits at the end" if self.head else "")
+
+
+def partition(model: PreTrainedModel, **settings: Any) -> list[AnyWindow]:
+    """A model's windows, by settings of a Partition."""
+    return Partition(**settings).cut(model)
 
 
 def layer_windows(

@@ -4,7 +4,7 @@ Memory is counted, not guessed: what a window's backward keeps is read off one r
 hooks, and the same forward is timed to tell how long the walk will take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -119,10 +119,9 @@ def make_plan(
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
     single = _single_bytes(layers, chain, arrays, uses_moments=work.uses_moments)
-    probes = {name: probe(layer, chain) for name, layer in {repr(layer): layer for layer in layers}.items()}
+    blocks = {name: probe(layer, chain) for name, layer in {repr(layer): layer for layer in layers}.items()}
     halves = [probe(half, chain) for half in _halves_of(windows, model)]
-    blocks = list(probes.values())
-    bytes_of_kind = _windows_bytes(blocks, halves, single.memory, largest=largest, size=size, depth=depth)
+    bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
     scored = max((sum(parameter.numel() for parameter in unit.parameters()) for unit in units), default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
     own, shared = _resident(chain, arrays)
@@ -148,7 +147,7 @@ def make_plan(
         mapped_bytes=mapped_bytes,
         disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory, linked=linked)
         + (single.disk if kind == "matrix" else 0),
-        seconds=_seconds_of_run(sum(probes[repr(layer)].seconds for layer in layers), chain, work, largest),
+        seconds=_seconds_of_run(sum(blocks[repr(layer)].seconds for layer in layers), chain, work, largest),
     )
 
 
@@ -174,7 +173,7 @@ def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, i
 
 
 def _windows_bytes(
-    blocks: Sequence[Probe], halves: Sequence[Probe], matrix: int, *, largest: int, size: int, depth: int
+    blocks: Collection[Probe], halves: Collection[Probe], matrix: int, *, largest: int, size: int, depth: int
 ) -> dict[str, tuple[int, int]]:
     """Bytes of the float32 weights, and of training, for each kind of window.
 

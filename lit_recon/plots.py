@@ -23,6 +23,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
+from lit_recon.metrics import duration
+
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
 TRAINING, INK, MUTED, AXIS = "#7fb8dc", "#1f2933", "#5b6470", "#b6bdc7"
 GRID, BAND, REFUSED = "#e3e7ec", "#f6f7f9", "#fbe3d3"
@@ -251,14 +253,6 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
     axes.grid(visible=True, axis="x")
     axes.set_xlabel(f"wall time ({unit})")
     return figure
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: "7.3 s", "2 min 05 s", "3 h 10 min"."""
-    if seconds < 99.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _make_logarithmic(axis: XAxis | YAxis) -> None:

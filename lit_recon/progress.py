@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
-from lit_recon.plots import duration
+from lit_recon.metrics import duration
 from lit_recon.reconstruction import WindowResult
 
 log = logging.getLogger(__name__)

@@ -71,7 +71,7 @@ class Reconstructor:
         trainer: Makes the Trainer from `callbacks` and `logger`.
         logger: The run's log.
         device: Where windows are trained.
-        seed: Seed of the order of the samples; each window adds its index.
+        seed: Seed of the order of the samples; each window adds the index of its first layer.
         callbacks: Callbacks of every Trainer, for example a progress display.
     """
 

@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_recon.durable import replaced
-from lit_recon.plots import duration, measure, number, read_results, write_figures
+from lit_recon.metrics import WALK, duration
+from lit_recon.plots import measure, number, read_results, write_figures
 
 FILES = {
     "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",
@@ -49,7 +50,6 @@ LABELS = {  # where the key of results.json alone does not say it
     "tokens.calibration": "calibration tokens",
 }
 DEFAULT_MODULE = "ReconstructionModule"
-WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take; not loading and evaluating
 COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "run": "run",
     "window": "window",

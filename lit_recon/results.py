@@ -12,10 +12,9 @@ from rich.table import Table
 from lit_recon import __version__
 from lit_recon.durable import replaced
 from lit_recon.evaluate import Protocol
-from lit_recon.metrics import in_gb
+from lit_recon.metrics import duration, in_gb
 from lit_recon.packed_masks import PackedMasks
 from lit_recon.plan import Plan
-from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")

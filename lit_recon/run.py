@@ -24,14 +24,13 @@ from lit_recon.evaluate import Protocol
 from lit_recon.job import ACTIVATIONS, Job, load
 from lit_recon.judge import Judge, Saved, read_back
 from lit_recon.logger import RunLogger
-from lit_recon.metrics import Clock, in_gb, peak_memory_bytes, release_memory, reset_peak_memory
-from lit_recon.output import begun, draw_report
+from lit_recon.metrics import Clock, duration, in_gb, peak_memory_bytes, release_memory, reset_peak_memory
+from lit_recon.output import begin_output, begun, check_disk, draw_report, left_behind
 from lit_recon.plan import Plan
-from lit_recon.plots import duration
 from lit_recon.reconstruction import WindowResult
 from lit_recon.results import Results, sparsity, table
 from lit_recon.signature import changes, signature
-from lit_recon.startup import Refusal, begin_output, check_disk, left_behind
+from lit_recon.startup import Refusal
 from lit_recon.stopping import protected, stoppable
 from lit_recon.windows import AnyWindow, HalfWindow
 
@@ -92,7 +91,7 @@ def _open(
         raise Refusal(str(error)) from error
     for name, text in _lines(job, plan, commit, loaded.windows).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
-    facts["choice"] = asdict(Choice(job.kind, job.batch_size))
+    facts["choice"] = asdict(Choice(job.windows.by, job.batch_size))
     facts["store"] = "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"
     return Setting(job, loaded, plan, commits, console, clock), facts, commit
 
@@ -198,7 +197,7 @@ def _config(job: Job) -> str:
 
 
 def _judge(job: Job, clock: Clock) -> Judge:
-    return Judge(job.samples, job.source.batch_size * job.source.length, job.compute, clock)
+    return Judge(job.samples, job.batch_size * job.source.length, job.compute, clock)
 
 
 def _protocol(job: Job) -> Protocol:

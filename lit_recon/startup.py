@@ -8,12 +8,11 @@ import difflib
 import inspect
 import logging
 import re
-import shutil
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,19 +25,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from lit_recon.disk import free_space, nearest
-from lit_recon.durable import replaced
 from lit_recon.masks import Pattern
 from lit_recon.matrices import Matrix
-from lit_recon.metrics import in_gb
 from lit_recon.windows import MatrixWindow, Window
-
-NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
-RUN_FILES = (
-    *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "checkpoint.partial", f"{NEXT_CONFIG}.partial"),
-)
-OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
 
 class Problems:
@@ -86,83 +75,6 @@ class Problems:
         """Raise a ValueError with all problems, if there are any."""
         if self.found:
             raise ValueError("\n".join(self.found))
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
-    existing = nearest(folder)
-    try:
-        tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={folder}: cannot write to {existing} ({error.strerror}); choose another output_dir."
-        ) from error
-    if existing != folder.absolute() or {path.name for path in folder.iterdir()} <= {*OF_A_START}:
-        return
-    config = folder / "config.yaml"
-    if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"output_dir={folder} holds files that are not a run; choose an empty or a new folder.")
-    if not overwrite:
-        finished = (folder / "results.json").is_file()
-        raise ValueError(
-            f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
-            + ("" if finished else f"go on with it (resume={folder}), ")
-            + "or replace it with overwrite=true."
-        )
-
-
-def announce_output(folder: Path, config: str) -> Path:
-    """Write the configuration of a run that begins, beside that of one that it will overwrite; where it is written."""
-    own = folder / "config.yaml"
-    path = folder / NEXT_CONFIG if own.exists() else own
-    with replaced(path) as file:
-        file.write(config.encode())
-    return path
-
-
-def begin_output(folder: Path, config: str) -> None:
-    """Clear the folder for a run and write its configuration, whole or not at all, in place of an earlier one's."""
-    clear_output(folder)
-    with replaced(folder / "config.yaml") as file:
-        file.write(config.encode())
-    (folder / NEXT_CONFIG).unlink(missing_ok=True)
-
-
-def undo_output(made: Sequence[Path]) -> None:
-    """Remove folders that were made for a run, the inner ones first, as far as nothing is in them."""
-    for path in made:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-
-
-def left_behind(folder: Path) -> int:
-    """Bytes of what `clear_output` will remove."""
-    paths = [path for name in RUN_FILES for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
-    found = {(about.st_dev, about.st_ino): about.st_size for about in (path.stat() for path in paths)}
-    return sum(found.values())  # a commit's file and its second name in checkpoint/ once
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raise a ValueError where the disk has no room for `needed` bytes more in a run's folder."""
-    free = free_space(folder)
-    if needed > free:
-        raise ValueError(
-            f"output_dir={folder}: the run needs {in_gb(needed)} there, where {in_gb(free)} are free; free "
-            "some space, or choose an output_dir on another disk."
-        )
-
-
-def clear_output(folder: Path) -> None:
-    """Remove what an earlier run left in the folder of this one, and only that; its configuration stays till the last.
-
-    A run that is killed meanwhile is still a run, which can be taken up.
-    """
-    for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
@@ -215,6 +127,29 @@ def check_module(module: Callable[..., Any], layer: Window, *, single: bool) -> 
         raise
     except Exception:  # one that needs weights; the first window tells
         return
+
+
+def check_optimizer(module: "partial[Any]", problems: Problems, *, clipped: float | None) -> None:
+    """Find bad rates and unknown options of a module's optimizer and schedule, by making them.
+
+    Args:
+        module: Makes the module; has both among its arguments, or neither.
+        problems: Takes what is wrong.
+        clipped: The norm that gradients in float16, which are scaled, are clipped to; None where they are not.
+    """
+    if "optimizer" not in module.keywords:
+        return
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+    schedule = module.keywords.get("scheduler")
+    if optimizer and schedule:
+        steps = {"num_warmup_steps": 0, "num_training_steps": 1}
+        problems.check(schedule, optimizer=optimizer, **steps, about="module.scheduler: ")
+    if clipped and getattr(optimizer, "_step_supports_amp_scaling", False):
+        problems.add(
+            f"trainer.gradient_clip_val={clipped} with trainer.precision=16-mixed: a fused optimizer scales gradients "
+            "back only as it steps; give module.optimizer.fused=false."
+        )
 
 
 def check_scored(matrices: Sequence[Matrix], *, allow_unscored: bool) -> None:

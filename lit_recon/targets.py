@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lit_recon.blocks import LayerCall
 from lit_recon.compute import Compute
-from lit_recon.windows import Window
+from lit_recon.regime import Regime
+from lit_recon.windows import AnyWindow, Window
 
 
 class DenseWindow:
@@ -43,3 +44,13 @@ class DenseWindow:
         """What the dense window makes of hidden states at its start, (B, T, D) in float32."""
         with self.installed(), self.compute.autocast():
             return self.window(hidden_BTD, calls).float()
+
+
+def check_halves(windows: Sequence[AnyWindow], regime: Regime, *, recompute: bool) -> None:
+    """Raise a ValueError for halves of parallel layers of which targets, made anew for each batch, would be others."""
+    if recompute and regime.corrects and any(window.branch for window in windows if isinstance(window, Window)):
+        raise ValueError(
+            f"store.targets=recompute with windows=half and chain.inputs={regime.inputs}: the halves of these layers "
+            "stand side by side, and targets of the second depend on what the first has learnt; use "
+            "store.targets=keep, or windows=block."
+        )

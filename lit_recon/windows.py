@@ -84,7 +84,7 @@ class Window(nn.Module):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Have the window as it is in the dense model, as far as an earlier window has changed it."""
+        """Undo meanwhile what earlier windows have trained of this window's parameters."""
         yield
 
     @property

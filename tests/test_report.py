@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_recon.plots import duration, error_over_depth, learning_curves, read_curves, read_results, write_figures
+from lit_recon.metrics import duration
+from lit_recon.plots import error_over_depth, learning_curves, read_curves, read_results, write_figures
 from lit_recon.report import COLUMNS, as_error, as_perplexity, main, sparsity_by_kind, verdict, write_report
 
 STEPS = 16

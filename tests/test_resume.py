@@ -358,7 +358,7 @@ def interrupted(running: Running, number: int, total: int) -> int:
     assert ended.status == 1 and "Traceback" not in ended.err
     message = re.search(
         rf"interrupted: (\d) of {total} windows are done \(block_00 to block_0\d\); run/checkpoint holds them and is "
-        r"dense from there\. Go on with: python -m lit_recon\.fit resume=run \(about \d+ min more\)",
+        r"dense from there\. Go on with: python -m lit_recon\.fit resume=run \(about \d+\.\d s more\)",
         ended.err,
     )
     assert message, ended.err

@@ -14,22 +14,24 @@ from transformers import PreTrainedModel
 from lit_recon.architectures import tiny_model
 from lit_recon.masks import NM, Unstructured
 from lit_recon.matrices import Matrix
-from lit_recon.partition import layer_windows
-from lit_recon.startup import (
+from lit_recon.output import (
     NEXT_CONFIG,
     OF_A_START,
     RUN_FILES,
-    Problems,
     announce_output,
     begin_output,
     check_output,
+    clear_output,
+    left_behind,
+    undo_output,
+)
+from lit_recon.partition import layer_windows
+from lit_recon.startup import (
+    Problems,
     check_pattern,
     check_scored,
     check_steps,
-    clear_output,
-    left_behind,
     quiet,
-    undo_output,
 )
 
 

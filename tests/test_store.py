@@ -26,7 +26,7 @@ from lit_recon.activations import Activations
 from lit_recon.architectures import tiny_model
 from lit_recon.blocks import Decoder
 from lit_recon.captured import MatrixData
-from lit_recon.chain import Chain, check_halves
+from lit_recon.chain import Chain
 from lit_recon.criteria.magnitude import Magnitude
 from lit_recon.data.packing import PADDING
 from lit_recon.disk import DiskStore
@@ -37,6 +37,7 @@ from lit_recon.pruning import Pruner
 from lit_recon.reconstruction import WindowResult
 from lit_recon.regime import Regime
 from lit_recon.store import MemoryStore, StoreSettings, arrays, check_targets
+from lit_recon.targets import check_halves
 
 CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
 VALID = [
