@@ -5,7 +5,7 @@ are done. Which are needed follows from three choices (`Regime`); the paper's co
 the same, in the last column:
 
     inputs  targets  statistics  memory  passes  the paper's code
-    dense   dense    dense       2       1       propagate_sparse_activations_prune=False
+    dense   dense    dense       2       1       propagate_sparse_activations_prune=False (its published sweep)
     dense   dense    sparse      3       3       its default
     sparse  dense    dense       3       2       ..._reconstruct=True, use_dense_targets=True, ..._prune=False
     sparse  dense    sparse      3       3       ..._reconstruct=True, use_dense_targets=True
