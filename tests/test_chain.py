@@ -269,6 +269,27 @@ def test_a_changed_shared_norm_is_dense_for_targets_alone(
     close(outputs_STD, states_STD + layer.mlp(layer.input_layernorm(states_STD)), "the norm is the changed one again")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", ["dense", "sparse"])
+@pytest.mark.parametrize("shape", ["gpt_neox", "phi", "falcon"])
+def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
+    shape: str, statistics: str, tokens_ST: Tensor
+) -> None:
+    chain = chain_of(tiny_model(shape), tokens_ST, CALIBRATION, regime=regime_of("sparse", "dense", statistics))
+    windows = layer_windows(chain.decoder.model, by="half")
+    for position, window in enumerate(windows[:4]):
+        chain.dense_pass(window)
+        change(window.trained(), seed=position)
+        if position == 3:
+            break
+        chain.advance(window)
+    assert chain.dense and chain.sparse and chain.sparse.aside_STD is not None
+    assert (chain.dense.states_STD - chain.sparse.states_STD).abs().max() > 0.1, "the chains have come apart"
+    perfect_STD = chain.targets_STD + chain.sparse.aside_STD
+    chain.dense.step("second", chain._outputs_STD, chain._each_batch)
+    close(perfect_STD, chain.dense.states_STD, "behind the layer")
+
+
 @pytest.mark.parametrize("regime", CHOICES, ids=" ".join)
 def test_only_local_targets_of_dense_inputs_are_refused_with_the_reason(regime: tuple[str, str, str]) -> None:
     if regime in VALID:

@@ -18,11 +18,13 @@ from conftest import CPU, Ended, content, letter_tokenizer, numbers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_recon.architectures import tiny_model
+from lit_recon.architectures import SHAPES, tiny_model
 from lit_recon.cache import cache_folder
 from lit_recon.data.files import Files
 from lit_recon.evaluate import perplexity
 from lit_recon.packed_masks import PackedMasks
+
+WITHOUT_HALVES = ("bloom", "opt_post_norm")
 
 
 @pytest.fixture
@@ -366,6 +368,39 @@ def test_bad_input_gets_status_2_one_message_and_writes_nothing(
     assert "Traceback" not in ended.err + ended.out
     assert "Error executing job" not in ended.err
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_layer_shape_is_pruned_reconstructed_saved_and_read_back(
+    tiny_run: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory, shape: str
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(shape).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    windows = "block" if shape in WITHOUT_HALVES else "half"
+    settings = ("trainer.precision=bf16-mixed", "module.optimizer.lr=1e-3")
+    ended = tiny_run(f"model.name={folder}", f"windows={windows}", *settings)
+    assert ended.status == 0, ended.err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-3)
+    accepted = [window for window in results["windows"] if window["accepted"]]
+    assert len(accepted) > 0.8 * len(results["windows"]), "few samples: a half of experts may not improve"
+    assert all(window["held_out_after"] < window["held_out_before"] for window in accepted)
+    assert results["relative_error"]["reconstructed"] < results["relative_error"]["pruned"]
+    assert results["sparsity"]["by_magnitude"] == []
+
+
+def test_units_of_pruning_that_a_model_does_not_fall_into_matter_with_sparse_statistics_only(
+    tiny_run: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("bloom").save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    settings = (f"model.name={folder}", "prune_by=half", "plan=true")
+    assert tiny_run(*settings).status == 0
+    ended = tiny_run(*settings, "chain.statistics=sparse")
+    assert ended.status == 2
+    assert "prune_by=half: BloomBlock has no mlp side; use prune_by=block." in ended.err
 
 
 def test_callbacks_of_the_trainer_reach_each_fit_anew(tiny_run: Callable[..., Ended]) -> None:

@@ -28,6 +28,7 @@ from lit_recon.blocks import Decoder
 from lit_recon.captured import MatrixData
 from lit_recon.chain import Chain
 from lit_recon.criteria.magnitude import Magnitude
+from lit_recon.criteria.wanda import Wanda
 from lit_recon.data.packing import PADDING
 from lit_recon.disk import DiskStore
 from lit_recon.fit import CONF
@@ -355,6 +356,35 @@ def test_there_are_at_most_as_many_files_as_were_counted(
     kind = "half" if case.startswith("parallel") else "block"
     targets = "recompute" if recompute else "keep"
     assert most == arrays(regime, targets, kind=kind, overlapping="stride" in settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "units"), [("block", "half"), ("model", "half"), ("model", "block"), ("half", "block")]
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+def test_files_of_units_that_are_pruned_within_a_window_are_counted_too(
+    kind: str, units: str, recompute: bool, tmp_path: Path, tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    zeros = DiskStore.zeros
+
+    def counted(store: DiskStore, shape: Sequence[int]) -> Tensor:
+        nonlocal most
+        array = zeros(store, shape)
+        most = max(most, len(list(tmp_path.iterdir())))
+        return array
+
+    monkeypatch.setattr(DiskStore, "zeros", counted)
+    regime, model = Regime(statistics="sparse"), tiny_model("gpt_neox")  # whose halves stand side by side
+    chain = chain_in(model, tokens_ST, regime, store=DiskStore(tmp_path), recompute=recompute)
+    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain, units=layer_windows(model, by=units))
+    for window in layer_windows(model, by=kind):
+        pruner.prepare(window)
+        pruner.gather(window)
+        pruner.prune(window.matrices())
+        chain.advance(window)
+    assert most == arrays(regime, "recompute" if recompute else "keep", kind=kind, units=units)
 
 
 @torch.no_grad()
