@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from lit_recon.durable import chunks, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -163,22 +164,12 @@ def _damage(folder: Path) -> str | None:
 
 def _fingerprint(path: Path) -> str:
     """Size and CRC-32 of a file."""
-    size, checksum = 0, 0
-    for chunk in _chunks(path):
-        size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
-    return f"{size} bytes, crc32 {checksum:08x}"
+    found = fingerprint(path)
+    return f"{found['bytes']} bytes, crc32 {found['crc32']:08x}"
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    for chunk in _chunks(path):
+    for chunk in chunks(path):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, a mebibyte at a time, each valid until the next."""
-    buffer = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield buffer[:count]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_recon.durable import CHUNK, FULL, READ_ONLY, Fingerprint, replaced, sync_folder, write_tensors
+from lit_recon.durable import FULL, READ_ONLY, Fingerprint, fingerprint, replaced, sync_folder, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -233,15 +232,12 @@ def _check(path: Path, expected: Fingerprint) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise _Damage(f"{path.name}: {size} bytes instead of {expected['bytes']}")
-        checksum, buffer = 0, memoryview(bytearray(min(CHUNK, max(size, 1))))
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                checksum = zlib.crc32(buffer[:count], checksum)
+        changed = fingerprint(path) != expected
     except FileNotFoundError as error:
         raise _Damage(f"{path.name}: missing") from error
     except OSError as error:  # a bad block, for example
         raise _Damage(f"{path.name}: {error.strerror}") from error
-    if checksum != expected["crc32"]:
+    if changed:
         raise _Damage(f"{path.name}: content changed")
 
 

@@ -89,6 +89,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def chunks(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file, some at a time, each part valid until the next."""
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Size and CRC-32 of a file."""
+    size, checksum = 0, 0
+    for chunk in chunks(path):
+        size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
     """Write the safetensors format (length of the header, header, content) in chunks, with its checksum on the way.
 
