@@ -16,7 +16,7 @@ from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
 from lit_recon.metrics import in_gb
 from lit_recon.plan import Plan, make_plan, name_of
-from lit_recon.store import Needed, arrays
+from lit_recon.store import Needed, count_arrays
 from lit_recon.targets import check_halves
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
@@ -60,7 +60,7 @@ def plan_of(job: Job, loaded: Loaded) -> Plan:
         units=loaded.units,
         kind=job.windows.by,
         size=job.windows.blocks,
-        arrays=loaded.arrays,
+        array_bytes=loaded.array_bytes,
         mapped_bytes=loaded.checkpoint.files.nbytes if loaded.checkpoint.files else 0,
         linked=can_link(nearest(job.output)),
     )
@@ -125,15 +125,19 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
             name = name_of(kind, job.windows.blocks)
             if name in plan.own_by_kind:
                 on_gpu = job.compute.device.type == "cuda"  # whose memory the arrays take none of
-                more = 0 if on_gpu else _arrays(kind, job, loaded).memory - loaded.arrays.memory
+                more = 0 if on_gpu else _array_bytes(kind, job, loaded).memory - loaded.array_bytes.memory
                 yield Choice(kind, batch_size), plan.own_by_kind[name] + more
 
 
-def _arrays(kind: str, job: Job, loaded: Loaded) -> Needed:
+def _array_bytes(kind: str, job: Job, loaded: Loaded) -> Needed:
     """What the chain's arrays take with another kind of windows."""
     units = job.units.keywords["by"] if job.units else "window"
-    count = job.arrays if kind == job.windows.by else arrays(job.regime, job.store.targets, kind=kind, units=units)
-    return Needed(*(size // job.arrays * count for size in loaded.arrays))
+    count = (
+        job.num_arrays
+        if kind == job.windows.by
+        else count_arrays(job.regime, job.store.targets, kind=kind, units=units)
+    )
+    return Needed(*(size // job.num_arrays * count for size in loaded.array_bytes))
 
 
 def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
@@ -152,4 +156,6 @@ def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
         recipe=job.recipe | described,
     )
     loaded.chain.batch_size = choice.batch_size
-    return changed, replace(loaded, windows=windows.cut(loaded.model), arrays=_arrays(choice.kind, job, loaded))
+    return changed, replace(
+        loaded, windows=windows.cut(loaded.model), array_bytes=_array_bytes(choice.kind, job, loaded)
+    )

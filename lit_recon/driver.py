@@ -101,10 +101,10 @@ def walk(
     return results
 
 
-Done = Iterator[tuple[Mapping[str, Tensor], WindowResult]]
+Outcomes = Iterator[tuple[Mapping[str, Tensor], WindowResult]]
 
 
-def _window(window: Window, chain: Chain, pruner: Pruner, reconstructor: Reconstructor, clock: Clock) -> Done:
+def _window(window: Window, chain: Chain, pruner: Pruner, reconstructor: Reconstructor, clock: Clock) -> Outcomes:
     """Steps 2 to 4 for a window of layers or a half: its masks and its result."""
     with clock.phase("teacher"):
         pruner.gather(window)
@@ -122,7 +122,7 @@ def _matrices(
     pruner: Pruner,
     reconstructor: Reconstructor,
     clock: Clock,
-) -> Done:
+) -> Outcomes:
     """Steps 2 to 4 for the matrices of a layer, which stays dense until the last of them is done."""
     data = MatrixData(layer, chain)
     moments = uses_moments(reconstructor.module)

@@ -52,7 +52,7 @@ from lit_recon.startup import (
     quiet,
     stop,
 )
-from lit_recon.store import arrays, check_targets
+from lit_recon.store import check_targets, count_arrays
 from lit_recon.sweep import fit_apart
 
 PARTS = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
@@ -79,20 +79,18 @@ def prepare(cfg: DictConfig) -> Job:
     skeleton = model.skeleton()
     windows.check(skeleton)
     layers = layer_windows(skeleton)
-    check_pattern([matrix for layer in layers for matrix in layer.matrices()], pattern)
+    matrices = [matrix for layer in layers for matrix in layer.matrices()]
+    check_pattern(matrices, pattern)
     check_module(module, layers[0], single=windows.by == "matrix")
     if windows.by == "matrix":
-        check_regime([matrix for layer in layers for matrix in layer.matrices()], regime)
-        if _has_units(cfg, regime) and cfg.prune_by == "half":
-            raise ValueError(
-                "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers "
-                "that stay dense; use window, block or model."
-            )
+        check_regime(matrices, regime)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    count = arrays(regime, store.targets, kind=windows.by, overlapping=windows.overlapping, units=cfg.prune_by)
-    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), count, limit)
+    num_arrays = count_arrays(
+        regime, store.targets, kind=windows.by, overlapping=windows.overlapping, units=cfg.prune_by
+    )
+    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), num_arrays, limit)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -102,7 +100,7 @@ def prepare(cfg: DictConfig) -> Job:
         pattern=pattern,
         regime=regime,
         store=store,
-        arrays=count,
+        num_arrays=num_arrays,
         windows=windows,
         batch_size=cfg.data.batch_size,
         memory_limit=limit,
@@ -144,6 +142,11 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
         problems.add(
             f"{_class(cfg.module)} (module=least_squares) solves for single matrices; use windows=matrix, not "
             f"{cfg.windows.by}."
+        )
+    if parts["chain"] and _has_units(cfg, parts["chain"]) and (cfg.windows.by, cfg.prune_by) == ("matrix", "half"):
+        problems.add(
+            "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers that "
+            "stay dense; use window, block or model."
         )
     if store:
         problems.check(check_targets, cfg.windows.by, store.targets)

@@ -39,7 +39,36 @@ ACTIVATIONS = "activations"  # in the output folder, while a run that keeps them
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run: what `run` needs, as objects."""
+    """A checked run: what `run` needs, as objects.
+
+    Attributes:
+        model: Where the dense model comes from.
+        tokenizer: Its tokenizer.
+        source: The text.
+        samples: Its tokens: calibration, held-out and evaluation samples.
+        criterion: Scores weights.
+        pattern: Makes masks of scores.
+        regime: What windows see.
+        store: Where hidden states are kept.
+        num_arrays: How many arrays of them there are at most.
+        windows: How the model is cut into windows.
+        batch_size: Samples per batch.
+        memory_limit: Bytes; None for no limit.
+        units: Makes what is pruned at once, where that is not each window and makes a difference.
+        allow_unscored: Whether matrices may stay dense that the criterion cannot score.
+        module: Makes a window's LightningModule from (window, masks, variance).
+        trainer: Makes its Trainer from `callbacks` and `logger`.
+        compute: Device and precision.
+        workload: How often windows are run; for the plan.
+        recipe: What is done, in the words of the settings; for results and the model card.
+        output: The run's folder.
+        config: The composed configuration.
+        seed: Of everything that is drawn.
+        plan_only: Print the plan and stop.
+        stream: Have dense weights mapped from their files.
+        stop_after: Stop after so many windows.
+        resume: Go on with the run in `output`.
+    """
 
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
@@ -49,7 +78,7 @@ class Job:
     pattern: Pattern
     regime: Regime
     store: StoreSettings
-    arrays: int
+    num_arrays: int
     windows: Partition
     batch_size: int
     memory_limit: int | None
@@ -71,12 +100,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that has passed all checks, and what walks over it."""
+    """A model that has passed all checks, and what walks over it.
+
+    Attributes:
+        model: The dense model; its layers become sparse as the walk goes on.
+        windows: Its windows, in order.
+        units: What is pruned at once, where that is not each window.
+        array_bytes: What the chain's arrays take.
+        chain: The chain at the first window.
+        checkpoint: The model between its windows.
+    """
 
     model: PreTrainedModel
     windows: list[AnyWindow]
     units: list[Window]
-    arrays: Needed
+    array_bytes: Needed
     chain: Chain
     checkpoint: Checkpoint
 
@@ -112,7 +150,7 @@ def load(job: Job, activations: Path) -> Loaded:
     check_pattern(found, job.pattern)
     tokens_ST = torch.cat([job.samples.calibration_ST, job.samples.held_out_ST])
     shape = job.samples.shape(model.config.get_text_config().hidden_size)
-    store = job.store.open(activations, shape, job.arrays, job.compute.device, job.memory_limit)
+    store = job.store.open(activations, shape, job.num_arrays, job.compute.device, job.memory_limit)
     chain = Chain(
         Decoder(model, job.compute.device),
         tokens_ST,
@@ -124,7 +162,7 @@ def load(job: Job, activations: Path) -> Loaded:
         recompute=job.store.recompute,
     )
     checkpoint.unmap()
-    return Loaded(model, windows, units, _taken(store, shape, job.arrays), chain, checkpoint)
+    return Loaded(model, windows, units, _taken(store, shape, job.num_arrays), chain, checkpoint)
 
 
 def _units(job: Job, model: PreTrainedModel) -> list[Window]:

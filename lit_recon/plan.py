@@ -97,7 +97,7 @@ def make_plan(
     units: Sequence[Window] = (),
     kind: str,
     size: int = 1,
-    arrays: Needed,
+    array_bytes: Needed,
     mapped_bytes: int,
     linked: bool = True,
 ) -> Plan:
@@ -110,7 +110,7 @@ def make_plan(
         units: What is pruned at once, where that is not a window.
         kind: What kind of windows they are.
         size: Layers per window, for "blocks".
-        arrays: What the chain's arrays take.
+        array_bytes: What the chain's arrays take.
         mapped_bytes: What is mapped of the model's files.
         linked: Whether a commit's file can have a second name in the checkpoint.
     """
@@ -118,13 +118,13 @@ def make_plan(
     layers = layer_windows(model)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     in_memory, mapped_bytes = not mapped_bytes, 0 if chain.compute.device.type == "cuda" else mapped_bytes
-    single = _single_bytes(layers, chain, arrays, uses_moments=work.uses_moments)
+    single = _single_bytes(layers, chain, array_bytes, uses_moments=work.uses_moments)
     blocks = {name: probe(layer, chain) for name, layer in {repr(layer): layer for layer in layers}.items()}
     halves = [probe(half, chain) for half in _halves_of(windows, model)]
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
     scored = max((sum(parameter.numel() for parameter in unit.parameters()) for unit in units), default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
-    own, shared = _resident(chain, arrays)
+    own, shared = _resident(chain, array_bytes)
     mapped_layer = mapped_bytes and largest * model.dtype.itemsize
     peaks, owned = {}, {}
     for name, (masters, training) in bytes_of_kind.items():
@@ -145,7 +145,7 @@ def make_plan(
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(windows, chain, arrays, in_memory=in_memory, linked=linked)
+        disk_bytes=_disk_bytes(windows, chain, array_bytes, in_memory=in_memory, linked=linked)
         + (single.disk if kind == "matrix" else 0),
         seconds=_seconds_of_run(sum(blocks[repr(layer)].seconds for layer in layers), chain, work, largest),
     )
@@ -202,12 +202,12 @@ def _training_bytes(probe: Probe) -> int:
     return probe.parameters * (4 * _FLOAT32 + probe.weight_bytes + 1) + probe.saved_bytes
 
 
-def _single_bytes(layers: Sequence[Window], chain: Chain, arrays: Needed, *, uses_moments: bool) -> Needed:
+def _single_bytes(layers: Sequence[Window], chain: Chain, array_bytes: Needed, *, uses_moments: bool) -> Needed:
     """What single matrices take at most, in memory and, with the chain's arrays, on the disk."""
     alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
     sizes = [_matrix_bytes(layer, chain, uses_moments=uses_moments) for layer in alike]
     memory, captured = (max(one) for one in zip(*sizes, strict=True))
-    if not arrays.disk:
+    if not array_bytes.disk:
         return Needed(memory, 0)
     return Needed(memory - captured, captured * chain.store.dtype.itemsize // _FLOAT32)
 
@@ -262,21 +262,23 @@ def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int) 
     return forward / chain.batch_size * (passes + evaluated * (1 + 3 * head / depth))
 
 
-def _resident(chain: Chain, arrays: Needed) -> tuple[int, int]:
+def _resident(chain: Chain, array_bytes: Needed) -> tuple[int, int]:
     """Bytes that this process keeps: its own, with the chain's arrays, and mapped ones; none of either on a GPU."""
     if chain.compute.device.type == "cuda":
         return 0, 0
     memory = psutil.Process().memory_info()
-    there, shared = min(arrays.memory, chain.inputs_STD.nbytes), getattr(memory, "shared", 0)
-    return memory.rss - shared + arrays.memory - there, shared
+    there, shared = min(array_bytes.memory, chain.inputs_STD.nbytes), getattr(memory, "shared", 0)
+    return memory.rss - shared + array_bytes.memory - there, shared
 
 
-def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, in_memory: bool, linked: bool) -> int:
+def _disk_bytes(
+    windows: Sequence[AnyWindow], chain: Chain, array_bytes: Needed, *, in_memory: bool, linked: bool
+) -> int:
     """What the output folder takes at most.
 
     The checkpoint, whose layers are the commits' files under second names, or copies of them; those of a window before
     they take the place of the dense ones, and of the halves before it. Of a model in memory the checkpoint is written
-    beside the commits, and beside that of a run that was stopped. Masks; the states of three commits; arrays.
+    beside the commits, and beside that of a run that was stopped. Masks; the states of three commits; array_bytes.
     """
     model = chain.decoder.model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -285,4 +287,4 @@ def _disk_bytes(windows: Sequence[AnyWindow], chain: Chain, arrays: Needed, *, i
     layers = {index for window in windows[:1] for index in window.span.indices}
     share = len(layers) / len(chain.decoder.layers)
     share *= 2 if isinstance(windows[0], HalfWindow) else 1
-    return int(weights * (3 if in_memory else (1 if linked else 2) + share)) + 2 * masks + 3 * states + arrays.disk
+    return int(weights * (3 if in_memory else (1 if linked else 2) + share)) + 2 * masks + 3 * states + array_bytes.disk

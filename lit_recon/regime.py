@@ -74,7 +74,7 @@ class Regime:
         return self.inputs != "dense" or self.statistics == "sparse"
 
     @property
-    def arrays(self) -> int:
+    def num_arrays(self) -> int:
         """How many arrays of all samples' hidden states are kept."""
         needed = self.needs_dense + self.needs_sparse + (self.inputs == "mix")
         return needed + 1 + (self.targets == "local" and self.needs_dense)

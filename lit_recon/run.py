@@ -84,7 +84,7 @@ def _open(
             if commit and job.memory_limit is not None:
                 check_limit(plan, job)
             if not job.plan_only:
-                there = loaded.arrays.disk + left_behind(job.output)  # arrays have their room already
+                there = loaded.array_bytes.disk + left_behind(job.output)  # arrays have their room already
                 check_disk(job.output, plan.disk_bytes - there)
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)

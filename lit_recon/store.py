@@ -97,7 +97,7 @@ def on_device(rows: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True).float()  # moved before they grow
 
 
-def arrays(
+def count_arrays(
     regime: Regime, targets: str, *, kind: str = "block", overlapping: bool = False, units: str = "window"
 ) -> int:
     """How many arrays of all samples' hidden states are there at most.
@@ -117,7 +117,7 @@ def arrays(
     if targets == "recompute":
         return chains + (regime.inputs == "mix") + aside
     own = regime.corrects if kind == "half" else overlapping and regime.targets == "dense"
-    return regime.arrays + aside + own
+    return regime.num_arrays + aside + own
 
 
 def check_targets(kind: str, targets: str) -> None:

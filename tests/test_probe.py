@@ -51,7 +51,7 @@ def test_windows_are_planned_by_the_largest_of_their_kind_also_where_the_first_l
             chain_of(model, tokens_ST, 4),
             work,
             kind=kind,
-            arrays=Needed(0, 0),
+            array_bytes=Needed(0, 0),
             mapped_bytes=0,
         ).peaks_by_kind
         # In float32 the weight, its gradient, two moments, a mask, and the pruned weight; a boolean mask.

@@ -37,7 +37,7 @@ from lit_recon.partition import layer_windows, partition
 from lit_recon.pruning import Pruner
 from lit_recon.reconstruction import WindowResult
 from lit_recon.regime import Regime
-from lit_recon.store import MemoryStore, StoreSettings, arrays, check_targets
+from lit_recon.store import MemoryStore, StoreSettings, check_targets, count_arrays
 from lit_recon.targets import check_halves
 
 CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
@@ -178,7 +178,7 @@ ARRAYS = {  # inputs, targets, statistics: kept, recomputed; counted by hand
 
 @pytest.mark.parametrize("regime", VALID, ids=name_of)
 def test_arrays_are_as_many_as_counted_by_hand(regime: Regime) -> None:
-    assert (arrays(regime, "keep"), arrays(regime, "recompute")) == ARRAYS[name_of(regime)]
+    assert (count_arrays(regime, "keep"), count_arrays(regime, "recompute")) == ARRAYS[name_of(regime)]
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
@@ -360,7 +360,7 @@ def test_there_are_at_most_as_many_files_as_were_counted(
     settings = CASES[case][1]
     kind = "half" if case.startswith("parallel") else "block"
     targets = "recompute" if recompute else "keep"
-    assert max(files) == arrays(regime, targets, kind=kind, overlapping="stride" in settings)
+    assert max(files) == count_arrays(regime, targets, kind=kind, overlapping="stride" in settings)
 
 
 @torch.no_grad()
@@ -377,7 +377,7 @@ def test_files_of_units_that_are_pruned_within_a_window_are_counted_too(
         pruner.gather(window)
         pruner.prune(window.matrices())
         chain.advance(window)
-    assert max(files) == arrays(regime, "recompute" if recompute else "keep", kind=kind, units=units)
+    assert max(files) == count_arrays(regime, "recompute" if recompute else "keep", kind=kind, units=units)
 
 
 @torch.no_grad()
