@@ -5,7 +5,7 @@ next smaller kind of window. Single matrices are worse, so they are never chosen
 files does not count: the system takes it back when it needs the room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,8 +16,9 @@ from lit_recon.durable import can_link
 from lit_recon.job import Job, Loaded
 from lit_recon.metrics import in_gb
 from lit_recon.plan import Plan, make_plan, name_of
-from lit_recon.store import Needed, count_arrays
+from lit_recon.store import Needed
 from lit_recon.targets import check_halves
+from lit_recon.windows import AnyWindow
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
 ORDER = ("model", "blocks", "block", "half")  # from large to small
@@ -106,6 +107,7 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
     kinds = list(ORDER[ORDER.index(job.windows.by) :]) if job.windows.by in ORDER else [job.windows.by]
     if job.windows.blocks > len(loaded.chain.decoder.layers):
         kinds = [kind for kind in kinds if kind != "blocks"]
+    halves = loaded.windows
     if "half" in kinds and job.windows.by != "half":
         try:
             halves = job.windows.of_kind("half").cut(loaded.model)
@@ -125,19 +127,14 @@ def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
             name = name_of(kind, job.windows.blocks)
             if name in plan.own_by_kind:
                 on_gpu = job.compute.device.type == "cuda"  # whose memory the arrays take none of
-                more = 0 if on_gpu else _array_bytes(kind, job, loaded).memory - loaded.array_bytes.memory
+                arrays = _array_bytes(kind, halves if kind == "half" else (), job, loaded)
+                more = 0 if on_gpu else arrays.memory - loaded.array_bytes.memory
                 yield Choice(kind, batch_size), plan.own_by_kind[name] + more
 
 
-def _array_bytes(kind: str, job: Job, loaded: Loaded) -> Needed:
-    """What the chain's arrays take with another kind of windows."""
-    units = job.units.keywords["by"] if job.units else "window"
-    count = (
-        job.num_arrays
-        if kind == job.windows.by
-        else count_arrays(job.regime, job.store.targets, kind=kind, units=units)
-    )
-    return Needed(*(size // job.num_arrays * count for size in loaded.array_bytes))
+def _array_bytes(kind: str, windows: Sequence[AnyWindow], job: Job, loaded: Loaded) -> Needed:
+    """What the chain's arrays take with other windows."""
+    return Needed(*(size // loaded.num_arrays * job.num_arrays(kind, windows) for size in loaded.array_bytes))
 
 
 def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
@@ -145,17 +142,17 @@ def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
     if choice == Choice(job.windows.by, job.batch_size):
         return job, loaded
     accumulate = job.workload.accumulate * (job.batch_size // choice.batch_size)
-    windows = job.windows.of_kind(choice.kind)
-    described = {"windows": windows.describe(), "batch_size": f"{choice.batch_size}, {accumulate} per step"}
+    partition = job.windows.of_kind(choice.kind)
+    windows = partition.cut(loaded.model)
+    described = {"windows": partition.describe(), "batch_size": f"{choice.batch_size}, {accumulate} per step"}
     changed = replace(
         job,
-        windows=windows,
+        windows=partition,
         batch_size=choice.batch_size,
         trainer=partial(job.trainer, accumulate_grad_batches=accumulate),
         workload=replace(job.workload, accumulate=accumulate),
         recipe=job.recipe | described,
     )
     loaded.chain.batch_size = choice.batch_size
-    return changed, replace(
-        loaded, windows=windows.cut(loaded.model), array_bytes=_array_bytes(choice.kind, job, loaded)
-    )
+    num_arrays, array_bytes = job.num_arrays(choice.kind, windows), _array_bytes(choice.kind, windows, job, loaded)
+    return changed, replace(loaded, windows=windows, num_arrays=num_arrays, array_bytes=array_bytes)

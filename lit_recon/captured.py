@@ -189,6 +189,8 @@ class _Rows:
 
     def add(self, rows_NI: Tensor, expert: int) -> None:
         """Add rows of one expert."""
+        if not len(rows_NI):
+            return
         rows_NI = rows_NI.to("cpu", self._store.dtype, copy=True)
         self._new.append((rows_NI, torch.full((len(rows_NI),), expert)))
         self.count, self.width = self.count + len(rows_NI), rows_NI.shape[1]

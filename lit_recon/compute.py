@@ -51,7 +51,10 @@ class Compute:
             strategy = trainer(precision="32-true", logger=False, accelerator="cpu").strategy
         device = strategy.root_device
         if type(strategy) is not SingleDeviceStrategy:
-            raise ValueError("several devices: a run uses one; use trainer.devices=1, and a run per device.")
+            raise ValueError(
+                f"trainer.devices={trainer.keywords['devices']} leads to {type(strategy).__name__}: a run uses one "
+                "device; use trainer.devices=1 (or [n]) without trainer.strategy and trainer.num_nodes."
+            )
         if precision == "16-mixed" and device.type == "cpu":
             raise ValueError("trainer.precision=16-mixed: float16 needs a GPU; use bf16-mixed or 32-true.")
         if precision == "auto":
@@ -59,8 +62,17 @@ class Compute:
         return cls(device, precision)
 
     def trainers(self, trainer: "partial[Trainer]") -> Callable[..., Trainer]:
-        """Makes Trainers that compute there, each with the callbacks of `trainer` anew: they may count."""
-        own = trainer.keywords.get("callbacks") or []
+        """Makes Trainers that compute there, each with the callbacks of `trainer` anew: they may count.
+
+        Raises:
+            ValueError: A callback that cannot be copied.
+        """
+        given = trainer.keywords.get("callbacks") or []
+        own = [given] if isinstance(given, Callback) else given
+        try:
+            deepcopy(own)
+        except TypeError as error:
+            raise ValueError(f"trainer.callbacks: each window gets a copy of them, but {error}.") from error
 
         def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
             where = {"precision": self.precision, "accelerator": self.device.type}

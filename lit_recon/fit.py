@@ -83,14 +83,13 @@ def prepare(cfg: DictConfig) -> Job:
     check_pattern(matrices, pattern)
     check_module(module, layers[0], single=windows.by == "matrix")
     if windows.by == "matrix":
-        check_regime(matrices, regime)
+        check_regime([matrix for matrix in matrices if matrix.input_dim is not None], regime)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     output = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    num_arrays = count_arrays(
-        regime, store.targets, kind=windows.by, overlapping=windows.overlapping, units=cfg.prune_by
-    )
-    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), num_arrays, limit)
+    units = cfg.prune_by if _has_units(cfg, regime) else "window"
+    least = count_arrays(regime, store.targets, kind=windows.by, overlapping=windows.overlapping, units=units)
+    store.check(output / ACTIVATIONS, samples.shape(skeleton.config.get_text_config().hidden_size), least, limit)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -100,11 +99,10 @@ def prepare(cfg: DictConfig) -> Job:
         pattern=pattern,
         regime=regime,
         store=store,
-        num_arrays=num_arrays,
         windows=windows,
         batch_size=cfg.data.batch_size,
         memory_limit=limit,
-        units=partial(layer_windows, by=cfg.prune_by) if _has_units(cfg, regime) else None,
+        units=units,
         allow_unscored=cfg.allow_unscored,
         module=module,
         trainer=compute.trainers(trainer),
@@ -136,6 +134,9 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
         check_optimizer(module, problems, clipped=cfg.trainer.gradient_clip_val if scaled else None)
     if cfg.trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
+    if not isinstance(parts["windows"], Partition | None):
+        told = "expected lit_recon.partition.Partition; runs of other versions cannot be resumed."
+        problems.add(f"windows._target_={cfg.windows._target_}: {told}")
     if source:
         problems.check(source.check)
     if uses_moments(module) and cfg.windows.by != "matrix":

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.blocks import Decoder
+from lit_recon.captured import check_regime
 from lit_recon.chain import Chain
 from lit_recon.checkpoint import Checkpoint
 from lit_recon.compute import Compute
@@ -22,15 +22,15 @@ from lit_recon.disk import DiskStore
 from lit_recon.examine import examine
 from lit_recon.masks import Pattern
 from lit_recon.models import LanguageModel
-from lit_recon.partition import Partition
+from lit_recon.partition import Partition, layer_windows
 from lit_recon.plan import Workload
 from lit_recon.pruning import check_units
 from lit_recon.regime import Regime
 from lit_recon.startup import check_pattern, check_scored
-from lit_recon.store import Needed, Store, StoreSettings
+from lit_recon.store import Needed, Store, StoreSettings, count_arrays
 from lit_recon.targets import check_halves
 from lit_recon.weights import DenseFiles
-from lit_recon.windows import AnyWindow, Window
+from lit_recon.windows import AnyWindow, MatrixWindow, Window, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,10 @@ class Job:
         pattern: Makes masks of scores.
         regime: What windows see.
         store: Where hidden states are kept.
-        num_arrays: How many arrays of them there are at most.
         windows: How the model is cut into windows.
         batch_size: Samples per batch.
         memory_limit: Bytes; None for no limit.
-        units: Makes what is pruned at once, where that is not each window and makes a difference.
+        units: What is pruned at once: "window", or another kind where that makes a difference.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
         module: Makes a window's LightningModule from (window, masks, variance).
         trainer: Makes its Trainer from `callbacks` and `logger`.
@@ -78,11 +77,10 @@ class Job:
     pattern: Pattern
     regime: Regime
     store: StoreSettings
-    num_arrays: int
     windows: Partition
     batch_size: int
     memory_limit: int | None
-    units: "partial[list[Window]] | None"
+    units: str
     allow_unscored: bool
     module: Callable[..., LightningModule]
     trainer: Callable[..., Trainer]
@@ -97,6 +95,17 @@ class Job:
     stop_after: int | None
     resume: bool
 
+    def num_arrays(self, kind: str, windows: Sequence[AnyWindow]) -> int:
+        """How many arrays of hidden states a run over these windows, of this kind, keeps at most."""
+        return count_arrays(
+            self.regime,
+            self.store.targets,
+            kind=kind,
+            parallel=side_by_side(windows),
+            overlapping=kind == self.windows.by and self.windows.overlapping,
+            units=self.units,
+        )
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -106,7 +115,8 @@ class Loaded:
         model: The dense model; its layers become sparse as the walk goes on.
         windows: Its windows, in order.
         units: What is pruned at once, where that is not each window.
-        array_bytes: What the chain's arrays take.
+        num_arrays: How many arrays of hidden states there are at most.
+        array_bytes: What they take.
         chain: The chain at the first window.
         checkpoint: The model between its windows.
     """
@@ -114,6 +124,7 @@ class Loaded:
     model: PreTrainedModel
     windows: list[AnyWindow]
     units: list[Window]
+    num_arrays: int
     array_bytes: Needed
     chain: Chain
     checkpoint: Checkpoint
@@ -143,6 +154,8 @@ def load(job: Job, activations: Path) -> Loaded:
     examine(model, samples.calibration_ST, lengths=lengths)
     windows, units = job.windows.cut(model), _units(job, model)
     check_units(units, windows)
+    if job.windows.by == "matrix":
+        check_regime([window.matrix for window in windows if isinstance(window, MatrixWindow)], job.regime)
     check_halves(windows, job.regime, recompute=job.store.recompute)
     layers = {id(window.span): window.span for window in windows}.values()
     found = [matrix for layer in layers for matrix in layer.matrices()]
@@ -150,7 +163,8 @@ def load(job: Job, activations: Path) -> Loaded:
     check_pattern(found, job.pattern)
     tokens_ST = torch.cat([job.samples.calibration_ST, job.samples.held_out_ST])
     shape = job.samples.shape(model.config.get_text_config().hidden_size)
-    store = job.store.open(activations, shape, job.num_arrays, job.compute.device, job.memory_limit)
+    num_arrays = job.num_arrays(job.windows.by, windows)
+    store = job.store.open(activations, shape, num_arrays, job.compute.device, job.memory_limit)
     chain = Chain(
         Decoder(model, job.compute.device),
         tokens_ST,
@@ -162,13 +176,13 @@ def load(job: Job, activations: Path) -> Loaded:
         recompute=job.store.recompute,
     )
     checkpoint.unmap()
-    return Loaded(model, windows, units, _taken(store, shape, job.num_arrays), chain, checkpoint)
+    return Loaded(model, windows, units, num_arrays, _taken(store, shape, num_arrays), chain, checkpoint)
 
 
 def _units(job: Job, model: PreTrainedModel) -> list[Window]:
     """What is pruned at once, where that is not each window."""
     try:
-        return job.units(model) if job.units else []
+        return [] if job.units == "window" else layer_windows(model, by=job.units)
     except ValueError as error:  # it advises another kind of windows
         raise ValueError(f"prune_by=half: {str(error).partition(';')[0]}; use prune_by=block.") from error
 

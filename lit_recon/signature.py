@@ -69,9 +69,9 @@ def _code(config: Mapping[str, Any]) -> dict[str, str]:
     """The classes that a configuration names beside those of installed packages, with a hash of their files."""
     found: dict[str, str] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _code(value)
-        elif key == "_target_" and not value.startswith("lit_recon."):
+        for node in value if isinstance(value, (list, tuple)) else [value]:
+            found |= _code(node) if isinstance(node, Mapping) else {}
+        if key == "_target_" and isinstance(value, str) and not value.startswith("lit_recon."):
             path = _source(value)
             if path and "site-packages" not in Path(path).parts:
                 found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -98,25 +98,32 @@ def on_device(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def count_arrays(
-    regime: Regime, targets: str, *, kind: str = "block", overlapping: bool = False, units: str = "window"
+    regime: Regime,
+    targets: str,
+    *,
+    kind: str = "block",
+    parallel: bool = False,
+    overlapping: bool = False,
+    units: str = "window",
 ) -> int:
     """How many arrays of all samples' hidden states are there at most.
 
     Args:
         regime: Which chains are kept.
         targets: "keep" or "recompute".
-        kind: What kind of windows there are; the halves of a parallel layer need one array more for each chain, and
-            one for targets of their own where windows correct the sparse chain.
+        kind: What kind of windows there are.
+        parallel: Whether halves stand side by side. They need one array more for each chain, and one for targets of
+            their own where windows correct the sparse chain.
         overlapping: Whether windows overlap: targets are then not the dense chain's next value.
         units: What is pruned at once. Units smaller than a window are walked over in the sparse chain before it.
     """
     chains = regime.needs_dense + regime.needs_sparse
-    aside = chains if kind == "half" else 0
+    aside = chains if parallel else 0
     if regime.statistics == "sparse" and kind in _LARGER.get(units, ()):
         aside += 2 if units == "half" else 1
     if targets == "recompute":
         return chains + (regime.inputs == "mix") + aside
-    own = regime.corrects if kind == "half" else overlapping and regime.targets == "dense"
+    own = regime.corrects if parallel else overlapping and regime.targets == "dense"
     return regime.num_arrays + aside + own
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_recon.blocks import LayerCall
 from lit_recon.compute import Compute
 from lit_recon.regime import Regime
-from lit_recon.windows import AnyWindow, Window
+from lit_recon.windows import AnyWindow, Window, side_by_side
 
 
 class DenseWindow:
@@ -48,7 +48,7 @@ class DenseWindow:
 
 def check_halves(windows: Sequence[AnyWindow], regime: Regime, *, recompute: bool) -> None:
     """Raise a ValueError for halves of parallel layers of which targets, made anew for each batch, would be others."""
-    if recompute and regime.corrects and any(window.branch for window in windows if isinstance(window, Window)):
+    if recompute and regime.corrects and side_by_side(windows):
         raise ValueError(
             f"store.targets=recompute with windows=half and chain.inputs={regime.inputs}: the halves of these layers "
             "stand side by side, and targets of the second depend on what the first has learnt; use "

@@ -228,3 +228,8 @@ class MatrixWindow(nn.Module):
 
 
 AnyWindow = Window | MatrixWindow
+
+
+def side_by_side(windows: Sequence[AnyWindow]) -> bool:
+    """Whether there are halves of parallel layers among them."""
+    return any(window.branch is not None for window in windows if isinstance(window, Window))

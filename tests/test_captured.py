@@ -1,6 +1,7 @@
 """What single matrices are trained on: their own inputs and dense products, kept as rows or as second moments."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lit_recon.blocks import Decoder, call_layer, decoder_layers
 from lit_recon.captured import MatrixData, check_regime
 from lit_recon.chain import Chain
 from lit_recon.data.packing import PADDING
+from lit_recon.disk import DiskStore
 from lit_recon.examine import examine
 from lit_recon.moments import Moments, Sums
 from lit_recon.partition import partition
@@ -273,6 +275,18 @@ def test_rows_of_experts_are_the_same_in_few_arrays_of_the_store_and_in_many(
     assert made[1] > 8, "a piece per product"
     assert torch.equal(found[0].inputs_STD, found[1].inputs_STD)
     assert torch.equal(found[0].targets_STD, found[1].targets_STD)
+
+
+def test_an_expert_without_tokens_behind_a_full_piece_takes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "_PIECE_BYTES", 4 * 8)
+    rows, rows_NI = captured._Rows(DiskStore(tmp_path)), torch.randn(4, 8)
+    rows.add(rows_NI, 0)
+    rows.add(torch.zeros(0, 8), 1)
+    rows.put_away()
+    ((piece_NI, experts_N),) = rows.taken()
+    assert rows.count == 4 and torch.equal(piece_NI, rows_NI.bfloat16()) and experts_N.tolist() == [0] * 4
 
 
 @torch.no_grad()

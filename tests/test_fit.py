@@ -347,6 +347,7 @@ BAD_INPUT = {
     ],
     ("chain.targets=local",): ["chain.targets=local", "chain.inputs=dense"],
     ("chain.inputs=mix", "chain.mix=1"): ["chain.mix=1"],
+    ("windows._target_=lit_recon.partition.partition", "+windows._partial_=true"): ["lit_recon.partition.Partition"],
     ("windows=matrix", "prune_by=half", "chain.statistics=sparse"): ["prune_by=half", "windows=matrix", "block"],
     ("windows=half", "prune_by=layer"): ["prune_by=layer", "window, half, block, model"],
     ("windows=half", "module=least_squares"): ["module=least_squares", "windows=matrix", "half"],

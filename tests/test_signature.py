@@ -26,6 +26,7 @@ def test_what_a_configuration_names_is_known_by_its_file(tmp_path: Path, monkeyp
     targets = ["named.loss", "named.Module", "torch.optim.AdamW", "lit_recon.criteria.wanda.Wanda", "builtins.print"]
     found = _code({str(index): {"_target_": target} for index, target in enumerate(targets)})
     assert found.keys() == {"named.loss", "named.Module"} and len(set(found.values())) == 1
+    assert _code({"callbacks": [{"_target_": "named.Module"}, "text"]}).keys() == {"named.Module"}
 
 
 def changed(*keys: str, value: object) -> dict[str, Any]:

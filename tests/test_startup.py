@@ -3,17 +3,22 @@
 import os
 import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import content
+from conftest import content, module
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lit_recon.architectures import tiny_model
 from lit_recon.masks import NM, Unstructured
 from lit_recon.matrices import Matrix
+from lit_recon.modules.reconstruction import ReconstructionModule
 from lit_recon.output import (
     NEXT_CONFIG,
     OF_A_START,
@@ -28,11 +33,14 @@ from lit_recon.output import (
 from lit_recon.partition import layer_windows
 from lit_recon.startup import (
     Problems,
+    check_module,
+    check_optimizer,
     check_pattern,
     check_scored,
     check_steps,
     quiet,
 )
+from lit_recon.windows import AnyWindow, HalfWindow
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -173,3 +181,42 @@ def test_training_never_or_for_ever_is_refused(steps: tuple[float, int, int]) ->
         check_steps(*steps)
     check_steps(1, -1, 1)
     check_steps(-1, 5, 2)
+
+
+class OnHalves(ReconstructionModule):
+    """A module for halves only."""
+
+    def __init__(self, window: AnyWindow, *given: object, **settings: object) -> None:
+        if not isinstance(window, HalfWindow):
+            raise ValueError("for halves")
+        super().__init__(window, *given, **settings)
+
+
+def divided(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
+    """A schedule that needs 100 steps or fewer."""
+    return LambdaLR(optimizer, lambda step: 1 / (100 - num_training_steps))
+
+
+def test_only_constructors_of_lit_recon_are_tried_on_a_window_and_arguments_of_all() -> None:
+    (layer, *_) = layer_windows(tiny_model("llama"))
+    check_module(module(), layer, single=False)
+    check_module(module(cls=OnHalves), layer, single=False)
+    with pytest.raises(ValueError, match=r"module\.warmup=2: expected"):
+        check_module(module(warmup=2), layer, single=True)
+    with pytest.raises(ValueError, match="module: .*'momentum'"):
+        check_module(module(momentum=1), layer, single=False)
+
+
+@pytest.mark.parametrize(("schedule", "told"), [(None, 0), (divided, 0), (torch.optim.lr_scheduler.StepLR, 1)])
+def test_a_schedule_is_tried_but_may_be_made_for_other_numbers_of_steps(schedule: Callable | None, told: int) -> None:
+    problems = Problems()
+    check_optimizer(module(scheduler=schedule), problems, clipped=None)
+    assert len(problems.found) == told
+    assert all(found.startswith("module.scheduler: ") for found in problems.found)
+
+
+def test_gradients_in_float16_are_not_clipped_by_a_fused_optimizer() -> None:
+    for fused, told in ((True, ["trainer.gradient_clip_val=1.0"]), (False, [])):
+        problems = Problems()
+        check_optimizer(module(optimizer=partial(torch.optim.AdamW, fused=fused)), problems, clipped=1.0)
+        assert [found.partition(" ")[0] for found in problems.found] == told

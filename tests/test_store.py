@@ -347,7 +347,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @torch.no_grad()
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("regime", VALID, ids=name_of)
-@pytest.mark.parametrize("case", ["blocks", "overlapping blocks", "parallel halves"])
+@pytest.mark.parametrize("case", ["blocks", "overlapping blocks", "sequential halves", "parallel halves"])
 def test_there_are_at_most_as_many_files_as_were_counted(
     case: str, regime: Regime, recompute: bool, tmp_path: Path, tokens_ST: Tensor, files: list[int]
 ) -> None:
@@ -358,9 +358,10 @@ def test_there_are_at_most_as_many_files_as_were_counted(
         walk.start(position)
         walk.end(position)
     settings = CASES[case][1]
-    kind = "half" if case.startswith("parallel") else "block"
+    parallel = case.startswith("parallel")
+    kind = "half" if parallel else "block"
     targets = "recompute" if recompute else "keep"
-    assert max(files) == count_arrays(regime, targets, kind=kind, overlapping="stride" in settings)
+    assert max(files) == count_arrays(regime, targets, kind=kind, parallel=parallel, overlapping="stride" in settings)
 
 
 @torch.no_grad()
