@@ -135,8 +135,7 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
     if cfg.trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     if not isinstance(parts["windows"], Partition | None):
-        told = "expected lit_recon.partition.Partition; runs of other versions cannot be resumed."
-        problems.add(f"windows._target_={cfg.windows._target_}: {told}")
+        problems.add(f"windows._target_={cfg.windows._target_}: this version has lit_recon.partition.Partition there.")
     if source:
         problems.check(source.check)
     if uses_moments(module) and cfg.windows.by != "matrix":
