@@ -46,14 +46,15 @@ class Compute:
             )
         strategy = trainer(precision="32-true", logger=False).strategy
         if strategy.root_device.type == "mps":
-            if trainer.keywords["accelerator"] != "auto":
+            if trainer.keywords.get("accelerator", "auto") != "auto":
                 raise ValueError("Apple's GPU has no float64, in which errors are summed; use trainer.accelerator=cpu.")
             strategy = trainer(precision="32-true", logger=False, accelerator="cpu").strategy
         device = strategy.root_device
         if type(strategy) is not SingleDeviceStrategy:
+            given = trainer.keywords.get("devices", "auto")
             raise ValueError(
-                f"trainer.devices={trainer.keywords['devices']} leads to {type(strategy).__name__}: a run uses one "
-                "device; use trainer.devices=1 (or [n]) without trainer.strategy and trainer.num_nodes."
+                f"trainer.devices={given} leads to {type(strategy).__name__}: a run uses one device; use "
+                "trainer.devices=1 (or [n]) without trainer.strategy and trainer.num_nodes."
             )
         if precision == "16-mixed" and device.type == "cpu":
             raise ValueError("trainer.precision=16-mixed: float16 needs a GPU; use bf16-mixed or 32-true.")

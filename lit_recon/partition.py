@@ -42,6 +42,11 @@ class Partition:
             raise ValueError(
                 f"windows.stride={self.stride}: expected 1 to windows.size={self.size} layers from window to window."
             )
+        if self.by != "blocks" and (self.size > 1 or self.stride is not None):
+            raise ValueError(
+                f"windows.size={self.size} windows.stride={self.stride}: of windows=blocks, not of {self.by}; leave both "
+                "out."
+            )
         if type(self.head) is not bool:
             raise ValueError(f"windows.head={self.head}: expected true or false.")
         if self.head and self.by == "matrix":

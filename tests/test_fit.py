@@ -336,6 +336,7 @@ BAD_INPUT = {
     ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "share"],
     ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
     ("seed=abc",): ["seed=abc", "whole number"],
+    ("windows=half", "+windows.size=2"): ["windows.size=2", "windows=blocks", "half"],
     ("windows=blocks", "windows.size=0"): ["windows.size=0"],
     ("windows=blocks", "windows.size=4"): ["windows.size=4", "3 layers"],
     ("windows=blocks", "windows.stride=3"): ["windows.stride=3", "windows.size=2"],
