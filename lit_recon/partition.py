@@ -44,8 +44,8 @@ class Partition:
             )
         if self.by != "blocks" and (self.size > 1 or self.stride is not None):
             raise ValueError(
-                f"windows.size={self.size} windows.stride={self.stride}: of windows=blocks, not of {self.by}; leave both "
-                "out."
+                f"windows.size={self.size} windows.stride={self.stride}: these are of windows=blocks; leave them out "
+                f"with windows={self.by}."
             )
         if type(self.head) is not bool:
             raise ValueError(f"windows.head={self.head}: expected true or false.")
