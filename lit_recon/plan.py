@@ -147,7 +147,7 @@ def make_plan(
         mapped_bytes=mapped_bytes,
         disk_bytes=_disk_bytes(windows, chain, array_bytes, in_memory=in_memory, linked=linked)
         + (single.disk if kind == "matrix" else 0),
-        seconds=_seconds_of_run(sum(blocks[repr(layer)].seconds for layer in layers), chain, work, largest),
+        seconds=_seconds_of_run(sum(blocks[repr(layer)].seconds for layer in layers), chain, work, largest, kind),
     )
 
 
@@ -251,12 +251,15 @@ def _halves_of(windows: Sequence[AnyWindow], model: PreTrainedModel) -> list[Hal
     return list({(repr(half.layer), half.side): half for half in halves}.values())
 
 
-def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int) -> float:
+def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int, kind: str) -> float:
     """Seconds of walk and evaluation, from those of all layers' forward on a batch."""
     head = chain.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
     depth, total, held_out = len(chain.decoder.layers), len(chain.tokens_ST), chain.num_held_out
     trained = steps_per_window(chain, work) * work.accumulate * chain.batch_size
-    passes = total * chain.regime.passes + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
+    over_all = chain.regime.passes
+    if kind == "matrix" and not work.uses_moments:  # one more for each input that matrices have
+        over_all += len(observe(layer_windows(chain.decoder.model)[0], chain)[0])
+    passes = total * over_all + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / chain.batch_size * (passes + evaluated * (1 + 3 * head / depth))
