@@ -72,7 +72,7 @@ class Compute:
         own = [given] if isinstance(given, Callback) else given
         try:
             deepcopy(own)
-        except TypeError as error:
+        except Exception as error:  # of the user's own objects, any
             raise ValueError(f"trainer.callbacks: each window gets a copy of them, but {error}.") from error
 
         def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:

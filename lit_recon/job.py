@@ -164,6 +164,7 @@ def load(job: Job, activations: Path) -> Loaded:
     tokens_ST = torch.cat([job.samples.calibration_ST, job.samples.held_out_ST])
     shape = job.samples.shape(model.config.get_text_config().hidden_size)
     num_arrays = job.num_arrays(job.windows.by, windows)
+    job.store.check(activations, shape, num_arrays, job.memory_limit)
     store = job.store.open(activations, shape, num_arrays, job.compute.device, job.memory_limit)
     chain = Chain(
         Decoder(model, job.compute.device),

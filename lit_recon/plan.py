@@ -257,8 +257,11 @@ def _seconds_of_run(forward: float, chain: Chain, work: Workload, largest: int, 
     depth, total, held_out = len(chain.decoder.layers), len(chain.tokens_ST), chain.num_held_out
     trained = steps_per_window(chain, work) * work.accumulate * chain.batch_size
     over_all = chain.regime.passes
-    if kind == "matrix" and not work.uses_moments:  # one more for each input that matrices have
-        over_all += len(observe(layer_windows(chain.decoder.model)[0], chain)[0])
+    if kind == "matrix" and work.uses_moments and chain.regime.one_source:
+        over_all += not chain.regime.independent
+    elif kind == "matrix":  # one for each input that matrices have, and for that of its targets where it is another
+        inputs = len(observe(layer_windows(chain.decoder.model)[0], chain)[0])
+        over_all += inputs * (1 if chain.regime.one_source else 2)
     passes = total * over_all + trained * (1 + _BACKWARD) + 7 * held_out  # errors before, between and after
     evaluated = 3 * work.evaluation_tokens / chain.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.

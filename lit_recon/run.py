@@ -19,7 +19,7 @@ from rich.markup import escape
 from lit_recon.budget import Choice, adopt, check_limit, choose, plan_of
 from lit_recon.commits import Commit, Commits
 from lit_recon.course import Course, Setting
-from lit_recon.disk import DiskStore, nearest
+from lit_recon.disk import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate import Protocol
 from lit_recon.job import ACTIVATIONS, Job, load
 from lit_recon.judge import Judge, Saved, read_back
@@ -84,7 +84,7 @@ def _open(
             if commit and job.memory_limit is not None:
                 check_limit(plan, job)
             if not job.plan_only:
-                there = loaded.array_bytes.disk + left_behind(job.output)  # arrays have their room already
+                there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(job.output)
                 check_disk(job.output, plan.disk_bytes - there)
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)

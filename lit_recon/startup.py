@@ -123,7 +123,8 @@ def check_module(module: Callable[..., Any], layer: Window, *, single: bool) -> 
         inspect.signature(function).bind(window, masks, 1.0, **getattr(module, "keywords", {}))
     except TypeError as error:
         raise ValueError(f"module: {error}") from error
-    if getattr(function, "__init__", function).__module__.startswith("lit_recon."):  # others may look at the window
+    maker = function.__init__ if inspect.isclass(function) else function
+    if (getattr(maker, "__module__", None) or "").startswith("lit_recon."):  # others may look at the window
         module(window, masks, 1.0)
 
 

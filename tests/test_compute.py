@@ -34,9 +34,10 @@ def test_a_device_without_float64_is_not_chosen_and_refused_where_it_is_asked_fo
         Compute.choose(partial(on_a_mac, accelerator="gpu"), "32-true")
 
 
-def test_a_callback_that_cannot_be_copied_is_refused() -> None:
+@pytest.mark.parametrize("thing", [threading.Lock(), torch.ones(1, requires_grad=True) * 2], ids=["lock", "tensor"])
+def test_a_callback_that_cannot_be_copied_is_refused(thing: object) -> None:
     held = Counter()
-    held.lock = threading.Lock()
+    held.thing = thing
     with pytest.raises(ValueError, match=r"trainer\.callbacks: each window gets a copy"):
         Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, callbacks=held))
 

@@ -192,6 +192,11 @@ class OnHalves(ReconstructionModule):
         super().__init__(window, *given, **settings)
 
 
+def made(window: AnyWindow, masks: object, variance: float, *, optimizer: object) -> None:
+    """A function that makes modules, but not of every window."""
+    raise ValueError("not of this one")
+
+
 def divided(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """A schedule that needs 100 steps or fewer."""
     return LambdaLR(optimizer, lambda step: 1 / (100 - num_training_steps))
@@ -201,6 +206,9 @@ def test_only_constructors_of_lit_recon_are_tried_on_a_window_and_arguments_of_a
     (layer, *_) = layer_windows(tiny_model("llama"))
     check_module(module(), layer, single=False)
     check_module(module(cls=OnHalves), layer, single=False)
+    check_module(partial(made, optimizer=None), layer, single=False)
+    with pytest.raises(ValueError, match="module: .*'momentum'"):
+        check_module(partial(made, optimizer=None, momentum=1), layer, single=False)
     with pytest.raises(ValueError, match=r"module\.warmup=2: expected"):
         check_module(module(warmup=2), layer, single=True)
     with pytest.raises(ValueError, match="module: .*'momentum'"):
