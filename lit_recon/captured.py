@@ -183,6 +183,7 @@ class _Rows:
 
     def __init__(self, store: Store) -> None:
         self.count, self.width = 0, 0
+        self._new_bytes = 0
         self._store = store
         self._new: list[tuple[Tensor, Tensor]] = []  # rows, and the expert of each
         self._pieces: list[tuple[Tensor, Tensor]] = []  # the same, in the store
@@ -194,7 +195,8 @@ class _Rows:
         rows_NI = rows_NI.to("cpu", self._store.dtype, copy=True)
         self._new.append((rows_NI, torch.full((len(rows_NI),), expert)))
         self.count, self.width = self.count + len(rows_NI), rows_NI.shape[1]
-        if sum(new_NI.nbytes for new_NI, _ in self._new) >= _PIECE_BYTES:
+        self._new_bytes += rows_NI.nbytes
+        if self._new_bytes >= _PIECE_BYTES:
             self.put_away()
 
     def put_away(self) -> None:
@@ -204,7 +206,7 @@ class _Rows:
         piece_NI = self._store.zeros((sum(len(new_NI) for new_NI, _ in self._new), self.width))
         torch.cat([new_NI for new_NI, _ in self._new], out=piece_NI)
         self._pieces.append((piece_NI, torch.cat([experts_N for _, experts_N in self._new])))
-        self._new = []
+        self._new, self._new_bytes = [], 0
         self._store.release(piece_NI, slice(None))
 
     def taken(self) -> Iterator[tuple[Tensor, Tensor]]:

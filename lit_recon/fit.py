@@ -130,8 +130,8 @@ def _check_parts(cfg: DictConfig, parts: dict[str, Any], problems: Problems) -> 
             f"{pattern.sparsity:g}; leave one of them out."
         )
     if isinstance(module, partial):
-        scaled = cfg.trainer.precision == "16-mixed" and cfg.trainer.gradient_clip_val
-        check_optimizer(module, problems, clipped=cfg.trainer.gradient_clip_val if scaled else None)
+        clipped = cfg.trainer.gradient_clip_val if cfg.trainer.precision == "16-mixed" else None
+        check_optimizer(module, problems, clipped=clipped)
     if cfg.trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     if not isinstance(parts["windows"], Partition | None):

@@ -165,7 +165,7 @@ def load(job: Job, activations: Path) -> Loaded:
     shape = job.samples.shape(model.config.get_text_config().hidden_size)
     num_arrays = job.num_arrays(job.windows.by, windows)
     job.store.check(activations, shape, num_arrays, job.memory_limit)
-    store = job.store.open(activations, shape, num_arrays, job.compute.device, job.memory_limit)
+    store = job.store.open(activations, shape, num_arrays, job.memory_limit)
     chain = Chain(
         Decoder(model, job.compute.device),
         tokens_ST,

@@ -284,7 +284,7 @@ def _disk_bytes(
 
     The checkpoint, whose layers are the commits' files under second names, or copies of them; those of a window before
     they take the place of the dense ones, and of the halves before it. Of a model in memory the checkpoint is written
-    beside the commits, and beside that of a run that was stopped. Masks; the states of three commits; array_bytes.
+    beside the commits, and beside that of a run that was stopped. Masks; the states of three commits; arrays.
     """
     model = chain.decoder.model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -84,9 +84,6 @@ class MemoryStore:
         self.close()
 
 
-_LARGER = {"half": ("block", "blocks", "model"), "block": ("blocks", "model")}  # kinds of windows, by units
-
-
 def on_device(rows: Tensor, device: torch.device) -> Tensor:
     """Rows of an array in float32 on a device.
 
@@ -95,6 +92,9 @@ def on_device(rows: Tensor, device: torch.device) -> Tensor:
     """
     staged = rows.pin_memory() if device.type == "cuda" else rows
     return staged.to(device, non_blocking=True).float()  # moved before they grow
+
+
+_LARGER = {"half": ("block", "blocks", "model"), "block": ("blocks", "model")}  # kinds of windows, by units
 
 
 def count_arrays(
@@ -206,16 +206,13 @@ class StoreSettings:
                 f"{'' if self.recompute else 'store.targets=recompute, '}or store=memory if there is enough of that."
             )
 
-    def open(
-        self, folder: Path, shape: Sequence[int], count: int, device: torch.device, limit: int | None = None
-    ) -> MemoryStore | DiskStore:
+    def open(self, folder: Path, shape: Sequence[int], count: int, limit: int | None = None) -> MemoryStore | DiskStore:
         """A store for `count` arrays of this shape (S, T, D).
 
         Args:
             folder: Where files go, if there are any.
             shape: Of an array.
             count: How many there will be at most.
-            device: Where the run computes.
             limit: Of the memory that the run may take.
         """
         needed = self.needed(shape, count, limit)

@@ -197,7 +197,7 @@ def test_auto_takes_memory_up_to_its_share_of_what_is_free(
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     settings = StoreSettings(kind="auto", share=share)
-    with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2, CPU.device) as store:  # 4000 bytes
+    with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2) as store:  # 4000 bytes
         assert isinstance(store, {"memory": MemoryStore, "disk": DiskStore}[kind])
         assert store.dtype == {"memory": torch.float32, "disk": torch.bfloat16}[kind]
     (line,) = caplog.messages
