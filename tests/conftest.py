@@ -21,20 +21,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_recon import fit
-from lit_recon.activations import Activations
-from lit_recon.architectures import VOCABULARY, tiny_model
-from lit_recon.blocks import Decoder
-from lit_recon.chain import Chain
-from lit_recon.compute import Compute
-from lit_recon.criteria.magnitude import Magnitude
-from lit_recon.logger import RunLogger
-from lit_recon.masks import Unstructured
-from lit_recon.partition import partition
-from lit_recon.pruning import Pruner
-from lit_recon.reconstruction import Reconstructor
-from lit_recon.regime import Regime
-from lit_recon.windows import AnyWindow, Window
+from lit_recon.activations.chain import Chain
+from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.propagation import Regime
+from lit_recon.fit import __main__ as fit
+from lit_recon.model.architectures import VOCABULARY, tiny_model
+from lit_recon.model.decoder import Decoder
+from lit_recon.model.partition import partition
+from lit_recon.model.windows import AnyWindow, Window
+from lit_recon.pruning.criteria.magnitude import Magnitude
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.reconstruction.window_fit import Reconstructor
+from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
 torch.set_num_threads(1)

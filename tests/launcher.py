@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LAZY = (
-    "lit_recon.criteria.wanda",
-    "lit_recon.criteria.magnitude",
+    "lit_recon.pruning.criteria.wanda",
+    "lit_recon.pruning.criteria.magnitude",
     "lit_recon.data.files",
-    "lit_recon.modules.reconstruction",
+    "lit_recon.modules.masked_weights",
     "lit_recon.modules.schedules",
     "torch.utils.tensorboard",
 )
-STEPS = ("fsync", "replace", "link", "crc32")  # of lit_recon.durable; crc32 follows each chunk that is written
+STEPS = (
+    "fsync",
+    "replace",
+    "link",
+    "crc32",
+)  # of lit_recon.system.atomic_files; crc32 follows each chunk that is written
 
 
 class Ended(NamedTuple):
@@ -113,7 +118,7 @@ class Launcher:
 
 
 class _Steps:
-    """The steps by which lit_recon.durable changes the disk.
+    """The steps by which lit_recon.system.atomic_files changes the disk.
 
     Args:
         die_at: The one before which the process is killed.
@@ -137,7 +142,7 @@ class _Steps:
 
     def install(self) -> None:
         """Be called from now on."""
-        from lit_recon import durable
+        from lit_recon.system import atomic_files as durable
 
         for module in ("os", "zlib"):
             content = vars(sys.modules[module])
@@ -155,7 +160,7 @@ class _Steps:
 
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
-    from lit_recon import fit
+    from lit_recon.fit import __main__ as fit
 
     said = f"{request['folder']}/{os.getpid()}"
     for name, descriptor in (("out", 1), ("err", 2)):
@@ -184,7 +189,8 @@ def _child(request: Mapping[str, Any]) -> None:
 
 def _import_everything() -> None:
     """What runs import on their way, and what they would make at their first call."""
-    from lit_recon import fit, output
+    from lit_recon.fit import __main__ as fit
+    from lit_recon.fit.output import folder as output
 
     kinds = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "phi", "mixtral")]
     for name in (*LAZY, *kinds):

@@ -49,14 +49,20 @@ def test_the_two_commands_are_those_that_ci_runs() -> None:
     assert "pytest" in script.splitlines()
 
 
-def test_the_tree_names_every_file_of_the_package() -> None:
+def test_the_tree_has_one_line_for_each_folder_of_the_package_and_names_files_that_are_there() -> None:
     tree = re.search(r"```text\nlit_recon/\n(.+?)```", README, re.DOTALL)
     assert tree
-    for path in sorted((ROOT / "lit_recon").rglob("*.py")):
-        if path.name != "__init__.py":
-            assert path.name in tree[1], f"{path.name} is missing in the README's tree"
-    for group in (ROOT / "conf").iterdir():
-        assert group.name in tree[1]
+    package = ROOT / "lit_recon"
+    lines = {line.split()[0].rstrip("/"): line for line in tree[1].splitlines() if line.startswith("  ")}
+    folders = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert lines.keys() == folders
+    for folder, line in lines.items():
+        for name in re.findall(r"\w+\.py|\w+/(?=[),])", line.split(maxsplit=1)[1]):
+            assert (package / folder / name).exists(), (
+                f"{folder}/{name} is in the README's tree, but not in the package"
+            )
+    groups = re.search(r"one group per folder: ([\w ]+)", tree[1])
+    assert groups and set(groups[1].split()) == {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
 
 
 def test_settings_in_the_readmes_commands_exist(tiny_run: Callable[..., Ended]) -> None:

@@ -1,8 +1,8 @@
 """Exact least squares for one matrix: the weights with the smallest error that its mask allows, from moments alone.
 
-    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved by lit_recon.least_squares)
+    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved in conjugate_gradients.py)
 
-The data are one batch, the normal equations of the calibration samples (lit_recon.moments), so that no activations are
+The data are one batch, the normal equations of the calibration samples (gram.py), so that no activations are
 kept and no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from lightning import LightningModule
 from torch import Tensor
 
-from lit_recon.least_squares import solve
-from lit_recon.moments import NormalEquations
-from lit_recon.windows import MatrixWindow
+from lit_recon.activations.gram import NormalEquations
+from lit_recon.model.windows import MatrixWindow
+from lit_recon.modules.conjugate_gradients import solve
 
 
 class LeastSquaresModule(LightningModule):

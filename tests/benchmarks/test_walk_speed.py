@@ -12,23 +12,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lit_recon.blocks import Decoder, call_layer
-from lit_recon.chain import Chain
-from lit_recon.checkpoint import Checkpoint
-from lit_recon.compute import Compute
-from lit_recon.criteria.wanda import Wanda
-from lit_recon.driver import walk
-from lit_recon.logger import RunLogger
-from lit_recon.losses import mean_squared
-from lit_recon.masks import Unstructured
-from lit_recon.metrics import Clock
-from lit_recon.models import WheelModel
-from lit_recon.modules.reconstruction import ReconstructionModule
+from lit_recon.activations.chain import Chain
+from lit_recon.model.decoder import Decoder, call_layer
+from lit_recon.model.loading import WheelModel
+from lit_recon.model.offload import Checkpoint
+from lit_recon.model.partition import partition
+from lit_recon.modules.losses import mean_squared
+from lit_recon.modules.masked_weights import ReconstructionModule
 from lit_recon.modules.schedules import linear_with_warmup
-from lit_recon.partition import partition
-from lit_recon.pruning import Pruner
-from lit_recon.reconstruction import Reconstructor, WindowResult
-from lit_recon.startup import quiet
+from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner
+from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult
+from lit_recon.system.clock import Clock
+from lit_recon.system.command_line import quiet
+from lit_recon.system.device import Compute
 
 WINDOWS, SAMPLES, HELD_OUT, LENGTH, BATCH, RATE = 8, 32, 4, 256, 2, 2e-3
 
@@ -116,7 +116,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     quiet()
     import hydra
 
-    from lit_recon.fit import CONF
+    from lit_recon.fit.__main__ import CONF
 
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = hydra.compose("fit")

@@ -1,0 +1,1 @@
+"""Hidden states of all samples, and what windows are trained on."""

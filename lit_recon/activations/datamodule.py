@@ -1,0 +1,257 @@
+"""The cached activations that one window is trained on, and the DataModule over them.
+
+For most windows they are hidden states of the chain (chain.py); for a single matrix they are what it is multiplied by,
+observed in a pass of its layer (captured.py). Targets may be recomputed for each batch (targets.py).
+
+Shapes: S samples (calibration first, then held-out), B samples of a batch, T positions, D features, N rows.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+
+from lit_recon.activations.chain import Chain
+from lit_recon.activations.store import MemoryStore, Store, on_device
+from lit_recon.model.decoder import LayerCall
+from lit_recon.model.windows import AnyWindow
+from lit_recon.modules.losses import kl_divergence_sum
+from lit_recon.system.device import Compute
+
+
+class Batch(NamedTuple):
+    """What a LightningModule gets.
+
+    Attributes:
+        inputs_BTD: What stands at the window's start.
+        targets_BTD: What the window shall output.
+        calls: The arguments of every layer of the model.
+        valid_BT: Where samples hold text; None if all do everywhere.
+    """
+
+    inputs_BTD: Tensor
+    targets_BTD: Tensor
+    calls: list[LayerCall]
+    valid_BT: Tensor | None = None
+
+    def text(self, hidden_BTD: Tensor) -> Tensor:
+        """Outputs or targets of this batch without padding: (N, D) where there is any, otherwise as they are."""
+        return hidden_BTD if self.valid_BT is None else hidden_BTD[self.valid_BT]
+
+
+@dataclass
+class Activations:
+    """Inputs and targets of one window, (S, T, D) on the CPU; batches are in float32.
+
+    Attributes:
+        inputs_STD: Inputs.
+        sources_STD: Targets; their number of features may be another one. Or what `teacher` makes targets of.
+        valid_ST: Where samples hold text; None if all do everywhere.
+        calls: The arguments of every layer for the samples with some indices.
+        num_samples: How many of the samples are for calibration.
+        batch_size: Samples per batch.
+        compute: Device and precision.
+        store: Where inputs and targets are.
+        teacher: Recomputes targets of sources and calls; None where they are kept.
+    """
+
+    inputs_STD: Tensor
+    sources_STD: Tensor
+    valid_ST: Tensor | None
+    calls: Callable[[Tensor], list[LayerCall]]
+    num_samples: int
+    batch_size: int
+    compute: Compute
+    store: Store = field(default_factory=MemoryStore)
+    teacher: Callable[[Tensor, list[LayerCall]], Tensor] | None = None
+
+    trainer_settings: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def at(cls, chain: Chain) -> "Activations":
+        """Those of the window at which the chain stands, after its dense pass; no copies."""
+        return cls(
+            chain.inputs_STD,
+            chain.sources_STD if chain.teacher else chain.targets_STD,
+            chain.valid_ST,
+            chain.calls,
+            chain.num_samples,
+            chain.batch_size,
+            chain.compute,
+            chain.store,
+            chain.teacher,
+        )
+
+    @property
+    def targets_STD(self) -> Tensor:
+        """Targets that are kept."""
+        assert self.teacher is None, "targets are recomputed"
+        return self.sources_STD
+
+    def variance(self) -> float:
+        """Variance of the calibration targets around their mean per feature: the unit of relative errors.
+
+        Batches are joined by the pairwise update of Chan, Golub and LeVeque (1979), since not all targets may be there
+        at once.
+        """
+        count, mean_D, squares_D = 0, torch.zeros(()), torch.zeros(())  # squares of distances to the mean
+        for targets_ND in self._target_rows(0, self.num_samples):
+            added = len(targets_ND)
+            variance_D, other_D = (one.double().cpu() for one in torch.var_mean(targets_ND, 0, correction=0))
+            total, distance_D = count + added, other_D - mean_D
+            mean_D = mean_D + distance_D * (added / total)
+            squares_D = squares_D + variance_D * added + distance_D.square() * (count * added / total)
+            count = total
+        return squares_D.mean().item() / count
+
+    def _target_rows(self, first: int, last: int) -> Iterator[Tensor]:
+        """Targets of the samples from `first` up to `last` without padding, (N, D), batch after batch."""
+        if self.teacher:
+            for batch in self.batches(first, last):
+                yield batch.text(batch.targets_BTD).flatten(0, -2)
+            return
+        for start in range(first, last, self.batch_size):
+            samples = slice(start, min(start + self.batch_size, last))
+            yield self.rows(self.sources_STD, samples)
+            self.store.release(self.sources_STD, samples)
+
+    def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
+        """Inputs or targets of some samples as rows without padding, (N, D) in float32."""
+        chosen_STD = hidden_STD[samples].float()
+        return chosen_STD.flatten(0, 1) if self.valid_ST is None else chosen_STD[self.valid_ST[samples]]
+
+    def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
+        """Errors of the window on as many calibration samples as there are held-out ones, and on those.
+
+        Relative errors: mean squared error over `variance`. For a window whose loss is on the logits: the Kullback-
+        Leibler divergence from the dense model's, in nats per token.
+        """
+        total = len(self.inputs_STD)
+        some = min(self.num_samples, total - self.num_samples)
+        return self.error(window, 0, some, variance), self.error(window, self.num_samples, total, variance)
+
+    @torch.no_grad()
+    def error(self, window: AnyWindow, first: int, last: int, variance: float) -> float:
+        """The error on the samples from `first` up to `last`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.compute.device)
+        count = 0
+        for batch in self.batches(first, last):
+            with self.compute.autocast():
+                outputs_BTD = window(batch.inputs_BTD, batch.calls)
+            outputs, targets = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
+            if window.head is None:
+                total += (outputs - targets).square().sum(dtype=torch.float64)
+                count += targets.numel()
+            else:
+                total += kl_divergence_sum(outputs, targets, head=window.head)
+                count += targets.numel() // targets.shape[-1]
+        return total.item() / count / (variance if window.head is None else 1)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The samples from `first` up to `last` in order, on the device."""
+        for start in range(first, last, self.batch_size):
+            end = min(start + self.batch_size, last)
+            self.prefetch(range(end, min(end + self.batch_size, last)))
+            yield self.batch(torch.arange(start, end), self.compute.device)
+
+    def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
+        """Some samples, on a device."""
+        return self.join(rows_B, *self.read(rows_B.tolist()), device)
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Tell the store that these samples come next."""
+        for array_STD in (self.inputs_STD, self.sources_STD):
+            self.store.prefetch(array_STD, rows)
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of inputs and sources of some samples, as they are stored; where both are the same, one copy."""
+        inputs_BTD = self.inputs_STD[rows]
+        self.store.release(self.inputs_STD, rows)
+        if self.sources_STD is self.inputs_STD:
+            return inputs_BTD, inputs_BTD
+        sources_BTD = self.sources_STD[rows]
+        self.store.release(self.sources_STD, rows)
+        return inputs_BTD, sources_BTD
+
+    def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
+        """A batch on a device, with what is not stored for each sample: the layers' arguments and what is padding."""
+        same = self.sources_STD is self.inputs_STD
+        valid_BT = None if self.valid_ST is None else self.valid_ST[rows_B]
+        calls = self.calls(rows_B)
+        inputs_BTD = on_device(inputs_BTD, device)
+        targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
+        if self.teacher:
+            targets_BTD = self.teacher(targets_BTD, calls)
+        valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)
+        return Batch(inputs_BTD, targets_BTD, calls, valid_BT)
+
+    def data_module(self, seed: int) -> "ActivationDataModule":
+        """Serves them to a Trainer."""
+        return ActivationDataModule(self, seed=seed)
+
+
+class _Rows(Dataset):
+    """Batches by their row indices: one fancy index per batch rather than one item per sample."""
+
+    def __init__(self, activations: Activations) -> None:
+        self.activations = activations
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.tensor(rows), *self.activations.read(rows)
+
+
+class _Ahead(Sampler[list[int]]):
+    """Batches of an order, each of them prefetched while the one before it is in work."""
+
+    def __init__(self, batches: BatchSampler, prefetch: Callable[[list[int]], None]) -> None:
+        self.batches, self.prefetch = batches, prefetch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        now: list[int] | None = None
+        for following in self.batches:
+            self.prefetch(following)
+            if now is not None:
+                yield now
+            now = following
+        if now is not None:
+            yield now
+
+
+class ActivationDataModule(LightningDataModule):
+    """The cached activations of one window.
+
+    Args:
+        activations: The activations.
+        seed: Seed of the order of the training samples.
+    """
+
+    def __init__(self, activations: Activations, *, seed: int) -> None:
+        super().__init__()
+        self.activations = activations
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader:
+        """Calibration samples, in an order of their own each epoch."""
+        order = RandomSampler(range(self.activations.num_samples), generator=torch.Generator().manual_seed(self.seed))
+        return self._loader(order)
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out samples, in order."""
+        return self._loader(range(self.activations.num_samples, len(self.activations.inputs_STD)))
+
+    def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch and join the layers' arguments to it, which are on the device already."""
+        rows_B, inputs_BTD, sources_BTD = batch
+        return self.activations.join(rows_B, inputs_BTD, sources_BTD, device)
+
+    def _loader(self, order: Iterable[int]) -> DataLoader:
+        batches = _Ahead(BatchSampler(order, self.activations.batch_size, drop_last=False), self.activations.prefetch)
+        pin = self.activations.compute.device.type == "cuda"
+        return DataLoader(_Rows(self.activations), sampler=batches, batch_size=None, pin_memory=pin)

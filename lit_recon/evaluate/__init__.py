@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, one layer at a time."""

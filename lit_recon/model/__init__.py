@@ -1,0 +1,1 @@
+"""A Hugging Face decoder, by facts instead of family names."""

@@ -1,0 +1,154 @@
+"""Cuts a model into windows; windows.py has the drawing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_recon.model.decoder import Decoder, decoder_layers, float32_on
+from lit_recon.model.halves import SIDES, Split, split_layer
+from lit_recon.model.windows import AnyWindow, HalfWindow, MatrixWindow, Window
+
+KINDS = ("matrix", "half", "block", "blocks", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """How a model is cut into windows, in order, so that each of its layers is kept in exactly one of them.
+
+    Attributes:
+        by: One of KINDS.
+        size: Layers per window for "blocks"; the last window may be shorter.
+        stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
+            and each keeps its first `stride` layers. None: `size`.
+        head: Have the last window's loss on the logits.
+    """
+
+    by: str = "block"
+    size: int = 1
+    stride: int | None = None
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.by not in KINDS:
+            raise ValueError(f"windows.by={self.by!r}: expected one of {', '.join(KINDS)}.")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"windows.size={self.size}: expected at least 1 layer per window.")
+        if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.size):
+            raise ValueError(
+                f"windows.stride={self.stride}: expected 1 to windows.size={self.size} layers from window to window."
+            )
+        if self.by != "blocks" and (self.size > 1 or self.stride is not None):
+            raise ValueError(
+                f"windows.size={self.size} windows.stride={self.stride}: these are of windows=blocks; leave them out "
+                f"with windows={self.by}."
+            )
+        if type(self.head) is not bool:
+            raise ValueError(f"windows.head={self.head}: expected true or false.")
+        if self.head and self.by == "matrix":
+            raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a ValueError for a model whose layers cannot be found, or are too few; it needs no weights."""
+        depth = len(decoder_layers(model)[1])
+        if self.size > depth:
+            raise ValueError(
+                f"windows.size={self.size}: the model has {depth} layers; use windows=model for all of them."
+            )
+
+    def cut(self, model: PreTrainedModel) -> list[AnyWindow]:
+        """The windows; they share the model's weights.
+
+        Raises:
+            ValueError: What `check` finds, layers that do not fall into halves, or halves without logits.
+        """
+        self.check(model)
+        by = "block" if self.by == "matrix" else self.by
+        windows = layer_windows(model, by=by, size=self.size, stride=self.stride)
+        if self.head:
+            if windows[-1].branch:
+                raise ValueError(
+                    "windows.head=true with windows=half: the halves of these layers stand side by side, and none has "
+                    "the model's logits; use block, blocks or model."
+                )
+            decoder = Decoder(model, torch.device("cpu"))
+            decoder.embed(torch.zeros(1, 1, dtype=torch.long))  # sees what layers return while they are whole, here
+            windows[-1].head = decoder.logits
+        if self.by != "matrix":
+            return list(windows)
+        found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
+        return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether layers are trained in more than one window."""
+        return self.stride is not None and self.stride < self.size
+
+    @property
+    def blocks(self) -> int:
+        """Layers per window for "blocks", where that is another kind than this one too."""
+        return self.size if self.by == "blocks" else 4
+
+    def of_kind(self, by: str) -> "Partition":
+        """The partition into another kind of windows."""
+        return self if by == self.by else Partition(by=by, size=self.blocks if by == "blocks" else 1, head=self.head)
+
+    def describe(self) -> str:
+        """In the words of the settings."""
+        size = f" of {self.size}" if self.by == "blocks" else ""
+        stride = f" every {self.stride}" if self.stride else ""
+        return self.by + size + stride + (", logits at the end" if self.head else "")
+
+
+def partition(model: PreTrainedModel, **settings: Any) -> list[AnyWindow]:
+    """A model's windows, by settings of a Partition."""
+    return Partition(**settings).cut(model)
+
+
+def layer_windows(
+    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None
+) -> list[Window]:
+    """A partition into windows of layers or halves, which follow each other along the chain; see `partition`."""
+    prefix, layers = decoder_layers(model)
+    if by == "half":
+        return list(_halves(model))
+    size = {"blocks": size, "model": len(layers)}.get(by, 1)
+    windows = list(_spans(list(layers), prefix, size=size, stride=stride or size))
+    if by == "model":
+        windows[0].name = "model"
+    return windows
+
+
+def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> Iterator[Window]:
+    """Windows of whole layers."""
+    digits = max(2, len(str(len(layers) - 1)))
+    for first in range(0, len(layers), stride):
+        members = layers[first : first + size]
+        last = first + len(members) - 1
+        is_last = last == len(layers) - 1
+        name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
+        yield Window(name, members, first=first, prefix=prefix, kept=None if is_last else stride)
+        if is_last:
+            return
+
+
+@torch.no_grad()
+def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
+    """Attention and MLP half of each layer. Layers that are built alike are taken apart once."""
+    decoder = Decoder(model, torch.device("cpu"))
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens_BT = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    hidden_BTD, calls = decoder.embed(tokens_BT)
+    digits = max(2, len(str(len(calls) - 1)))
+    splits: dict[str, Split] = {}
+    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
+        if repr(layer) not in splits:
+            with float32_on(layer, hidden_BTD.device):
+                splits[repr(layer)] = split_layer(layer, hidden_BTD, call)
+        for side in SIDES:
+            name, split = f"half_{index:0{digits}}_{side}", splits[repr(layer)]
+            yield HalfWindow(name, layer, index=index, prefix=decoder.prefix, split=split, side=side)

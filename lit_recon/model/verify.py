@@ -1,0 +1,69 @@
+"""What only a model with its weights can tell: how its matrices are used, and that replayed layers are the model.
+
+No architecture is trusted: before anything is written, a run sees that layers called one by one with their recorded
+arguments do what the model does.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_recon.data.packing import PADDING
+from lit_recon.evaluate.perplexity import final_states
+from lit_recon.model.decoder import Decoder, call_layer, float32_on
+from lit_recon.model.matrices import learn_input_dims
+from lit_recon.model.partition import layer_windows
+from lit_recon.system.device import Compute
+
+LENGTH = 64  # tokens that the model is tried on
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits, relative to the largest
+
+
+@torch.no_grad()
+def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, int] | None = None) -> None:
+    """Learn from one pass how matrices are used, and check that its layers can be replayed.
+
+    Args:
+        model: The model on the CPU.
+        tokens_ST: Samples, of which the one with the most text is used.
+        lengths: Tokens of the samples that it will be given, by the setting that says so.
+
+    Raises:
+        ValueError: Replaying gives other logits: a layer depends on more than its own arguments; or the model cannot be
+            given samples of such a length.
+    """
+    fullest = int((tokens_ST != PADDING).sum(1).argmax())
+    tokens_BT = tokens_ST[fullest : fullest + 1, :LENGTH]
+    tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
+    outputs = []
+    matrices = [matrix for window in layer_windows(model) for matrix in window.matrices()]
+    learn_input_dims(matrices, lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float()))
+    (expected_BTV,) = outputs
+    cpu = Compute(torch.device("cpu"), "32-true")
+    decoder = Decoder(model, cpu.device)
+    logits_BTV = decoder.logits(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
+    worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
+    if not worst <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"{type(model).__name__}: its layers, called one after the other, give other logits than the model (off by "
+            f"{worst:.1%}); they depend on more than the arguments they are called with, which is not supported."
+        )
+    for name, length in (lengths or {}).items():
+        _check_length(decoder, name, length)
+
+
+def _check_length(decoder: Decoder, name: str, length: int) -> None:
+    """Try the embeddings and the first layer, where a table of positions would end."""
+    try:
+        hidden_BTD, calls = decoder.embed(torch.zeros(1, length, dtype=torch.long))
+        with float32_on(decoder.layers[0], decoder.device):
+            call_layer(decoder.layers[0], hidden_BTD, calls[0])
+    except (IndexError, RuntimeError) as error:
+        positions = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
+        told = f", as max_position_embeddings={positions} in its config.json tells" if positions else ""
+        raise ValueError(
+            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{told}; use shorter ones "
+            f"({' '.join(str(error).split())})."
+        ) from error

@@ -1,0 +1,235 @@
+"""Windows: the parts of a model that are reconstructed at once.
+
+    tokens -> embeddings -> |  layer 0  |  layer 1  |  layer 2  |  layer 3  |  layer 4  | -> head
+    matrix                  |q k v o g..|q k v o g..|     each matrix against its own dense product
+    half                    | att | mlp | att | mlp | att | mlp | att | mlp | att | mlp |
+    block                   |  block_00 |  block_01 |  block_02 |  block_03 |  block_04 |
+    blocks, size 2          |     blocks_00_01      |     blocks_02_03      |  block_04 |    the last may be shorter
+    blocks, size 3 stride 2 |           blocks_00_02            |    kept: layers 0 and 1
+                                                    |           blocks_02_04            |
+    model                   |                          model                            |
+
+Most windows map the hidden states at their start to those at their end and follow each other without a gap. The halves
+of a parallel layer (halves.py) start both from its input. Matrices have inputs of their own, which are observed while
+their layer, still dense, runs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lit_recon.model.decoder import LayerCall, call_layer
+from lit_recon.model.halves import SIDES, Split, run_half
+from lit_recon.model.matrices import Matrix, matrices
+
+
+class Window(nn.Module):
+    """Consecutive layers of a model, called one after the other.
+
+    Attributes:
+        name: Unique in a partition, and sorting in the order of the walk.
+        indices: Indices of its layers in the model.
+        kept: How many of its layers, from the first, keep what they learn here; the others are in the next window too.
+        branch: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
+        head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
+    """
+
+    def __init__(
+        self, name: str, layers: Sequence[nn.Module], *, first: int, prefix: str, kept: int | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.layers = nn.ModuleList(layers)
+        self.indices = range(first, first + len(layers))
+        self.prefix = prefix
+        self.kept = len(layers) if kept is None else kept
+        self.branch: str | None = None
+        self.head: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
+        """Hidden states at the end of the window, (B, T, D), given those at its start.
+
+        Args:
+            hidden_BTD: Hidden states at the window's start, or at the first of `layers`.
+            calls: The recorded arguments of every layer of the model, for a batch of this shape.
+            layers: Which of the window's layers to run.
+        """
+        for index, layer in list(zip(self.indices, self.layers, strict=True))[layers]:
+            hidden_BTD = call_layer(layer, hidden_BTD, calls[index])
+        return hidden_BTD
+
+    def matrices(self) -> list[Matrix]:
+        """The window's matrices, named as in the model."""
+        return [
+            matrix
+            for index, layer in zip(self.indices, self.layers, strict=True)
+            for matrix in matrices(layer, f"{self.prefix}.{index}")
+        ]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained in this window."""
+        return list(self.parameters())
+
+    def passed_on(self) -> list[nn.Parameter]:
+        """The parameters that the next window needs as they were: those of the layers that are not kept."""
+        return [parameter for layer in self.layers[self.kept :] for parameter in layer.parameters()]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the window uses parameters that an earlier one has trained."""
+        return False
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Undo meanwhile what earlier windows have trained of this window's parameters."""
+        yield
+
+    @property
+    def span(self) -> "Window":
+        """The window between whose ends the chain steps."""
+        return self
+
+
+class HalfWindow(Window):
+    """The attention or the MLP half of one layer.
+
+    Args:
+        name: Unique in a partition.
+        layer: The layer.
+        index: Its index in the model.
+        prefix: Qualified name of the model's list of layers.
+        split: How the layer falls into halves.
+        side: "attention" or "mlp".
+    """
+
+    def __init__(self, name: str, layer: nn.Module, *, index: int, prefix: str, split: Split, side: str) -> None:
+        super().__init__(name, [], first=index, prefix=prefix)
+        self.indices, self.kept = range(index, index + 1), 1
+        self.side, self.split = side, split
+        self._layer = (layer,)  # in a tuple, not registered: it holds the other half too
+        other = split.children[SIDES[1 - SIDES.index(side)]]
+        self.used = nn.ModuleList(child for name, child in layer.named_children() if name not in other)
+        self.branch = ("first" if side == "attention" else "second") if split.parallel else None
+        # Norms that the first half trains, and that the second one's targets need as they were.
+        borrowed = split.shared if side == "mlp" else []
+        self._borrowed = [(layer.get_parameter(name), layer.get_parameter(name).detach().clone()) for name in borrowed]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer of which this is a half."""
+        return self._layer[0]
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
+        """Hidden states at the end of the half, (B, T, D), given those at its start."""
+        if not range(1)[layers]:
+            return hidden_BTD
+        return run_half(self.layer, self.split, self.side, hidden_BTD, calls[self.indices.start])
+
+    def matrices(self) -> list[Matrix]:
+        """The half's matrices."""
+        mine = {id(parameter) for parameter in self.trained()}
+        return [
+            matrix
+            for matrix in matrices(self.layer, f"{self.prefix}.{self.indices.start}")
+            if id(matrix.weight) in mine
+        ]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The half's own parameters."""
+        return [self.layer.get_parameter(name) for name in self.split.trained[self.side]]
+
+    def passed_on(self) -> list[nn.Parameter]:
+        """Nothing: the second half is reconstructed on top of the first."""
+        return []
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the half uses norms that the first one has trained."""
+        return bool(self._borrowed)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Have the parameters that the first half has trained as they were."""
+        changed = [parameter.data for parameter, _ in self._borrowed]
+        for parameter, value in self._borrowed:
+            parameter.data = value.to(parameter)
+        try:
+            yield
+        finally:
+            for (parameter, _), value in zip(self._borrowed, changed, strict=True):
+                parameter.data = value
+
+
+class MatrixWindow(nn.Module):
+    """One matrix by itself: its product with inputs of its own, without bias.
+
+    The layer stays dense until all its matrices are done: `open` takes a copy to work on, `install` puts it into the
+    layer.
+
+    Args:
+        matrix: The matrix, in its layer.
+        layer: The window of the whole layer, which its siblings share.
+    """
+
+    head: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, matrix: Matrix, layer: Window) -> None:
+        super().__init__()
+        self.matrix = matrix
+        within = matrix.name.removeprefix(f"{layer.prefix}.{layer.indices.start}.")
+        self.name = f"{layer.name}.{within.removesuffix('.weight')}"
+        self.indices = layer.indices
+        self._span = (layer,)  # in a tuple, not registered
+        self.weight: nn.Parameter = matrix.weight
+
+    @property
+    def span(self) -> Window:
+        """The window of the whole layer, over which the chain steps once all its matrices are done."""
+        return self._span[0]
+
+    def open(self) -> None:
+        """Work on a copy of the weight from now on."""
+        self.weight = nn.Parameter(self.matrix.weight.detach().clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the copy into the layer."""
+        self.matrix.weight.copy_(self.weight)
+        self.weight = self.matrix.weight
+
+    def forward(self, inputs_BTI: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """The products, (B, T, O).
+
+        Args:
+            inputs_BTI: What the matrix is multiplied by.
+            calls: One call, whose `experts` says which expert each row goes to; empty for a plain matrix.
+        """
+        (matrix,) = self.matrices()
+        weight_EOI = matrix.by_expert(matrix.weight)
+        if not calls:
+            return functional.linear(inputs_BTI, weight_EOI[0])
+        inputs_NI, experts_N = inputs_BTI.flatten(0, 1), calls[0].kwargs["experts"].flatten()
+        order_N = experts_N.argsort(stable=True)
+        counts = torch.bincount(experts_N, minlength=len(weight_EOI)).tolist()
+        by_expert = inputs_NI[order_N].split(counts)
+        products_NO = torch.cat([functional.linear(*pair) for pair in zip(by_expert, weight_EOI, strict=True)])
+        return products_NO[order_N.argsort()].unflatten(0, inputs_BTI.shape[:2])
+
+    def matrices(self) -> list[Matrix]:
+        """The matrix, with the weight that is worked on."""
+        return [Matrix(self.matrix.name, self.weight, self.matrix.input_dim)]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The weight."""
+        return [self.weight]
+
+
+AnyWindow = Window | MatrixWindow
+
+
+def side_by_side(windows: Sequence[AnyWindow]) -> bool:
+    """Whether there are halves of parallel layers among them."""
+    return any(window.branch is not None for window in windows if isinstance(window, Window))

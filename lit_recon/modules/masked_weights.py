@@ -1,0 +1,117 @@
+"""Reconstruction by gradient descent: train what the pruning left of a window until it outputs what the dense one did.
+
+    min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / variance    (arXiv 2510.14444)
+
+Pruned weights are zero before training and their gradients are zeroed before each step. An elementwise optimizer such
+as AdamW then never moves them (nor does its weight decay), which costs less than masking the weights in every forward.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from lightning import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_recon.activations.datamodule import Batch
+from lit_recon.model.windows import AnyWindow
+from lit_recon.modules.losses import kl_divergence
+
+
+class ReconstructionModule(LightningModule):
+    """One window with masked parameters and a loss against dense activations.
+
+    For another objective or training rule subclass it, or write a LightningModule with the same first three arguments.
+    What it logs appears in TensorBoard below the window's name, at the global step.
+
+    Args:
+        window: The pruned window; its parameters are float32.
+        masks: Boolean mask per pruned matrix (True = kept), by the names that `window.matrices()` gives.
+        variance: Variance of the targets, the unit of the loss.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
+            transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
+        warmup: Share of the steps in which the learning rate rises.
+        loss: Function of (outputs, targets, variance=...) to a scalar; the divergence of the logits where the window
+            has a head.
+
+    Raises:
+        ValueError: `warmup` is no share.
+    """
+
+    def __init__(
+        self,
+        window: AnyWindow,
+        masks: Mapping[str, Tensor],
+        variance: float,
+        *,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., LRScheduler] | None,
+        warmup: float,
+        loss: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
+            raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
+        self.window = window
+        self.variance = variance
+        self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
+        self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
+        self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
+        for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
+            # In the gradient's dtype: multiplying by a boolean takes four times as long.
+            self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The window's outputs, (B, T, D)."""
+        return self.window(batch.inputs_BTD, batch.calls)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
+        self.log("loss/train", loss.detach(), batch_size=len(batch.inputs_BTD))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss of one held-out batch."""
+        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
+        self.log("loss/held_out", loss, batch_size=len(batch.inputs_BTD))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Zero the gradients of pruned weights."""
+        for index, matrix in enumerate(self._pruned):
+            if matrix.weight.grad is not None:
+                matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer was told; also under bf16-mixed, where Lightning refuses fused optimizers needlessly."""
+        plugin = self.trainer.precision_plugin
+        if plugin.precision == "bf16-mixed":  # it has no scaler that a fused optimizer would undo in its step
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_start(self) -> None:
+        """Keep the layers as they are in inference: dropout would change the function that is being matched."""
+        self.window.eval()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
+        optimizer = self._make_optimizer([parameter for parameter in self.window.trained() if parameter.requires_grad])
+        if self._make_scheduler is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self._make_scheduler(
+            optimizer=optimizer, num_warmup_steps=round(self._warmup * steps), num_training_steps=steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

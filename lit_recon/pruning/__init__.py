@@ -1,0 +1,1 @@
+"""Which weights go: criteria score them, patterns turn scores into masks."""

@@ -1,0 +1,96 @@
+"""Boolean masks by matrix name, one bit per weight, in memory or mapped from the files that hold them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_recon.model.matrices import matrices
+from lit_recon.system.atomic_files import replaced, write_tensors
+
+
+class PackedMasks:
+    """Boolean masks by matrix name, one bit per weight."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+
+    def add(self, name: str, mask: Tensor) -> None:
+        """Keep a mask."""
+        self._packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy())), tuple(mask.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The mask of a matrix, boolean, in the weight's shape."""
+        bits, shape = self._packed[name]
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape))).view(bool).reshape(shape))
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the matrices."""
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        """Number of masks."""
+        return len(self._packed)
+
+    def of(self, names: Iterable[str]) -> "PackedMasks":
+        """Those of some matrices, as far as they have one."""
+        some = PackedMasks()
+        some._packed = {name: self._packed[name] for name in names if name in self._packed}
+        return some
+
+    def update(self, others: "PackedMasks") -> None:
+        """Take other masks over, in place of those of the same matrices."""
+        self._packed |= others._packed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One uint8 tensor per matrix (numpy.packbits)."""
+        return {name: bits for name, (bits, _) in self._packed.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What a file of `tensors` says beside them: the shapes as JSON."""
+        shapes = json.dumps({name: shape for name, (_, shape) in self._packed.items()})
+        return {"shapes": shapes, "packing": "numpy.packbits, True = kept"}
+
+    def save(self, path: Path) -> None:
+        """Write `tensors` and `metadata` as a safetensors file, whole or not at all."""
+        with replaced(path) as file:
+            write_tensors(file, self.tensors(), self.metadata())
+
+    @classmethod
+    def load(cls, path: Path) -> "PackedMasks":
+        """Map what `save` wrote."""
+        masks = cls()
+        with safe_open(path, framework="pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            masks._packed = {name: (file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
+        return masks
+
+    @contextmanager
+    def applied(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+        """Have a layer pruned, and its own weights back after.
+
+        Args:
+            layer: The layer.
+            prefix: Its qualified name in the model.
+        """
+        homes = [(matrix.weight, matrix.weight.data) for matrix in matrices(layer, prefix) if matrix.name in self]
+        names = [matrix.name for matrix in matrices(layer, prefix) if matrix.name in self]
+        try:
+            for name, (weight, home) in zip(names, homes, strict=True):
+                weight.data = home * self[name].to(home.device)
+            yield
+        finally:
+            for weight, home in homes:
+                weight.data = home
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a RuntimeError if a pruned weight of `model` is not exactly zero."""
+        for name in self:
+            if torch.count_nonzero(model.get_parameter(name)[~self[name]]):
+                raise RuntimeError(f"{name}: pruned weights are not zero in the checkpoint that was read back.")

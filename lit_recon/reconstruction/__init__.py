@@ -1,0 +1,1 @@
+"""The method: the walk over the windows, and the fit of each."""

@@ -1,0 +1,214 @@
+"""Win back what pruning cost a window: the step of the walk that trains.
+
+A reconstruction is accepted if the error on held-out samples became smaller. A fit that diverges or does not improve
+starts again from the pruned weights with a quarter of the learning rate, and once more with a sixteenth: the rate that
+suits one model or window size is too high for others. What is still not better keeps its pruned weights.
+"""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+
+from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.gram import Moments
+from lit_recon.model.windows import AnyWindow
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
+from lit_recon.system.clock import release_memory
+
+log = logging.getLogger(__name__)
+
+RATES = {1.0: "the full", 1 / 4: "a quarter of the", 1 / 16: "a sixteenth of the"}  # learning rate, in this order
+DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What became of one window.
+
+    Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
+    window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says. Those
+    after are of the weights that were kept; what a try reached that was not accepted is in the note.
+    """
+
+    name: str
+    relative_error_before: float
+    relative_error_after: float
+    held_out_before: float
+    held_out_after: float
+    accepted: bool
+    steps: int
+    seconds: float
+    note: str = ""
+    measure: str = "relative error"
+
+
+def left_pruned(window: AnyWindow, reason: str) -> WindowResult:
+    """What becomes of a single matrix that has nothing to be trained on, and so no error."""
+    note = f"{reason}: kept its pruned weights"
+    return WindowResult(window.name, 0.0, 0.0, 0.0, 0.0, accepted=False, steps=0, seconds=0.0, note=note)
+
+
+def uses_moments(module: Callable[..., LightningModule]) -> bool:
+    """Whether a module, or a partial call of its class, is fed with moments (activations/gram.py), not activations."""
+    return getattr(getattr(module, "func", module), "uses_moments", False)
+
+
+class Reconstructor:
+    """Fits windows, each with a LightningModule and a Trainer of its own.
+
+    Args:
+        module: Makes the LightningModule from (window, masks, variance).
+        trainer: Makes the Trainer from `callbacks` and `logger`.
+        logger: The run's log.
+        device: Where windows are trained.
+        seed: Seed of the order of the samples; each window adds the index of its first layer.
+        callbacks: Callbacks of every Trainer, for example a progress display.
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., LightningModule],
+        trainer: Callable[..., Trainer],
+        *,
+        logger: RunLogger,
+        device: torch.device,
+        seed: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.module = module
+        self.trainer = trainer
+        self.logger = logger
+        self.device = device
+        self.seed = seed
+        self.callbacks = list(callbacks)
+
+    def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: Activations | Moments) -> WindowResult:
+        """Train a pruned window towards its targets; keep the result if it is better on held-out samples."""
+        start = time.perf_counter()
+        # What is drawn depends on the window alone, not on what was drawn before, so that a run can be taken up.
+        seed_everything(self.seed + window.indices.start, verbose=False)
+        variance = data.variance()
+        if variance == 0:  # of a matrix of zeros
+            return left_pruned(window, "its dense outputs are all the same")
+        before, held_out_before = after, held_out_after = data.errors(window, variance)
+        pruned = [_copy(parameter) for parameter in window.trained()]
+        reason = ""
+        for factor in RATES:
+            steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
+            after, held_out_after = data.errors(window, variance)
+            diverged = diverged or not math.isfinite(held_out_after)
+            accepted = not diverged and held_out_after < held_out_before
+            if accepted:
+                break
+            reason = DIVERGED if diverged else f"{NOT_BETTER} ({held_out_after:.3g})"
+            _restore(window, pruned)
+            release_memory()  # optimizer and gradients of this try, before the next one makes its own
+            after, held_out_after = before, held_out_before
+            if diverged:
+                steps = 0
+            elif steps == 0:  # no step, so nothing that a learning rate could change
+                break
+        _check_zeros(window, masks)
+        self.logger.end_window()
+        seconds = round(time.perf_counter() - start, 3)
+        measure = "relative error" if window.head is None else "KL divergence"
+        return WindowResult(
+            window.name,
+            before,
+            after,
+            held_out_before,
+            held_out_after,
+            accepted,
+            steps,
+            seconds,
+            _note(reason, factor, accepted=accepted),
+            measure,
+        )
+
+    def _train(
+        self, module: LightningModule, window: AnyWindow, data: Activations | Moments, factor: float
+    ) -> tuple[int, bool]:
+        """Fit once; how many steps the optimizer made, and whether the loss diverged."""
+        guard = FiniteLoss()
+        self.logger.start_window(window.name)
+        trainer = self.trainer(
+            logger=self.logger,
+            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
+            **data.trainer_settings,
+        )
+        masters = [(parameter, parameter.data) for parameter in window.parameters()]
+        for parameter in window.trained():
+            parameter.requires_grad_(True)
+        try:
+            with _interruptible():
+                trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
+        finally:
+            window.requires_grad_(False)
+            window.zero_grad(set_to_none=True)
+            for callback in self.callbacks:  # Lightning gives them the module's `log`, by which they would keep it
+                vars(callback).pop("log", None)
+                vars(callback).pop("log_dict", None)
+        for parameter, master in masters:  # the Trainer's teardown moved the values to the CPU
+            if parameter.data.device != master.device:
+                parameter.data = master.copy_(parameter.data)
+        window.to(self.device)  # buffers
+        return trainer.global_step, guard.diverged
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn what Lightning makes of Ctrl-C and SIGTERM (SystemExit, and handlers of its own) back into what it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        cause = error.__context__  # Lightning exits while it handles the exception of our handler
+        raise type(cause)(*cause.args) if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # of C code, which Python cannot install
+                    signal.signal(number, handler)
+
+
+def _note(reason: str, factor: float, *, accepted: bool) -> str:
+    """What there is to remark on a window, of which a try failed for `reason`, the last at `factor` times the rate."""
+    if accepted:
+        return f"{reason}; reconstructed at {RATES[factor]} learning rate" if reason else ""
+    return f"{reason}{f', also at {RATES[factor]} learning rate' if factor < 1 else ''}: kept its pruned weights"
+
+
+@torch.no_grad()
+def _copy(weight: Tensor) -> Tensor:
+    """A copy, in 16 bits where these hold the values exactly: those of a model whose own weights have 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        copy = weight.to(dtype)
+        if torch.equal(copy.to(weight.dtype), weight):
+            return copy
+    return weight.clone()
+
+
+@torch.no_grad()
+def _restore(window: AnyWindow, weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(window.trained(), weights, strict=True):
+        parameter.copy_(weight)
+
+
+def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:
+    """Raise if training moved a pruned weight: only an optimizer that mixes weights of one matrix can do that."""
+    for matrix in window.matrices():
+        if matrix.name in masks and torch.count_nonzero(matrix.weight[~masks[matrix.name]]):
+            raise RuntimeError(
+                f"{window.name}: the optimizer moved pruned weights of {matrix.name}. Use an elementwise optimizer "
+                "(AdamW, SGD), or multiply the weights by their masks in your module's optimizer_step."
+            )

@@ -1,0 +1,293 @@
+"""The figures of a run: perplexity, error over depth, learning curves, time.
+
+Everything is read back from what the run left behind (results.json and TensorBoard's event files), so that figures can
+be redrawn at any time. One colour means one thing in all of them: grey is the dense model, orange the pruned one, blue
+the reconstructed one (Okabe and Ito's palette, safe for colour-blind readers). No pyplot: no window, no global state.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from PIL import Image
+
+from lit_recon.system.clock import duration
+
+DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
+TRAINING, INK, MUTED, AXIS = "#7fb8dc", "#1f2933", "#5b6470", "#b6bdc7"
+GRID, BAND, REFUSED = "#e3e7ec", "#f6f7f9", "#fbe3d3"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same look on every machine
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,  # names are names, also with a dollar sign
+    "axes.labelcolor": INK,
+    "axes.edgecolor": AXIS,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+}
+WIDTH, DPI = 10.0, 150  # inches, dots per inch
+RESULTS_KEYS = (
+    "perplexity gap_recovered protocol model recipe sparsity windows seconds peak_memory_bytes tokens versions seed"
+).split()
+
+Curve = list[tuple[int, float]]  # (global step, value)
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The content of a run's results.json.
+
+    Raises:
+        ValueError: There is no results.json, it cannot be read, or it is not one of lit_recon.
+    """
+    path, expected = run / "results.json", "expected the folder of a finished run, with its results.json in it"
+    if not path.is_file():
+        raise ValueError(f"{run}: {'no results.json here' if run.is_dir() else 'not a folder'}; {expected}.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); {expected}.") from error
+    missing = [key for key in RESULTS_KEYS if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise ValueError(f"{path}: without {', '.join(missing)}; {expected}, as lit_recon.fit.__main__ writes it.")
+    return results
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """All scalars of a run's event files by tag, such as "block_03/loss/train"; empty without a tensorboard folder."""
+    if not any((run / "tensorboard").glob("*tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # 0.3 s to import
+
+    # 0 = keep everything (the default thins curves out); a depth curve that starts at step 0 again is no crashed run
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def write_figures(run: Path) -> list[Path]:
+    """Draw the figures of a run into its `figures` folder.
+
+    Returns:
+        The files written, in the order in which they are read. The learning curves are left out if the run has none.
+
+    Raises:
+        ValueError: The folder holds no run.
+    """
+    results, curves = read_results(run), read_curves(run)
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "perplexity": perplexity(results["perplexity"], results["gap_recovered"]),
+            "error_over_depth": error_over_depth(results["windows"]),
+            "learning_curves": learning_curves(results["windows"], curves),
+            "time": time_per_phase(results["seconds"]),
+        }
+        images = {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    (run / "figures").mkdir(exist_ok=True)
+    paths = {run / "figures" / f"{name}.png": image for name, image in images.items()}
+    for path, image in paths.items():
+        path.write_bytes(image)
+    return list(paths)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as a PNG, in memory: an interrupt leaves no half a file. A palette makes it a third as large."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    buffer = io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def number(value: float | None) -> float:
+    """The value, or NaN, which plots as nothing, where there is none or it overflowed."""
+    return math.nan if value is None or not math.isfinite(value) else float(value)
+
+
+def measure(windows: Sequence[Mapping[str, Any]]) -> str:
+    """What the errors of the windows are, "relative error" or "KL divergence"; just "error" if they differ in it."""
+    measures = {window.get("measure", "relative error") for window in windows}
+    return measures.pop() if len(measures) == 1 else "error"
+
+
+def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -> Figure:
+    """The gap between the dense and the pruned model on a line, and where on it the reconstructed model is.
+
+    Args:
+        perplexities: "dense", "pruned" and "reconstructed".
+        gap_recovered: Share of the gap that reconstruction recovered; written there if there is room for it.
+    """
+    figure = Figure((WIDTH, 1.5), layout="constrained")
+    axes = figure.add_subplot()
+    values = {name: number(perplexities[name]) for name in ("dense", "pruned", "reconstructed")}
+    colors = {"dense": DENSE, "pruned": PRUNED, "reconstructed": RECONSTRUCTED}
+    share = number(gap_recovered)
+    for end, color in (("dense", "#dfe3e8"), ("reconstructed", "#f3c9a8" if share < 0 else "#a9cfe6")):
+        axes.plot([values["pruned"], values[end]], [0, 0], color=color, linewidth=7, solid_capstyle="round")
+    ranked = sorted((value, name) for name, value in values.items() if not math.isnan(value))
+    # the lowest is named to its left, the highest to its right, the one between above: labels never meet
+    for rank, (value, name) in enumerate(ranked):
+        offset, align = [((-11, 0), "right"), ((0, 12), "center"), ((11, 0), "left")][rank]
+        axes.plot(value, 0, "o", color=colors[name], markersize=12, markeredgecolor="white", markeredgewidth=1.5)
+        style: Any = {"color": colors[name], "weight": "bold", "ha": align, "va": "bottom" if rank == 1 else "center"}
+        axes.annotate(f"{name} {value:,.2f}", (value, 0), xytext=offset, textcoords="offset points", **style)
+    middle = (values["pruned"] + values["reconstructed"]) / 2
+    if ranked and 0 < 20 * ranked[0][0] < ranked[-1][0]:
+        _make_logarithmic(axes.xaxis)
+        middle = math.sqrt(values["pruned"] * values["reconstructed"])
+    if share >= 0.25:
+        axes.text(middle, -0.45, f"{share:.1%} of the gap recovered", ha="center", va="top", color=RECONSTRUCTED)
+    axes.set(ylim=(-1.6, 1.6), yticks=[], xlabel="perplexity (lower is better)")
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=True, axis="x")
+    return figure
+
+
+def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Error of each window of results.json before and after reconstruction, and the share that is left."""
+    figure = Figure((WIDTH, 4.9), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    depth = range(len(windows))
+    held_out, calibration = (
+        {when: [number(window[f"{part}_{when}"]) for window in windows] for when in ("before", "after")}
+        for part in ("held_out", "relative_error")
+    )
+    upper.vlines(depth, held_out["after"], held_out["before"], color="#c9d0d8", linewidth=1.2, zorder=1)
+    size = 5.5 if len(windows) <= 40 else 3.5
+    for when, color, label in (("before", PRUNED, "pruned"), ("after", RECONSTRUCTED, "reconstructed")):
+        upper.plot(depth, held_out[when], "o-", color=color, linewidth=1, markersize=size, label=label)
+    _make_logarithmic(upper.yaxis)
+    upper.set_ylabel(f"held-out {measure(windows)}")
+    lower.axhline(1, color=PRUNED, linewidth=1.2, label="pruned")
+    for errors, style, label in ((held_out, "o-", "held-out"), (calibration, "--", "calibration")):
+        left = [after / before if before else math.nan for before, after in zip(*errors.values(), strict=True)]
+        color = RECONSTRUCTED if errors is held_out else TRAINING
+        lower.plot(depth, left, style, color=color, linewidth=1.2, markersize=size, label=label)
+    lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lower.set(ylim=(0, None), ylabel="error left\n(share of pruned)")
+    _depth_axis(lower, windows)
+    _legend(upper, [*upper.lines, *_shade_refused(upper, windows)])
+    _legend(lower, lower.lines)
+    _shade_refused(lower, windows)
+    return figure
+
+
+def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, Curve]) -> Figure | None:
+    """Training and held-out loss, one column per window, in which its optimizer steps run from left to right.
+
+    A shared logarithmic axis keeps windows comparable. A column ends with the last step of its window; a curve that
+    starts inside its column was first logged there.
+
+    Args:
+        windows: The entries of `windows` in results.json, in the order of depth.
+        curves: All scalars of the run by tag.
+
+    Returns:
+        The figure, or None if no window has a curve.
+    """
+    names = ("loss/train", "loss/held_out")
+    if not any(f"{window['name']}/{name}" in curves for window in windows for name in names):
+        return None
+    figure = Figure((WIDTH, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    for index, window in enumerate(windows):
+        if index % 2:
+            axes.axvspan(index - 0.5, index + 0.5, color=BAND, linewidth=0, zorder=0)
+        # a second attempt logs the same steps again: the later one counts
+        train, held_out = (sorted(dict(curves.get(f"{window['name']}/{name}", [])).items()) for name in names)
+        steps = [step for step, _ in train + held_out]
+        span = max(window["steps"], max(steps) - min(steps), 1) if steps else 1
+        for curve, color, crowd in ((train, TRAINING, 1), (held_out, RECONSTRUCTED, 400 / len(windows))):
+            x = [index + 0.4 - 0.8 * (max(steps) - step) / span for step, _ in curve]
+            y = [number(value) for _, value in curve]
+            axes.plot(x, y, color=color, linewidth=1.4, markersize=3.5, marker="o" if len(curve) <= crowd else "")
+    _make_logarithmic(axes.yaxis)
+    axes.set_ylabel("loss (variance of the target = 1)" if measure(windows) == "relative error" else "loss")
+    _depth_axis(axes, windows, "each column: its optimizer steps, left to right")
+    lines = [
+        Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),
+        Line2D([], [], color=RECONSTRUCTED, linewidth=1.4, marker="o", markersize=3.5, label="held-out samples"),
+    ]
+    _legend(axes, [*lines, *_shade_refused(axes, windows)])
+    return figure
+
+
+def time_per_phase(seconds: Mapping[str, float]) -> Figure:
+    """Wall time per phase, in the order of the run; what is in "total" but in no phase is called "other"."""
+    total = seconds["total"]
+    phases = {phase: value for phase, value in seconds.items() if phase != "total"}
+    phases["other"] = max(0.0, total - sum(phases.values()))
+    unit, length = ("hours", 3600) if total > 4 * 3600 else ("minutes", 60) if total > 600 else ("seconds", 1)
+    figure = Figure((WIDTH, 0.65 + 0.27 * len(phases)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(list(phases), [value / length for value in phases.values()], height=0.66, color=RECONSTRUCTED)
+    labels = [f"{duration(value)}   {value / total if total else 0:.0%}" for value in phases.values()]
+    axes.bar_label(bars, labels, padding=6, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlabel(f"wall time ({unit})")
+    return figure
+
+
+def _make_logarithmic(axis: XAxis | YAxis) -> None:
+    """A logarithmic scale, unless nothing is positive, with plain numbers, also where it spans less than a decade."""
+    if not math.isfinite(axis.get_minpos()):
+        return
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    per_decade = [(4, [1]), (2, [1, 3]), (0.6, [1, 2, 5]), (0, range(1, 10))]
+    axis.set_major_locator(LogLocator(subs=next(subs for decades, subs in per_decade if high > low * 10**decades)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _depth_axis(axes: Axes, windows: Sequence[Mapping[str, Any]], remark: str = "") -> None:
+    """An x axis over the windows: by name where there is room, else by number."""
+    remark = f" ({remark})" if remark else ""
+    axes.set_xlim(-0.5, len(windows) - 0.5)
+    if len(windows) <= 8:
+        axes.set_xticks(range(len(windows)), [window["name"] for window in windows])
+        axes.set_xlabel(f"window{remark}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        axes.set_xlabel(f"window, from {windows[0]['name']} to {windows[-1]['name']}{remark}")
+
+
+def _shade_refused(axes: Axes, windows: Sequence[Mapping[str, Any]]) -> list[Patch]:
+    """Mark the windows that kept their pruned weights; what a legend needs to say so, if there are any."""
+    refused = [index for index, window in enumerate(windows) if not window["accepted"]]
+    for index in refused:
+        axes.axvspan(index - 0.5, index + 0.5, color=REFUSED, linewidth=0, zorder=0.5)
+    return [Patch(color=REFUSED, label="not accepted, pruned weights kept")] if refused else []
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D | Patch]) -> None:
+    """A legend in one line above the axes, where it hides nothing."""
+    spacing = {"borderaxespad": 0.2, "borderpad": 0.2, "handlelength": 1.6, "columnspacing": 1.8}
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), **spacing)

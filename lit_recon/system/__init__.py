@@ -1,0 +1,1 @@
+"""Device, files, processes, clock and memory: what the method runs on."""

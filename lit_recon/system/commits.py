@@ -1,0 +1,266 @@
+"""The resume points of a run: a folder of safetensors files, and one JSON manifest per commit that vouches for them.
+
+A commit is a state and the files that it names. Files are written first, each whole or not at all; the commit then
+becomes the current one by a single rename of its manifest, so that whatever ends a process, the newest manifest is that
+of a whole commit. Size and CRC-32 of each file find what was truncated or changed on the disk since then; the commit
+before the newest is kept for that case. They guard against accidents, not against malice.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lit_recon.system.atomic_files import (
+    FULL,
+    READ_ONLY,
+    Fingerprint,
+    fingerprint,
+    replaced,
+    sync_folder,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class CommitError(OSError):
+    """A file of a run cannot be written: the disk is full or read-only. The message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A whole commit.
+
+    Attributes:
+        number: Its number.
+        state: What was handed to `Commits.commit`, as JSON gives it back: tuples are lists, keys are strings.
+        paths: Its files by name.
+    """
+
+    number: int
+    state: dict[str, Any]
+    paths: Mapping[str, Path]
+
+    def path(self, name: str) -> Path:
+        """Where a file lies."""
+        return self.paths[name]
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file, mapped; changing them never changes the file."""
+        with safe_open(self.paths[name], framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+
+
+class Commits:
+    """The commits of a run, of which the newest and the one before it are kept.
+
+    Args:
+        folder: Where they lie, inside the run's output folder; made when something is written.
+        resumed: Whether those that are there already are of the same run.
+    """
+
+    def __init__(self, folder: Path, *, resumed: bool = False) -> None:
+        self.folder, self.resumed = folder, resumed
+        self._written: dict[str, Fingerprint] = {}
+        self._current: int | None = None
+        self._in_use: set[str] = set()  # files of the current commit
+
+    def path(self, name: str) -> Path:
+        """Where a file lies, or will lie."""
+        return self.folder / f"{name}.safetensors"
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+        """Write a file that a commit can then refer to, whole or not at all.
+
+        Tensors may be larger than the memory if they are mapped: no contiguous one is copied as a whole.
+
+        Args:
+            name: A name that the current commit does not use.
+            tensors: The file's content.
+            metadata: Texts beside them.
+
+        Returns:
+            The safetensors file.
+
+        Raises:
+            CommitError: The disk is full or read-only.
+        """
+        assert name not in self._in_use, f"{name} belongs to commit {self._current}"
+        path = self.path(name)
+        self._written.pop(name, None)
+        with self.writing(path):
+            self._make_folder()
+            with replaced(path) as file:
+                fingerprint = write_tensors(file, tensors, metadata or {})
+        self._written[name] = fingerprint
+        return path
+
+    def commit(self, number: int, state: Mapping[str, Any], files: Sequence[str]) -> None:
+        """Make a commit the current one, then remove what neither it nor the one before needs.
+
+        Args:
+            number: Larger than that of the current commit.
+            state: What JSON can hold.
+            files: Names of files that were written before, or are of the commit that `newest` found.
+
+        Raises:
+            CommitError: The disk is full or read-only.
+        """
+        assert self._current is None or number > self._current, f"commit {number} after {self._current}"
+        assert set(files) <= set(self._written), f"never written: {sorted(set(files) - set(self._written))}"
+        kept = {name: self._written[name] for name in files}
+        manifest = self._manifest(number)
+        with self.writing(manifest):
+            self._make_folder()
+            self._remove_newer(number)
+            sync_folder(self.folder)  # the names of the files are on the disk before the manifest's
+            with replaced(manifest) as file:
+                file.write(_seal({"format": FORMAT, "state": state, "files": kept}))
+            sync_folder(self.folder)
+        previous, self._current = self._current, number
+        needed = self._in_use | set(kept)
+        self._in_use = set(kept)
+        self._written = {name: self._written[name] for name in needed}
+        self._remove_unneeded({number, previous}, needed)
+
+    def newest(self) -> Commit | None:
+        """The newest commit that is whole, or None if there is none at all. It is then the current one.
+
+        Raises:
+            ValueError: All commits are damaged, or another version wrote them.
+        """
+        damaged = []
+        for number in sorted(self._numbers(), reverse=True):
+            try:
+                content = self._verified(number)
+            except _Damage as damage:
+                damaged.append(f"commit {number} is damaged: {damage}")
+                continue
+            for line in damaged:
+                log.warning("%s: %s; going on from commit %d", self.folder, line, number)
+            self._current, self._written = number, dict(content["files"])
+            self._in_use = set(self._written)
+            return Commit(number, content["state"], {name: self.path(name) for name in self._written})
+        if damaged:
+            raise ValueError(
+                f"{self.folder}: {'; '.join(damaged)}. Restore a commit's files, or start anew with overwrite=true."
+            )
+        return None
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Turn the errors of a full or read-only disk into a CommitError that names `path` and says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL | READ_ONLY:
+                raise
+            kept = "the previous commit is whole" if self._is_committed() else "nothing is committed yet"
+            remedy = "free space" if error.errno in FULL else "make the folder writable"
+            raise CommitError(
+                f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and go on with "
+                f"resume={self.folder.parent}"
+            ) from error
+
+    def _is_committed(self) -> bool:
+        """Whether there is a commit of this run, also before it was looked for; not one that it will overwrite."""
+        return self._current is not None or (self.resumed and bool(self._numbers()))
+
+    def _manifest(self, number: int) -> Path:
+        return self.folder / f"{number:05}.json"
+
+    def _numbers(self) -> list[int]:
+        """Numbers of the manifests in the folder."""
+        return [int(path.stem) for path in self.folder.glob("*.json") if re.fullmatch(r"\d{5,}", path.stem)]
+
+    def _verified(self, number: int) -> dict[str, Any]:
+        """The content of a manifest that is whole, as are all files of it."""
+        manifest = self._manifest(number)
+        try:
+            content = _unseal(manifest.read_bytes())
+        except OSError as error:
+            raise _Damage(f"{manifest.name}: {error.strerror}") from error
+        except ValueError as error:
+            raise _Damage(f"{manifest.name}: content changed") from error
+        if content["format"] != FORMAT:
+            raise ValueError(
+                f"{manifest} has format {content['format']}, and this version of lit_recon reads format {FORMAT}; go "
+                "on with the version that wrote it, or start anew with overwrite=true."
+            )
+        for name, expected in content["files"].items():
+            _check(self.path(name), expected)
+        return content
+
+    def _make_folder(self) -> None:
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.folder.parent)
+
+    def _remove_newer(self, number: int) -> None:
+        """Remove manifests behind the current commit: damaged ones, or all if a run starts anew.
+
+        Left beside a new commit of a lower number, they would be asked first when a run is taken up.
+        """
+        for other in self._numbers():
+            if other != number and (self._current is None or other > self._current):
+                self._manifest(other).unlink()
+
+    def _remove_unneeded(self, numbers: set[int | None], needed: set[str]) -> None:
+        """Remove manifests and files that are not needed, and what killed processes left.
+
+        What cannot be removed, for example because Windows has it mapped, is tried again with the next commit.
+        """
+        manifests = [self._manifest(number) for number in self._numbers() if number not in numbers]
+        files = set(self.folder.glob("*.safetensors")) - {self.path(name) for name in needed}
+        for path in (*manifests, *files, *self.folder.glob("*.partial")):
+            try:
+                path.unlink()
+            except OSError as error:
+                log.info("%s is not needed any more, but cannot be removed (%s)", path, error.strerror)
+
+
+class _Damage(Exception):
+    """A commit's file is not what was written."""
+
+
+def _check(path: Path, expected: Fingerprint) -> None:
+    """Raise _Damage if a file is not what was written."""
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise _Damage(f"{path.name}: {size} bytes instead of {expected['bytes']}")
+        changed = fingerprint(path) != expected
+    except FileNotFoundError as error:
+        raise _Damage(f"{path.name}: missing") from error
+    except OSError as error:  # a bad block, for example
+        raise _Damage(f"{path.name}: {error.strerror}") from error
+    if changed:
+        raise _Damage(f"{path.name}: content changed")
+
+
+def _seal(content: Mapping[str, Any]) -> bytes:
+    """A manifest: JSON that begins with the checksum of all the rest."""
+    return _sealed(json.dumps(content, indent=1).encode())
+
+
+def _unseal(manifest: bytes) -> dict[str, Any]:
+    """The content of a manifest; a ValueError if it is not byte for byte what `_seal` made."""
+    rest = b"{" + manifest[len(_sealed(b"{")) :]
+    if _sealed(rest) != manifest:
+        raise ValueError("the checksum is another")
+    return json.loads(rest)
+
+
+def _sealed(rest: bytes) -> bytes:
+    return b'{\n "sha256": "%s",' % hashlib.sha256(rest).hexdigest().encode() + rest[1:]

@@ -1,0 +1,107 @@
+"""Perplexity, computed one layer and one slice of logits at a time, is the model's own."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import CPU
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_recon.data.packing import PADDING
+from lit_recon.evaluate import perplexity as evaluate
+from lit_recon.evaluate.perplexity import Protocol, final_states, perplexity, relative_error
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.decoder import Decoder
+
+
+def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
+    """exp of the mean cross entropy that transformers computes for `labels`, the whole model in one piece."""
+    with torch.no_grad():
+        return math.exp(model(tokens_ST, labels=tokens_ST, use_cache=False).loss.double().item())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_perplexity_is_exp_of_the_models_own_mean_cross_entropy(
+    model: PreTrainedModel, tokens_ST: Tensor, batch_size: int
+) -> None:
+    expected = own_perplexity(model, tokens_ST)
+    assert perplexity(model, tokens_ST, batch_size=batch_size, compute=CPU) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", [0.5, 1, 5, 22, 23, 24], ids=str)
+def test_slices_of_logits_smaller_than_a_sequence_change_nothing(
+    model: PreTrainedModel, tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, positions: float
+) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", int(positions * 64 * 4))  # of a vocabulary of 64, in float32
+    expected = own_perplexity(model, tokens_ST)
+    assert perplexity(model, tokens_ST, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_slice_of_logits_is_larger_than_allowed(tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", 5 * 64 * 4)
+    model = tiny_model("llama")
+    sizes: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _, __, logits_BTV: sizes.append(logits_BTV.nbytes))
+    perplexity(model, tokens_ST, batch_size=4, compute=CPU)
+    handle.remove()
+    assert max(sizes) == 5 * 64 * 4
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.zero_()
+    assert perplexity(model, tokens_ST, batch_size=2, compute=CPU) == pytest.approx(64, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measuring_changes_nothing_in_the_model(model: PreTrainedModel, tokens_ST: Tensor, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
+    first, second = (perplexity(model, tokens_ST, batch_size=4, compute=CPU) for _ in range(2))
+    assert first == second
+    assert model.dtype == dtype
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, (old_dtype, old) in before.items():
+        assert after[name].dtype == old_dtype and torch.equal(after[name], old), name
+
+
+def test_a_bf16_model_is_measured_with_its_layers_in_float32(tokens_ST: Tensor) -> None:
+    rounded = tiny_model("llama").bfloat16()
+    expected = own_perplexity(tiny_model("llama").bfloat16().float(), tokens_ST)
+    measured = perplexity(rounded, tokens_ST, batch_size=4, compute=CPU)
+    assert measured == pytest.approx(expected, rel=1e-2), "embeddings and head alone round to bf16"
+
+
+def test_final_states_are_those_in_front_of_the_models_own_final_norm(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    seen: list[Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens_ST, use_cache=False)
+    handle.remove()
+    states_STD = final_states(Decoder(model, CPU.device), tokens_ST, batch_size=4, compute=CPU)
+    torch.testing.assert_close(states_STD, seen[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_relative_error_of_states_is_their_squared_error_over_the_dense_variance_where_there_is_text() -> None:
+    tokens_ST = torch.tensor([[5, 6], [7, PADDING]])
+    dense_STD = torch.tensor([[[0.0, 10.0], [2.0, 14.0]], [[4.0, 12.0], [1e6, 1e6]]])
+    states_STD = dense_STD + torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [-1e6, 5.0]]])
+    # Squared errors 1 + 4 + 1 of six numbers; each feature's variance is (4 + 0 + 4) / 3.
+    assert relative_error(states_STD, dense_STD, tokens_ST) == pytest.approx(1 / (8 / 3))
+
+
+def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
+    protocol = Protocol(dataset="docs", split="evaluation", context=5, windows=3, tokens=12, precision="32-true")
+    for part in ("docs", "evaluation", "3 sequences of 5 tokens", "12 predicted", "32-true"):
+        assert part in protocol.describe()
+    assert asdict(protocol) == {
+        "dataset": "docs",
+        "split": "evaluation",
+        "context": 5,
+        "windows": 3,
+        "tokens": 12,
+        "precision": "32-true",
+    }

@@ -1,0 +1,144 @@
+"""checkpoint/ of a streamed run: one that users can read at every moment, whatever has been put into it so far."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import content, letter_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lit_recon.fit.output.checkpoint import INDEX, ShardedFolder
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.mapped_files import DenseFiles
+
+
+def saved(kind: str, folder: Path, **changes: object) -> PreTrainedModel:
+    """A tiny model, read from its folder."""
+    tiny_model(kind, **changes).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+
+
+def sharded(tmp_path: Path, kind: str = "llama", **changes: object) -> tuple[ShardedFolder, PreTrainedModel]:
+    model = saved(kind, tmp_path / "dense", **changes)
+    shards = ShardedFolder(tmp_path / "checkpoint", model, DenseFiles([tmp_path / "dense" / "model.safetensors"]))
+    shards.start(letter_tokenizer(), "# card\n")
+    return shards, model
+
+
+def layer_file(tmp_path: Path, model: PreTrainedModel, index: int, value: float) -> Path:
+    """A finished layer, as a commit has it, all of one value."""
+    prefix = f"model.layers.{index}."
+    state = {name: torch.full_like(tensor, value) for name, tensor in model.state_dict().items() if prefix in name}
+    path = tmp_path / f"layer_{index}_{value}.safetensors"
+    save_file(state, path, metadata={"format": "pt"})
+    return path
+
+
+def assert_layers(folder: Path, dense: PreTrainedModel, values: dict[int, float]) -> None:
+    """The folder is a model in which these layers have this value and all else is dense."""
+    read = AutoModelForCausalLM.from_pretrained(folder)
+    state = read.state_dict()
+    assert state.keys() == dense.state_dict().keys()
+    for name, tensor in dense.state_dict().items():
+        index = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+        expected = torch.full_like(tensor, values[index]) if index in values else tensor
+        assert torch.equal(state[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("phi", {}), ("gemma2", {}), ("bloom", {})],
+)
+def test_it_starts_as_the_dense_model_with_a_shard_for_each_layer(tmp_path: Path, kind: str, changes: dict) -> None:
+    _, model = sharded(tmp_path, kind, **changes)
+    folder = tmp_path / "checkpoint"
+    read, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert type(read) is type(model) and read.config.tie_word_embeddings == model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor) and read.state_dict()[name].dtype == tensor.dtype, name
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert shards == [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in dense.values())
+    assert index["weight_map"] == {name: shard for shard in shards for name in load_file(folder / shard)}
+    assert index["weight_map"].keys() == dense.keys()
+    of_layers = [{name for name in load_file(folder / shard) if ".1." in name} for shard in shards]
+    assert of_layers[2] == set(load_file(folder / shards[2])) and not of_layers[0] | of_layers[1] | of_layers[3]
+    assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == [2, 3, 4]
+    assert (folder / "README.md").read_text() == "# card\n"
+    with safe_open(folder / shards[1], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # older transformers ask for it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "dense"]
+
+
+def test_a_layer_is_put_put_again_and_put_back(tmp_path: Path) -> None:
+    shards, model = sharded(tmp_path)
+    before, folder = content(tmp_path / "checkpoint"), tmp_path / "checkpoint"
+    shards.put(1, layer_file(tmp_path, model, 1, 2.0))
+    assert_layers(folder, model, {1: 2.0})
+    shards.put(0, layer_file(tmp_path, model, 0, 3.0))
+    shards.put(1, layer_file(tmp_path, model, 1, 4.0))
+    assert_layers(folder, model, {0: 3.0, 1: 4.0})
+    put = layer_file(tmp_path, model, 1, 4.0).read_bytes()
+    shards.put_back(1)
+    assert_layers(folder, model, {0: 3.0})
+    assert (tmp_path / "layer_1_4.0.safetensors").read_bytes() == put, "the commit's file is not written into"
+    shards.put_back(0)
+    assert content(folder) == before
+
+
+def test_a_new_card_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    shards, _ = sharded(tmp_path)
+    before = content(tmp_path / "checkpoint")
+    shards.describe("# another, with an ä\n")
+    assert content(tmp_path / "checkpoint") == before | {"README.md": "# another, with an ä\n".encode()}
+
+
+@pytest.mark.parametrize("fails", [1, 3, 6])
+def test_a_start_that_fails_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    model, count = saved("llama", tmp_path / "dense"), 0
+    shards = ShardedFolder(tmp_path / "checkpoint", model, DenseFiles([tmp_path / "dense" / "model.safetensors"]))
+    (tmp_path / "checkpoint.partial").mkdir()
+    (tmp_path / "checkpoint.partial" / "stray").write_text("of a run that was killed")
+    replace = os.replace
+
+    def fail(*arguments: object) -> None:
+        nonlocal count
+        count += 1
+        if count == fails:
+            raise OSError("no space left on device")
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="no space left"):
+            shards.start(letter_tokenizer(), "card")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"] and not shards.is_there()
+    shards.start(letter_tokenizer(), "card")
+    assert_layers(tmp_path / "checkpoint", model, {})
+    assert not (tmp_path / "checkpoint" / "stray").exists()
+
+
+def test_a_folder_of_other_files_or_with_one_missing_is_not_there_and_is_replaced(tmp_path: Path) -> None:
+    shards, model = sharded(tmp_path)
+    assert shards.is_there()
+    for name in ("model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors", INDEX):
+        (shards.folder / name).unlink()
+        assert not shards.is_there()
+        shards.start(letter_tokenizer(), "card")
+        assert shards.is_there()
+    for path in shards.folder.iterdir():
+        path.unlink()
+    model.save_pretrained(shards.folder)  # as a run that is not streamed does
+    assert not shards.is_there()
+    shards.start(letter_tokenizer(), "card")
+    assert not (shards.folder / "model.safetensors").exists()
+    assert_layers(shards.folder, model, {})

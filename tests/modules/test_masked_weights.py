@@ -1,0 +1,258 @@
+"""The module of the default run: its steps, its schedule, its masks and its losses."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, module, pruned_window, reconstructor, trainer, weights
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from lit_recon.activations.datamodule import Batch
+from lit_recon.activations.gram import Moments, Sums
+from lit_recon.fit.__main__ import CONF
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.partition import partition
+from lit_recon.modules.losses import mean_absolute, mean_squared
+from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.schedules import linear_with_warmup
+
+
+def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:
+    """The learning rate of each training step, for an optimizer with rate 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = linear_with_warmup(optimizer, num_warmup_steps, num_training_steps)
+    used = []
+    for _ in range(num_training_steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0, "nothing is left of the rate after the last step"
+    return used
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        (1, [1 / 2, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+        (2, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+    ],
+)
+def test_the_rate_rises_to_its_peak_and_falls_along_straight_lines(warmup: int, expected: list[float]) -> None:
+    assert rates(warmup, 6) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 2), (2, 16), (20, 200)])
+def test_no_step_has_rate_zero_and_one_has_the_full_rate(warmup: int, steps: int) -> None:
+    used = rates(warmup, steps)
+    assert min(used) > 0 and max(used) == 1 and used.index(1) == warmup
+
+
+class Counting(torch.optim.AdamW):
+    """Counts its steps, and remembers the rate of each and what the gradients were then."""
+
+    made: list["Counting"] = []
+
+    def __init__(self, *arguments: object, **settings: object) -> None:
+        super().__init__(*arguments, **settings)
+        self.rates: list[float] = []
+        self.gradients: list[list[Tensor]] = []
+        Counting.made.append(self)
+
+    def step(self, closure: Callable) -> object:
+        loss = closure()  # Lightning's: forward, backward and the module's on_before_optimizer_step
+        parameters = self.param_groups[0]["params"]
+        self.rates.append(self.param_groups[0]["lr"])
+        self.gradients.append([parameter.grad.clone() for parameter in parameters])
+        super().step()
+        return loss
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_optimizers() -> None:
+    Counting.made.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": 1}, 3),
+        ({"max_epochs": 2}, 6),
+        ({"max_epochs": 1, "accumulate_grad_batches": 2}, 2),  # of two batches, and of the one that is left
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 2),
+        ({"max_epochs": 3, "max_steps": 4}, 4),
+        ({"max_epochs": -1, "max_steps": 5}, 5),
+        ({"max_epochs": -1, "max_steps": 3, "accumulate_grad_batches": 2}, 3),
+    ],
+    ids=str,
+)
+def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_them(
+    tokens_ST: Tensor, tmp_path: Path, settings: dict, expected: int
+) -> None:
+    more_ST = torch.cat([tokens_ST, tokens_ST.flip(1)])
+    data, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
+    make = module(optimizer=partial(Counting, lr=1e-2), warmup=0.0)
+    result = reconstructor(tmp_path, make, **settings).fit(window, masks, data)
+    (optimizer,) = Counting.made
+    assert len(optimizer.rates) == result.steps == expected
+    assert optimizer.rates == pytest.approx([1e-2 * (expected - step) / expected for step in range(expected)])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+        partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, fused=True),
+        partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    ],
+    ids=["AdamW", "fused AdamW", "momentum"],
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pruned_weights_stay_exactly_zero_while_the_others_train(
+    tokens_ST: Tensor, tmp_path: Path, kind: str, optimizer: Callable
+) -> None:
+    data, window, masks = pruned_window(tiny_model(kind), tokens_ST)
+    before = weights(window)
+    assert reconstructor(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
+    for name, matrix in zip(masks, window.matrices(), strict=True):
+        mask = masks[name]
+        assert torch.count_nonzero(matrix.weight[~mask]) == 0, name
+        assert 0.49 < 1 - mask.float().mean() < 0.51
+    for name, parameter in window.named_parameters():
+        changes = (parameter != before[name]).sum() / (before[name] != 0).sum().clamp(min=1)
+        assert changes > 0.9 or name.endswith("k_proj.bias") or parameter.dim() == 1, name
+
+
+def test_gradients_of_pruned_weights_are_zero_when_the_optimizer_steps(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    make = module(optimizer=partial(Counting, lr=1e-2))
+    reconstructor(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
+    (optimizer,) = Counting.made
+    names = [id(parameter) for parameter in window.parameters()]
+    assert len(optimizer.gradients) == 4
+    for gradients in optimizer.gradients:
+        for name, matrix in zip(masks, window.matrices(), strict=True):
+            gradient = gradients[names.index(id(matrix.weight))]
+            assert torch.count_nonzero(gradient[~masks[name]]) == 0, name
+            assert torch.count_nonzero(gradient[masks[name]]) > 0, name
+
+
+def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
+    tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST, num_samples=2)  # a single batch
+    before, seen = weights(window), []
+
+    def cubic(outputs_BTD: Tensor, targets_BTD: Tensor, *, variance: float) -> Tensor:
+        seen.append(variance)
+        return (outputs_BTD - targets_BTD).abs().pow(3).mean()
+
+    make = module(optimizer=partial(torch.optim.SGD, lr=1e-2), scheduler=None, loss=cubic)
+    result = reconstructor(tmp_path, make, max_epochs=1).fit(window, masks, data)
+    assert result.accepted and result.steps == 1
+    assert set(seen) == {data.variance()}
+    after = weights(window)
+    for name, parameter in window.named_parameters():
+        parameter.data.copy_(before[name])
+    window.requires_grad_(True)
+    loss = (window(data.inputs_STD[:2], data.calls(torch.arange(2))) - data.targets_STD[:2]).abs().pow(3).mean()
+    gradients = torch.autograd.grad(loss, list(window.parameters()))
+    for (name, value), gradient in zip(before.items(), gradients, strict=True):
+        mask = masks.get(f"model.layers.0.{name.removeprefix('layers.0.')}", torch.ones_like(value))
+        torch.testing.assert_close(after[name], value - 1e-2 * gradient * mask, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_the_weights_that_are_left_are_clipped_also_with_a_fused_optimizer(
+    tokens_ST: Tensor, tmp_path: Path, precision: str
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST, num_samples=2)  # a single batch
+    before = weights(window)
+    make = module(optimizer=partial(torch.optim.SGD, lr=1.0, fused=True), scheduler=None)
+    settings = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1e-3}
+    assert reconstructor(tmp_path, make, **settings).fit(window, masks, data).accepted
+    change = sum((parameter - before[name]).square().sum() for name, parameter in window.named_parameters())
+    assert change.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Path, precision: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    different_NI = torch.randn(30, 32, generator=generator) * torch.logspace(0, -2, 32)
+    rows_NI = different_NI[torch.randint(0, 30, (256,), generator=generator)]  # few tokens: G is singular
+    window = partition(tiny_model("llama"), by="matrix")[0]
+    window.open()
+    sums = Sums.zero(32, CPU.device)
+    sums.add(rows_NI)
+    moments = Moments.of_products(window, [sums], [sums])
+    targets_NO = (rows_NI @ window.weight.T).double().numpy()
+    mask = torch.rand(window.weight.shape, generator=generator) < 0.5
+    window.weight.mul_(mask)
+    make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
+    settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
+    result = reconstructor(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
+    assert torch.count_nonzero(window.weight[~mask]) == 0
+    left = 0.0
+    for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):
+        inputs = rows_NI.double().numpy()[:, kept]
+        left += ((inputs @ np.linalg.lstsq(inputs, target_N, rcond=None)[0] - target_N) ** 2).sum()
+    best = left / targets_NO.size / targets_NO.var(0).mean()
+    assert result.accepted and best < 0.6 * result.relative_error_before, "there is much to gain"
+    assert result.relative_error_after == pytest.approx(best, rel=0.01)
+
+
+class Twice(ReconstructionModule):
+    """Looks at the layers in every training step: their modes, and whether they compute the same twice."""
+
+    modes: list[bool]
+    equal: list[bool]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.modes += [part.training for part in self.window.modules()]
+        self.equal.append(torch.equal(self(batch), self(batch)))
+        return super().training_step(batch, batch_idx)
+
+
+def test_dropout_stays_off_while_a_window_trains_also_after_validation(tokens_ST: Tensor) -> None:
+    model = tiny_model("opt")
+    assert model.config.dropout == 0.1, "the test needs dropout"
+    data, window, masks = pruned_window(model, tokens_ST)
+    window.requires_grad_(True)
+    made = type("Watched", (Twice,), {"modes": [], "equal": []})
+    lightning_module = module(cls=made)(window, masks, 1.0)
+    lightning_module.train()  # as if the model had been loaded for training
+    trainer(max_epochs=2)(logger=False).fit(lightning_module, datamodule=data.data_module(seed=0))
+    assert len(made.equal) == 4 and all(made.equal)
+    assert not any(made.modes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [
+        (mean_squared, lambda difference, variance: np.mean(difference**2) / variance),
+        (mean_absolute, lambda difference, variance: np.mean(np.abs(difference)) / np.sqrt(variance)),
+    ],
+    ids=["squared", "absolute"],
+)
+def test_losses_are_in_units_of_the_targets_spread(loss: Callable, reference: Callable, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs_BTD, targets_BTD = (torch.randn(2, 5, 7, generator=generator) * 3 for _ in range(2))
+    outputs_BTD = outputs_BTD.to(dtype)  # as under autocast
+    difference = outputs_BTD.double().numpy() - targets_BTD.double().numpy()
+    value = loss(outputs_BTD, targets_BTD, variance=2.5)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(reference(difference, 2.5), rel=1e-5)
+
+
+def test_predicting_the_mean_of_each_feature_has_squared_loss_one() -> None:
+    targets_BTD = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1])
+    mean_D = targets_BTD.mean((0, 1))
+    variance = targets_BTD.double().flatten(0, 1).numpy().var(axis=0).mean()
+    loss = mean_squared(mean_D.expand_as(targets_BTD), targets_BTD, variance=variance)
+    assert loss.item() == pytest.approx(1, rel=1e-5)

@@ -1,0 +1,61 @@
+"""Patterns keep exactly as many weights as they say, and the right ones."""
+
+import pytest
+import torch
+
+from lit_recon.pruning.patterns import NM, Unstructured
+
+
+def test_per_row_the_lowest_scores_of_each_row_go() -> None:
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 8.0, 9.0]])
+    expected = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    assert torch.equal(Unstructured(sparsity=0.5)(scores), expected)
+
+
+def test_per_matrix_the_lowest_scores_of_the_whole_go() -> None:
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [5.0, 6.0, 8.0, 9.0]])
+    expected = torch.tensor([[False, False, False, False], [True, True, True, True]])
+    assert torch.equal(Unstructured(sparsity=0.5, scope="matrix")(scores), expected)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("scores", ["random", "equal", "few values"])
+def test_the_number_of_removed_weights_is_exact_also_with_ties(sparsity: float, scores: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "random": torch.rand(7, 100, generator=generator),
+        "equal": torch.ones(7, 100),
+        "few values": torch.randint(0, 3, (7, 100), generator=generator).float(),
+    }[scores]
+    mask = Unstructured(sparsity=sparsity)(values)
+    assert (~mask).sum(1).tolist() == [round(sparsity * 100)] * 7
+    for row, kept in zip(values, mask, strict=True):
+        if kept.any() and not kept.all():
+            assert row[kept].min() >= row[~kept].max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (4, 4)])
+def test_n_m_keeps_exactly_the_n_best_of_every_m(n: int, m: int) -> None:
+    scores = torch.randint(0, 5, (6, 32), generator=torch.Generator().manual_seed(0)).float()
+    mask = NM(n=n, m=m)(scores)
+    for row, kept in zip(scores.view(-1, m), mask.view(-1, m), strict=True):
+        assert int(kept.sum()) == n
+        assert sorted(row[kept].tolist()) == sorted(row.tolist())[m - n :]
+    assert NM(n=n, m=m).sparsity == pytest.approx(1 - n / m)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_outside_the_half_open_interval_is_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        Unstructured(sparsity=sparsity)
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 4), (0, 4), (-1, 4)])
+def test_keeping_more_than_there_are_or_nothing_is_refused(n: int, m: int) -> None:
+    with pytest.raises(ValueError, match="0 < n <= m"):
+        NM(n=n, m=m)
+
+
+def test_a_width_that_m_does_not_divide_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"pattern\.m=4 does not divide the width 30 of layers\.0\.up\.weight"):
+        NM(n=2, m=4).check("layers.0.up.weight", 8, 30)

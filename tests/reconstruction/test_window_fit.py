@@ -1,0 +1,325 @@
+"""A window gets better or stays as it was pruned, whatever the fit does; and nothing of it stays in memory."""
+
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
+from lightning import Callback, LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_recon.activations.datamodule import Batch
+from lit_recon.model.architectures import tiny_model
+from lit_recon.model.offload import Checkpoint
+from lit_recon.model.partition import partition
+from lit_recon.model.windows import Window
+from lit_recon.modules.least_squares import LeastSquaresModule
+from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.pruning.criteria.magnitude import Magnitude
+from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner
+from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.clock import Clock
+
+
+def same(window: Window, before: dict[str, Tensor]) -> bool:
+    """Whether every parameter still has exactly its value."""
+    return all(torch.equal(parameter, before[name]) for name, parameter in window.named_parameters())
+
+
+def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(model, tokens_ST)
+    before = weights(window)
+    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    assert result.accepted and result.note == "" and result.steps == 8
+    assert 0 < result.held_out_after < 0.97 * result.held_out_before
+    assert 0 < result.relative_error_after < 0.97 * result.relative_error_before
+    assert not same(window, before)
+    assert result.held_out_after == data.error(window, 4, 6, data.variance()), "of the weights that are kept"
+    assert result.measure == "relative error"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried"), [({"lr": 0.0}, "nothing"), ({"lr": 3.0}, "worse")], ids=["nothing learnt", "absurd rate"]
+)
+def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
+    tokens_ST: Tensor, tmp_path: Path, settings: dict, tried: str
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    assert not result.accepted and "did not improve" in result.note
+    assert same(window, before)
+    assert result.relative_error_after == result.relative_error_before
+    assert result.held_out_after == result.held_out_before, "of the weights that are kept"
+    reached = float(re.search(r"did not improve \((.*)\),", result.note)[1])
+    if tried == "worse":
+        assert reached > result.held_out_before
+    else:
+        assert reached == pytest.approx(result.held_out_before, rel=1e-2)
+
+
+class Idle(LightningModule):
+    """The smallest module that a user could write: a step without a loss, as with manual optimization."""
+
+    def __init__(self, window: Window, masks: Masks, variance: float) -> None:
+        super().__init__()
+        self.window = window
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_a_module_whose_steps_have_no_loss_keeps_the_pruned_weights(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    result = reconstructor(tmp_path, Idle).fit(window, masks, data)
+    assert not result.accepted and "did not improve" in result.note and same(window, before)
+
+
+class Solver(Idle):
+    """A module that needs no optimizer, as a closed-form solution would."""
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    assert not reconstructor(tmp_path, Solver).fit(window, masks, data).accepted
+    assert same(window, before)
+
+
+class Ascending(LightningModule):
+    """A module that shares nothing with lit_recon's, and makes its window worse."""
+
+    def __init__(self, window: Window, masks: Masks, variance: float) -> None:
+        super().__init__()
+        self.window = window
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return -(self.window(batch.inputs_BTD, batch.calls) - batch.targets_BTD).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+def test_a_module_of_the_users_own_that_worsens_its_window_changes_nothing(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    result = reconstructor(tmp_path, Ascending).fit(window, masks, data)
+    assert not result.accepted and "did not improve" in result.note and same(window, before)
+    assert result.held_out_after == result.held_out_before
+
+
+class Diverging(ReconstructionModule):
+    """Its loss is not a number from step `when` on, at learning rates above `limit`; remembers the rates used."""
+
+    limit = 0.0
+    when = 0
+    rates: list[float]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        group = self.trainer.optimizers[0].param_groups[0]
+        self.rates.append(group["lr"])
+        return loss * float("nan") if group["initial_lr"] > self.limit and batch_idx >= self.when else loss
+
+
+@pytest.mark.parametrize("when", [0, 1], ids=["seen as the loss", "between the looks at the loss"])
+def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_three_tries(
+    tokens_ST: Tensor, tmp_path: Path, when: int
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    made = type("Always", (Diverging,), {"rates": [], "when": when})
+    result = reconstructor(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
+    assert same(window, before)
+    assert not result.accepted and result.steps == 0
+    assert result.note == "the loss was not finite, also at a sixteenth of the learning rate: kept its pruned weights"
+    assert result.held_out_after == result.held_out_before
+    assert result.relative_error_after == result.relative_error_before
+    firsts = [rate for index, rate in enumerate(made.rates) if index % (when + 1) == 0]
+    assert firsts == [1e-2, 2.5e-3, 6.25e-4], "the full rate, a quarter, a sixteenth"
+
+
+@pytest.mark.parametrize("scheduler", [linear_with_warmup, None], ids=["schedule", "constant"])
+def test_a_window_that_diverges_is_reconstructed_at_exactly_a_quarter_of_the_rate(
+    tokens_ST: Tensor, tmp_path: Path, scheduler: Callable | None
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
+    if scheduler is None:  # then groups have no initial_lr until the rate is lowered
+        made.training_step = lambda self, batch, index: constant_rate_step(self, batch, index)
+    settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
+    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    assert result.accepted and result.steps == 8
+    assert result.note == "the loss was not finite; reconstructed at a quarter of the learning rate"
+    shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
+    assert made.rates[-8:] == pytest.approx([2.5e-3 * share for share in shares])
+    assert made.rates[0] == pytest.approx(1e-2 * shares[0])
+
+
+def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
+    tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
+    made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
+    result = reconstructor(tmp_path, module(cls=made)).fit(window, masks, data)
+    assert made.rates[-1] < made.limit, "the later tries were finite"
+    assert not result.accepted and same(window, before)
+    told = (
+        r"held-out error did not improve \([\d.]+\), also at a sixteenth of the learning rate: kept its pruned weights"
+    )
+    assert re.fullmatch(told, result.note)
+
+
+def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
+    loss = ReconstructionModule.training_step(diverging, batch, batch_idx)
+    diverging.rates.append(diverging.trainer.optimizers[0].param_groups[0]["lr"])
+    return loss * float("nan") if diverging.rates[-1] > diverging.limit else loss
+
+
+class Shifting(torch.optim.SGD):
+    """An optimizer that is not elementwise in the gradient: every weight moves a little."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> object:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter += 1e-9
+        return loss
+
+
+def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named(
+    tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    made = reconstructor(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
+    with pytest.raises(RuntimeError, match=r"moved pruned weights of model\.layers\.0\.self_attn\.q_proj\.weight"):
+        made.fit(window, masks, data)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 3), (4, 6), (1, 6)])
+def test_relative_error_is_mean_squared_error_over_variance(tokens_ST: Tensor, first: int, last: int) -> None:
+    data, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
+    outputs = window(data.inputs_STD[first:last], data.calls(torch.arange(first, last))).numpy().astype("f8")
+    targets = data.targets_STD[first:last].numpy().astype("f8")
+    expected = np.mean((outputs - targets) ** 2) / 0.7
+    assert data.error(window, first, last, 0.7) == pytest.approx(expected, rel=1e-5)
+
+
+def test_errors_are_of_held_out_samples_and_of_as_many_calibration_samples(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    variance = data.variance()
+    on_both = data.error(window, 0, 2, variance), data.error(window, 4, 6, variance)
+    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    assert (result.relative_error_before, result.held_out_before) == on_both
+
+
+def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    reconstructor(tmp_path, module()).fit(window, masks, data)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in window.parameters())
+
+
+class Inventory:
+    """After each window: what is still alive of its fit, and how many bytes of tensors Python holds beside masks."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.fits: list[weakref.ref] = []
+        self.bytes: list[int] = []
+        self.alive: list[str] = []
+
+    def made(self, thing: object) -> object:
+        self.fits.append(weakref.ref(thing))
+        return thing
+
+    def window_done(self, result: WindowResult) -> None:
+        self.alive += [type(thing).__name__ for ref in self.fits if (thing := ref()) is not None]
+        storages = {
+            found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+            for found in gc.get_objects()
+            if issubclass(type(found), Tensor)
+        }
+        masks = self.checkpoint.masks.tensors()
+        self.bytes.append(sum(storages.values()) - sum(bits.nbytes for bits in masks.values()))
+
+
+@pytest.mark.parametrize(("by", "per_layer"), [("block", 1), ("half", 2), ("matrix", 7)])
+def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path, by: str, per_layer: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    chain = chain_of(model, tokens_ST, 4)
+    checkpoint = Checkpoint(model, CPU.device)
+    kept = Inventory(checkpoint)
+    settings = module().keywords
+
+    def make_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        return kept.made(settings["optimizer"](parameters))
+
+    def make_module(*arguments: object) -> LightningModule:
+        return kept.made(ReconstructionModule(*arguments, **settings | {"optimizer": make_optimizer}))
+
+    made = reconstructor(tmp_path, make_module, max_epochs=1)
+    made.callbacks = [Callback()]  # lives as long as the walk, as a progress display does
+    make_trainer = made.trainer
+    made.trainer = lambda **arguments: kept.made(make_trainer(**arguments))
+    walk(
+        partition(model, by=by),
+        chain=chain,
+        pruner=Pruner(Magnitude(), Unstructured(sparsity=0.5), chain),
+        reconstructor=made,
+        checkpoint=checkpoint,
+        clock=Clock(),
+        listeners=[kept],
+    )
+    assert len(kept.fits) >= 6 * per_layer * 3, "some windows are tried again at a lower rate"
+    assert kept.alive == [], "modules, Trainers or optimizers of windows that are done"
+    by_layer = [kept.bytes[start : start + per_layer] for start in range(0, 6 * per_layer, per_layer)]
+    for found in by_layer[2:]:  # in the first layer masters are made; the matrices of a layer differ in size
+        assert found == by_layer[1], f"bytes of tensors after each window: {kept.bytes}"
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["by gradient", "least squares"])
+def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and_says_so(
+    tokens_ST: Tensor, tmp_path: Path, exact: bool
+) -> None:
+    """An expert with a module of its own that no token is routed to; a layer that was added as the identity."""
+    model = tiny_model("llama")
+    spare = nn.Linear(8, 4, bias=False)
+    model.model.layers[1].mlp.spare = spare.requires_grad_(False)
+    nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    dense = spare.weight.clone()
+    solver = partial(LeastSquaresModule, tolerance=1e-3, max_iterations=10)
+    chain = chain_of(model, tokens_ST, 4)
+    results = walk(
+        partition(model, by="matrix"),
+        chain=chain,
+        pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
+        reconstructor=reconstructor(tmp_path, solver if exact else module(), max_epochs=1),
+        checkpoint=Checkpoint(model, CPU.device),
+        clock=Clock(),
+    )
+    (result,) = [result for result in results if "spare" in result.name]
+    assert not result.accepted and "no calibration or no held-out token reaches it" in result.note
+    (result,) = [result for result in results if result.name == "block_01.self_attn.o_proj"]
+    assert not result.accepted and "its dense outputs are all the same" in result.note
+    assert torch.count_nonzero(spare.weight) == 16 and torch.equal(spare.weight, dense * (spare.weight != 0))
+    assert sum(result.accepted for result in results) > 12, "the others are reconstructed"

@@ -1,0 +1,497 @@
+"""The command from end to end on a tiny model: what it leaves behind, that it repeats, and what bad input gets."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, Ended, content, letter_tokenizer, numbers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_recon.data.files import Files
+from lit_recon.evaluate.perplexity import perplexity
+from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.pruning.masks import PackedMasks
+from lit_recon.system.cache import cache_folder
+
+WITHOUT_HALVES = ("bloom", "opt_post_norm")
+UNLIKE = "gpt2 phi3 cohere2 falcon gemma3 bloom opt_post_norm mixtral gpt_oss deepseek_v3 llama4".split()
+EVERY_SHAPE = [pytest.param(shape, marks=() if shape in UNLIKE else pytest.mark.slow) for shape in SHAPES]
+
+
+@pytest.fixture
+def finished(tiny_run: Callable[..., Ended]) -> Ended:
+    """A run with the settings of `tiny_run`."""
+    ended = tiny_run()
+    assert ended.status == 0, ended.err
+    return ended
+
+
+def test_a_run_leaves_exactly_the_promised_files(finished: Ended) -> None:
+    names = {path.name for path in Path("run").iterdir()}
+    files = {"config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"}
+    assert names == files
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert {path.suffix for path in Path("run/figures").iterdir()} == {".png"}
+
+
+def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
+    results = json.loads(Path("run/results.json").read_text())
+    assert set(results["perplexity"]) == {"dense", "pruned", "reconstructed"}
+    assert {"dataset", "split", "context", "windows", "tokens"} <= set(results["protocol"])
+    assert results["protocol"]["tokens"] == 4 * 31
+    assert set(results["relative_error"]) == {"pruned", "reconstructed"}
+    assert 0 < results["relative_error"]["reconstructed"] < results["relative_error"]["pruned"]
+    regime = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
+    assert regime == {"inputs": "dense", "targets": "dense", "statistics": "dense"}
+    assert {"total", "prunable", "by_matrix", "by_magnitude"} == set(results["sparsity"])
+    assert results["sparsity"]["by_magnitude"] == []
+    assert len(results["sparsity"]["by_matrix"]) == 21
+    assert [window["name"] for window in results["windows"]] == ["block_00", "block_01", "block_02"]
+    fields = "name relative_error_before relative_error_after held_out_before held_out_after accepted steps seconds"
+    assert set(fields.split()) <= set(results["windows"][0])
+    assert {window["measure"] for window in results["windows"]} == {"relative error"}
+    assert [window["steps"] for window in results["windows"]] == [4, 4, 4]
+    phases = {"load", "teacher", "prune", "fit", "advance", "commit", "evaluate", "total"}
+    assert set(results["seconds"]) == phases
+    assert results["seconds"]["total"] >= sum(results["seconds"][phase] for phase in phases - {"total"}) - 0.1
+    assert results["tokens"]["calibration"] == 8 * 32
+    assert results["seed"] == 0
+    assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert results["peak_memory_bytes"] >= results["walk_peak_memory_bytes"] > 1e8
+    assert set(results["predicted"]) == {"seconds", "peak_memory_bytes", "walk_peak_memory_bytes"}
+    assert results["predicted"]["seconds"] > 0 and results["predicted"]["peak_memory_bytes"] > 1e8
+
+
+def test_reconstruction_lowers_the_held_out_error_of_every_window(finished: Ended) -> None:
+    for window in json.loads(Path("run/results.json").read_text())["windows"]:
+        assert window["accepted"]
+        assert window["held_out_after"] < window["held_out_before"]
+
+
+def test_the_checkpoint_is_a_hugging_face_folder_with_the_promised_zeros_and_perplexity(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained("run/checkpoint")
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    assert len(masks) == 21
+    for name in masks:
+        weight = model.get_parameter(name)
+        assert torch.count_nonzero(weight[~masks[name]]) == 0
+        assert (~masks[name]).float().mean() == 0.5
+    results = json.loads(Path("run/results.json").read_text())
+    source = Files(
+        paths=[str(text_file)], num_samples=8, length=32, evaluation_samples=4, evaluation_length=32
+    ).samples(tokenizer, seed=0, cache=cache_folder())
+    values = {
+        "reconstructed": perplexity(model, source.evaluation_ST, batch_size=4, compute=CPU),
+        "dense": perplexity(
+            AutoModelForCausalLM.from_pretrained(model_folder), source.evaluation_ST, batch_size=4, compute=CPU
+        ),
+    }
+    for state, value in values.items():  # the run may have computed in bf16
+        assert results["perplexity"][state] == pytest.approx(value, rel=0.02)
+    assert "arXiv 2510.14444" in Path("run/checkpoint/README.md").read_text()
+
+
+def test_the_pruned_perplexity_is_that_of_dense_weights_times_masks(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder).requires_grad_(False)
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    for name in masks:
+        model.get_parameter(name).mul_(masks[name])
+    samples = Files(paths=[str(text_file)], evaluation_samples=4, evaluation_length=32, length=32).samples(
+        AutoTokenizer.from_pretrained(model_folder), seed=0, cache=cache_folder()
+    )
+    value = perplexity(model, samples.evaluation_ST, batch_size=4, compute=CPU)
+    assert json.loads(Path("run/results.json").read_text())["perplexity"]["pruned"] == pytest.approx(value, rel=0.02)
+
+
+def test_the_relative_errors_are_those_of_the_final_states_on_the_held_out_samples(
+    finished: Ended, model_folder: Path, text_file: Path
+) -> None:
+    tokens_ST = (
+        Files(paths=[str(text_file)], num_samples=8, length=32, evaluation_samples=4, evaluation_length=32)
+        .samples(AutoTokenizer.from_pretrained(model_folder), seed=0, cache=cache_folder())
+        .held_out_ST
+    )
+    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    states = {}
+    for state in ("dense", "pruned", "reconstructed"):
+        folder = "run/checkpoint" if state == "reconstructed" else model_folder
+        model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+        for name in masks if state == "pruned" else ():
+            model.get_parameter(name).mul_(masks[name])
+        model.model.norm.register_forward_pre_hook(lambda _, args, state=state: states.update({state: args[0]}))
+        model(tokens_ST, use_cache=False)
+    rows = {state: states_STD.flatten(0, 1).double().numpy() for state, states_STD in states.items()}
+    found = json.loads(Path("run/results.json").read_text())["relative_error"]
+    for state in ("pruned", "reconstructed"):  # the run may have computed in bf16
+        expected = ((rows[state] - rows["dense"]) ** 2).mean() / rows["dense"].var(0).mean()
+        assert found[state] == pytest.approx(expected, rel=0.02), state
+
+
+def test_the_terminal_shows_the_plan_the_windows_and_the_result(finished: Ended) -> None:
+    for said in (
+        "3 windows (block), 4 steps each",
+        "42.1% of the parameters",
+        "in 84.2% of them",
+        "peak memory",
+        "3/3 block_02",
+    ):
+        assert said in finished.out
+    results = json.loads(Path("run/results.json").read_text())
+    for state, value in results["perplexity"].items():
+        assert f"perplexity {state}" in finished.out
+        assert f"{value:.2f}" in finished.out
+
+
+def test_the_same_seed_gives_the_same_numbers_and_bytes_and_another_seed_others(tiny_run: Callable[..., Ended]) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert tiny_run(f"output_dir={name}", f"seed={seed}").status == 0
+    assert numbers(Path("a")) == numbers(Path("b"))
+    assert content(Path("a/checkpoint")) == content(Path("b/checkpoint"))
+    assert content(Path("a/checkpoint")) != content(Path("c/checkpoint"))
+
+
+def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]) -> None:
+    assert tiny_run("pattern=n_m", "pattern.n=2", "pattern.m=4").status == 0
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    for name in PackedMasks.load(Path("run/masks.safetensors")):
+        groups = model.get_parameter(name).reshape(-1, 4)
+        assert torch.all((groups == 0).sum(1) == 2), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("criterion=magnitude", "pattern.scope=matrix"),
+        ("windows=blocks", "windows.size=2"),
+        ("windows=blocks", "windows.size=2", "windows.stride=1"),
+        ("windows=model",),
+        ("windows=model", "windows.head=true"),
+        ("windows=half",),
+        ("windows=matrix", "module.optimizer.lr=3e-3"),
+        ("windows=matrix", "module=least_squares", "data.num_samples=32"),
+        ("windows=matrix", "module=least_squares", "data.num_samples=32", "chain.inputs=sparse"),
+        ("windows=half", "chain.inputs=sparse", "chain.targets=local", "chain.statistics=sparse"),
+        ("chain.inputs=mix", "chain.statistics=sparse", "prune_by=half"),
+        ("data.packing=documents",),
+        ("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"),
+        ("model.dtype=bfloat16", "trainer.precision=32-true"),
+    ],
+    ids=" ".join,
+)
+def test_other_settings_run_too(tiny_run: Callable[..., Ended], overrides: tuple[str, ...]) -> None:
+    ended = tiny_run(*overrides)
+    assert ended.status == 0, ended.err
+    assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
+
+
+def test_with_the_head_only_the_last_window_is_measured_on_the_logits(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("windows.head=true")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert [window["measure"] for window in windows] == ["relative error", "relative error", "KL divergence"]
+    assert all(window["accepted"] for window in windows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["auto", "32-true"])
+def test_a_run_on_a_gpu_reconstructs_too(tiny_run: Callable[..., Ended], precision: str) -> None:
+    ended = tiny_run("trainer.accelerator=cuda", f"trainer.precision={precision}")
+    assert ended.status == 0, ended.err
+    assert "cuda" in ended.out
+    assert all(window["accepted"] for window in json.loads(Path("run/results.json").read_text())["windows"])
+
+
+def test_ctrl_c_after_the_walk_leaves_a_whole_checkpoint_and_only_measuring_to_be_done(
+    tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_recon.fit.run.read_back", interrupt)
+        ended = tiny_run()
+    assert ended.status == 1
+    assert ended.err.endswith("interrupted: go on with resume=run\n")
+    model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
+    assert torch.count_nonzero(model.model.layers[2].mlp.up_proj.weight) == 48 * 32 // 2
+    before = content(Path("run/checkpoint"))
+    ended = tiny_run("resume=run")
+    assert ended.status == 0, ended.err
+    assert "3 of 3 windows are done" in ended.out and "1/3" not in ended.out
+    assert content(Path("run/checkpoint")) == before and Path("run/results.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_what_ends_a_run_at_its_report_says_that_only_that_is_left_and_resuming_draws_it(
+    tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    for again in ([], ["resume=run"]):
+        with monkeypatch.context() as failing:
+            failing.setattr("lit_recon.fit.output.folder.write_report", fail)
+            ended = tiny_run(*again)
+        assert ended.status == 1
+        assert ended.err.endswith("run is finished but for its report, which resume=run draws\n")
+        assert len(ended.err.splitlines()) == 1 and str(error) in ended.err
+        assert Path("run/results.json").is_file() and not Path("run/commits").exists()
+    Path("run/commits").mkdir()  # where the process was killed
+    before = Path("run/results.json").read_bytes()
+    ended = tiny_run("resume=run")
+    assert ended.status == 0 and ended.out == "run was finished but for its report, which is there now\n"
+    assert Path("run/report.html").is_file() and not Path("run/commits").exists()
+    assert Path("run/results.json").read_bytes() == before
+    assert "that run is finished" in tiny_run("resume=run").err
+
+
+def test_a_plan_is_printed_and_nothing_written(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("plan=true")
+    assert ended.status == 0
+    assert "predicted" in ended.out
+    assert re.search(r"by window +matrix .* GB, half .* GB, block .* GB, .*model .* GB", " ".join(ended.out.split()))
+    assert not Path("run").exists()
+
+
+def test_norms_that_both_halves_depend_on_are_named(tiny_run: Callable[..., Ended], tmp_path: Path) -> None:
+    tiny_model("phi").save_pretrained(tmp_path / "phi")
+    letter_tokenizer().save_pretrained(tmp_path / "phi")
+    ended = tiny_run(f"model.name={tmp_path / 'phi'}", "windows=half", "plan=true")
+    told = "input_layernorm.bias, input_layernorm.weight of both halves, trained in the attention half"
+    assert told in " ".join(ended.out.split()), ended
+
+
+def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_of_the_first(
+    finished: Ended, tiny_run: Callable[..., Ended]
+) -> None:
+    before = content(Path("run"))
+    refused = tiny_run()
+    assert refused.status == 2
+    assert "overwrite=true" in refused.err
+    assert content(Path("run")) == before
+    assert tiny_run("overwrite=true", "seed=5").status == 0
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
+
+
+def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothing_is_written(
+    tiny_run: Callable[..., Ended], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("incomplete") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    missing = sorted(name for name in tensors if name.startswith("model.layers.1.mlp."))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    ended = tiny_run(f"model.name={folder}")
+    assert ended.status == 2
+    for said in (str(folder), "lack 3 tensors", *missing):
+        assert ended.err.count(said) == 1
+    assert "Traceback" not in ended.err + ended.out
+    assert list(Path().iterdir()) == []
+
+
+BAD_INPUT = {
+    ("windows.head=no",): ["windows.head=no", "true or false"],
+    ("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1"): [
+        *("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1", "true or false")
+    ],
+    ("model=foo",): ["model=foo", "hf, smollm2"],
+    ("modell=hf",): ["modell", "Did you mean model?"],
+    ("trainer.max_epoch=2",): ["trainer.max_epoch", "Did you mean trainer.max_epochs?"],
+    ("sparsity=1",): ["sparsity=1", "[0, 1)"],
+    ("sparsity=-0.5",): ["sparsity=-0.5", "[0, 1)"],
+    ("sparsity=half",): ["sparsity=half", "[0, 1)"],
+    ("pattern=n_m", "pattern.n=5"): ["pattern.n=5 pattern.m=4", "0 < n <= m"],
+    ("pattern=n_m", "pattern.m=5"): ["pattern.m=5", "width 32", "model.layers.0.self_attn.q_proj.weight"],
+    ("pattern=n_m", "sparsity=0.7"): ["sparsity=0.7", "0.5"],
+    ("data.num_samples=100000",): ["100000", "3200000 tokens", "data.num_samples"],
+    ("data.paths=[nowhere.txt]",): ["nowhere.txt"],
+    ("model.name=nowhere/at/all",): ["nowhere/at/all"],
+    ("model.name=.",): ["config.json", "tokenizer"],
+    ("trainer.precision=bf16-true",): ["bf16-true", "bf16-mixed"],
+    ("trainer.accelerator=cpu", "trainer.precision=16-mixed"): ["16-mixed", "bf16-mixed"],
+    ("trainer.accelerator=cpu", "trainer.devices=2"): ["trainer.devices=1"],
+    ("trainer.max_epochs=0",): ["max_epochs=0"],
+    ("trainer.max_epochs=-1",): ["max_epochs=-1"],
+    ("+trainer.speed=9",): ["speed"],
+    ("module.optimizer.lr=-1",): ["module.optimizer", "learning rate: -1"],
+    ("module.warmup=abc",): ["module.warmup=abc", "share of the steps"],
+    ("module.warmup=-1", "windows=matrix"): ["module.warmup=-1", "share of the steps"],
+    ("+module.momentum=1",): ["module: ", "momentum"],
+    ("windows=matrix", "module=least_squares", "module.max_iterations=0"): ["module.max_iterations=0", "at least 1"],
+    ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "share"],
+    ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
+    ("seed=abc",): ["seed=abc", "whole number"],
+    ("windows=half", "+windows.size=2"): ["windows.size=2", "windows=blocks", "half"],
+    ("windows=blocks", "windows.size=0"): ["windows.size=0"],
+    ("windows=blocks", "windows.size=4"): ["windows.size=4", "3 layers"],
+    ("windows=blocks", "windows.stride=3"): ["windows.stride=3", "windows.size=2"],
+    ("windows.by=layer",): ["windows.by='layer'", "matrix, half, block, blocks, model"],
+    ("chain.inputs=pruned", "chain.targets=none"): [
+        "chain.inputs='pruned'",
+        "chain.targets='none'",
+        "dense, sparse, mix",
+    ],
+    ("chain.targets=local",): ["chain.targets=local", "chain.inputs=dense"],
+    ("chain.inputs=mix", "chain.mix=1"): ["chain.mix=1"],
+    ("windows._target_=lit_recon.model.partition.partition", "+windows._partial_=true"): [
+        "lit_recon.model.partition.Partition"
+    ],
+    ("windows=matrix", "prune_by=half", "chain.statistics=sparse"): ["prune_by=half", "windows=matrix", "block"],
+    ("windows=half", "prune_by=layer"): ["prune_by=layer", "window, half, block, model"],
+    ("windows=half", "module=least_squares"): ["module=least_squares", "windows=matrix", "half"],
+    ("criterion=custom",): ["criterion._target_"],
+    ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
+    ("output_dir=/proc/run",): ["/proc", "output_dir"],
+    ("data.num_samples=x", "sparsity=2"): ["data.num_samples='x'", "sparsity=2"],
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_INPUT, ids=" ".join)
+def test_bad_input_gets_status_2_one_message_and_writes_nothing(
+    tiny_run: Callable[..., Ended], overrides: tuple[str, ...]
+) -> None:
+    ended = tiny_run(*overrides)
+    assert ended.status == 2, ended.err
+    for said in BAD_INPUT[overrides]:
+        assert said in ended.err
+    assert "Traceback" not in ended.err + ended.out
+    assert "Error executing job" not in ended.err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", EVERY_SHAPE)  # those that are most unlike each other by default
+def test_every_layer_shape_is_pruned_reconstructed_saved_and_read_back(
+    tiny_run: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory, shape: str
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(shape).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    windows = "block" if shape in WITHOUT_HALVES else "half"
+    settings = ("trainer.precision=bf16-mixed", "module.optimizer.lr=1e-3")
+    ended = tiny_run(f"model.name={folder}", f"windows={windows}", *settings)
+    assert ended.status == 0, ended.err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-3)
+    accepted = [window for window in results["windows"] if window["accepted"]]
+    assert len(accepted) > 0.8 * len(results["windows"]), "few samples: a half of experts may not improve"
+    assert all(window["held_out_after"] < window["held_out_before"] for window in accepted)
+    assert results["relative_error"]["reconstructed"] < results["relative_error"]["pruned"]
+    assert results["sparsity"]["by_magnitude"] == []
+
+
+def test_units_of_pruning_that_a_model_does_not_fall_into_matter_with_sparse_statistics_only(
+    tiny_run: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("bloom").save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    settings = (f"model.name={folder}", "prune_by=half", "plan=true")
+    assert tiny_run(*settings).status == 0
+    ended = tiny_run(*settings, "chain.statistics=sparse")
+    assert ended.status == 2
+    assert "prune_by=half: BloomBlock has no mlp side; use prune_by=block." in ended.err
+
+
+def test_callbacks_of_the_trainer_reach_each_fit_anew(tiny_run: Callable[..., Ended]) -> None:
+    Path("mine.py").write_text(
+        "from lightning import Callback\n\n\nclass Stopper(Callback):\n    batches = 0\n\n"
+        "    def on_train_batch_end(self, trainer, *given):\n        self.batches += 1\n"
+        "        trainer.should_stop |= self.batches == 1\n"
+    )
+    ended = tiny_run("+trainer.callbacks=[{_target_:mine.Stopper}]", "trainer.max_epochs=4")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert [window["steps"] for window in windows] == [1] * 3, "of 16"
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone_even_with_overwrite(tiny_run: Callable[..., Ended]) -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("title: thesis")
+    Path("run/figures").mkdir()
+    Path("run/figures/map.pdf").write_text("years of work")
+    ended = tiny_run("overwrite=true")
+    assert ended.status == 2
+    assert set(content(Path("run"))) == {"config.yaml", "figures/map.pdf"}
+
+
+def test_a_learning_rate_that_diverges_keeps_the_pruned_weights_and_says_so(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("module.optimizer.lr=1e30", "trainer.log_every_n_steps=1")
+    assert ended.status == 0, ended.err
+    windows = json.loads(Path("run/results.json").read_text())["windows"]
+    assert not any(window["accepted"] for window in windows)
+    assert "not finite" in windows[0]["note"]
+    assert "not finite" in ended.out
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["perplexity"]["reconstructed"] == pytest.approx(results["perplexity"]["pruned"], rel=1e-6)
+
+
+def test_help_explains_groups_and_settings_without_running(command: Callable[..., Ended]) -> None:
+    ended = command("--help")
+    assert ended.status == 0
+    for said in ("criterion: custom, magnitude, wanda", "pattern.n=2", "output_dir", "module.optimizer.lr"):
+        assert said in ended.out
+
+
+def test_ctrl_c_stops_within_seconds_says_what_was_done_and_leaves_no_half_written_file(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = ["model=hf", f"model.name={model_folder}", "data=files", f"data.paths=[{text_file}]"]
+    settings += ["data.num_samples=8", "data.length=32", "data.evaluation_samples=2", "data.evaluation_length=32"]
+    settings += ["trainer.max_epochs=100000", "output_dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_recon.fit", *settings],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    events = tmp_path / "run" / "tensorboard"
+    while process.poll() is None and not (events.is_dir() and any(events.iterdir())):
+        time.sleep(0.1)
+    time.sleep(1.0)  # well inside the first window's training
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 1
+    assert err.endswith("interrupted: no window was done yet; start again with resume=run\n")
+    assert "Traceback" not in err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "tensorboard", "checkpoint"}
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    read, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run/checkpoint", model_folder))
+    assert all(torch.equal(weight, dense.get_parameter(name)) for name, weight in read.named_parameters())
+
+
+def test_a_mistake_beside_the_choices_of_a_sweep_is_told_in_one_message(command: Callable[..., Ended]) -> None:
+    ended = command("-m", "windows=block,half", "data.foo=1")
+    assert ended.status == 2
+    assert len(ended.err.splitlines()) == 1 and "data.foo: unknown setting; data has" in ended.err
+
+
+def test_a_setting_that_another_member_has_is_not_proposed_for_itself(command: Callable[..., Ended]) -> None:
+    ended = command("windows=matrix", "module=least_squares", "module.optimizer.lr=1")
+    assert ended.status == 2
+    assert "module.optimizer.lr: unknown setting" in ended.err and "Did you mean module.optimizer.lr" not in ended.err
+
+
+def test_a_folder_may_be_named_by_digits(tiny_run: Callable[..., Ended]) -> None:
+    ended = tiny_run("output_dir=1", "plan=true")
+    assert ended.status == 0, ended.err

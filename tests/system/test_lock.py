@@ -1,0 +1,100 @@
+"""An output folder belongs to one process, which other processes are told of; a dead one owns nothing."""
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from lit_recon.system.lock import hold
+
+HOLD = """
+import sys
+from pathlib import Path
+from lit_recon.system.lock import hold
+try:
+    with hold(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.read()
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """A process that holds the folder until its input ends, and what it says."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    owner, said = start(folder)
+    assert said == "held"
+    since = json.loads((folder / "lease.json").read_text())["since"]
+    assert abs((datetime.now().astimezone() - datetime.fromisoformat(since)).total_seconds()) < 60
+    message = (
+        f"output_dir={folder} is in work by process {owner.pid} on {socket.gethostname()} since {since}; wait for it "
+        "or stop it, or choose another output_dir."
+    )
+    second, said = start(folder)
+    assert said == message
+    second.communicate()
+    with pytest.raises(ValueError, match=re.escape(message)), hold(folder):
+        pass
+    owner.communicate()  # it comes to its end
+    assert list(folder.iterdir()) == []
+    with hold(folder):
+        assert json.loads((folder / "lease.json").read_text())["pid"] == os.getpid()
+
+
+def test_the_folder_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    owner, said = start(tmp_path)
+    assert said == "held"
+    owner.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+    owner.communicate()
+    assert (tmp_path / "lease.json").exists()
+    with hold(tmp_path):
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("about", [None, b"", b"\xff\xfe", b"[]", b'"text"', b"{}", b'{"pid": 1}'])
+def test_a_garbled_owner_is_another_process(tmp_path: Path, about: bytes | None) -> None:
+    with hold(tmp_path):
+        (tmp_path / "lease.json").unlink()
+        if about is not None:
+            (tmp_path / "lease.json").write_bytes(about)
+        with pytest.raises(ValueError, match="is in work by another process; wait"), hold(tmp_path):
+            pass
+        assert (tmp_path / "lease.lock").exists()
+
+
+def test_it_is_released_by_an_error_and_when_the_folder_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="of the run"), hold(tmp_path / "run"):
+        raise RuntimeError("of the run")
+    with hold(tmp_path / "run"):
+        for path in (tmp_path / "run").iterdir():
+            path.unlink()
+        (tmp_path / "run").rmdir()
+    with hold(tmp_path / "run"):
+        assert (tmp_path / "run" / "lease.lock").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lock: FileLock, **settings: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(ValueError, match=r"output_dir=.* cannot be locked \(No locks available\)"), hold(tmp_path):
+        pass
