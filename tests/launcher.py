@@ -142,13 +142,15 @@ class _Steps:
 
     def install(self) -> None:
         """Be called from now on."""
-        from lit_recon.system import atomic_files as durable
+        from lit_recon.system import atomic_files, tensor_files
 
         for module in ("os", "zlib"):
             content = vars(sys.modules[module])
             patched = {name: self._before(content[name]) for name in self.kinds if name in content}
-            setattr(durable, module, types.SimpleNamespace(**content | patched))
-        durable.CHUNK = 1 << 12  # several chunks in a file of the tiny model
+            for user in (atomic_files, tensor_files):
+                if hasattr(user, module):
+                    setattr(user, module, types.SimpleNamespace(**content | patched))
+        atomic_files.CHUNK = tensor_files.CHUNK = 1 << 12  # several chunks in a file of the tiny model
 
     def _before(self, function: Callable) -> Callable:
         def patched(*arguments: Any, **settings: Any) -> Any:

@@ -17,8 +17,9 @@ from weakref import WeakValueDictionary, finalize
 import torch
 from torch import Tensor
 
-from lit_recon.system.atomic_files import FULL, memory_map
-from lit_recon.system.clock import in_gb
+from lit_recon.system.atomic_files import FULL
+from lit_recon.system.tensor_files import memory_map
+from lit_recon.system.units import in_gb
 
 SUFFIX = ".states"  # of the files
 _CHUNK = 2**20  # bytes written at once where a file cannot be allocated by its size

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, Rows, free_space
 from lit_recon.activations.propagation import Regime
-from lit_recon.system.clock import in_gb
+from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.clock import duration
+from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
 

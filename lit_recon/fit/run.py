@@ -29,10 +29,12 @@ from lit_recon.fit.walk_callbacks import Course, Setting
 from lit_recon.model.windows import AnyWindow, HalfWindow
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.clock import Clock, duration, in_gb, peak_memory_bytes, release_memory, reset_peak_memory
+from lit_recon.system.clock import Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
+from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.system.signals import protected, stoppable
+from lit_recon.system.units import duration, in_gb
 
 PRUNED_STATES = ("pruned", "reconstructed")
 

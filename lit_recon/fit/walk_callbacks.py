@@ -18,9 +18,10 @@ from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import walk
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult
-from lit_recon.system.clock import WALK, Clock, duration
+from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.signals import protected
+from lit_recon.system.units import duration
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.system.atomic_files import DTYPES, memory_map
+from lit_recon.system.tensor_files import DTYPES, memory_map
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_recon.model.matrices import matrices
-from lit_recon.system.atomic_files import replaced, write_tensors
+from lit_recon.system.atomic_files import replaced
+from lit_recon.system.tensor_files import write_tensors
 
 
 class PackedMasks:

@@ -29,7 +29,8 @@ from lit_recon.model.offload import Checkpoint
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult, left_pruned, uses_moments
-from lit_recon.system.clock import Clock, release_memory
+from lit_recon.system.clock import Clock
+from lit_recon.system.memory import release_memory
 from lit_recon.system.signals import protected
 
 

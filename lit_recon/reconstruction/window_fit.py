@@ -23,7 +23,7 @@ from lit_recon.activations.gram import Moments
 from lit_recon.model.windows import AnyWindow
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
-from lit_recon.system.clock import release_memory
+from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
-from lit_recon.system.clock import duration
+from lit_recon.system.units import duration
 
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
 TRAINING, INK, MUTED, AXIS = "#7fb8dc", "#1f2933", "#5b6470", "#b6bdc7"

@@ -27,7 +27,8 @@ from rich.text import Text
 
 from lit_recon.report.figures import measure, number, read_results, write_figures
 from lit_recon.system.atomic_files import replaced
-from lit_recon.system.clock import WALK, duration
+from lit_recon.system.clock import WALK
+from lit_recon.system.units import duration
 
 FILES = {
     "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",

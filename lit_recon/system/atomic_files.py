@@ -1,45 +1,19 @@
 """Files that are whole or not there, whatever ends the process or the machine: written aside, synced, then renamed."""
 
 import errno
-import json
-import mmap
 import os
 import shutil
-import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import BinaryIO
 
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # what a full disk answers
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 CHUNK = 1 << 24  # bytes that are read or written at once
-DTYPES = {  # in the words of the safetensors format
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
-_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
-
-
-def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
-    """A map of a file, which holds no descriptor of it open from Python 3.13 on."""
-    return mmap.mmap(file.fileno(), length, **settings, **_UNTRACKED)
 
 
 @contextmanager
@@ -103,39 +77,6 @@ def fingerprint(path: Path) -> Fingerprint:
     for chunk in chunks(path):
         size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
     return {"bytes": size, "crc32": checksum}
-
-
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
-    """Write the safetensors format (length of the header, header, content) in chunks, with its checksum on the way.
-
-    safetensors' own save_file copies everything in older versions, refuses tensors that share memory, and tells of a
-    full disk in words only.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each starts at its alignment
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in names:
-        tensor, end = tensors[name], offset + tensors[name].nbytes
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    size, checksum = 0, 0
-    for chunk in _chunks(len(header).to_bytes(8, "little") + header, [tensors[name] for name in names]):
-        file.write(chunk)
-        size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
-    return {"bytes": size, "crc32": checksum}
-
-
-def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file, a few at a time."""
-    yield header
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)  # a copy only if it must be
-        if flat.stride() != (1,):
-            flat = flat.clone(memory_format=torch.contiguous_format)
-        for part in flat.split(max(1, CHUNK // flat.element_size())) if len(flat) else ():
-            yield memoryview(part.cpu().view(torch.uint8).numpy())
 
 
 def can_link(folder: Path) -> bool:

@@ -19,15 +19,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_recon.system.atomic_files import (
-    FULL,
-    READ_ONLY,
-    Fingerprint,
-    fingerprint,
-    replaced,
-    sync_folder,
-    write_tensors,
-)
+from lit_recon.system.atomic_files import FULL, READ_ONLY, Fingerprint, fingerprint, replaced, sync_folder
+from lit_recon.system.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
 

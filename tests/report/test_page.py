@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_recon.report.figures import error_over_depth, learning_curves, read_curves, read_results, write_figures
 from lit_recon.report.page import COLUMNS, as_error, as_perplexity, main, sparsity_by_kind, verdict, write_report
-from lit_recon.system.clock import duration
+from lit_recon.system.units import duration
 
 STEPS = 16
 FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]

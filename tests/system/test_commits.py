@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_recon.system import atomic_files as durable
+from lit_recon.system import atomic_files, tensor_files
 from lit_recon.system import commits as module
 from lit_recon.system.atomic_files import publish
 from lit_recon.system.commits import CommitError, Commits
@@ -88,7 +88,8 @@ TENSORS = {
 def test_tensors_of_every_kind_come_back_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(durable, "CHUNK", chunk)
+    monkeypatch.setattr(atomic_files, "CHUNK", chunk)
+    monkeypatch.setattr(tensor_files, "CHUNK", chunk)
     commits = Commits(tmp_path)
     path = commits.write("all", TENSORS, {"shapes": "{}"})
     commits.write("nothing", {})
@@ -337,9 +338,9 @@ def steps(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str], None]) -> None:
         monkeypatch.setattr(owner, name, step)
 
     for owner, name in (
-        (durable.os, "replace"),
-        (durable.os, "fsync"),
-        (durable.zlib, "crc32"),  # between two writes
+        (atomic_files.os, "replace"),
+        (atomic_files.os, "fsync"),
+        (atomic_files.zlib, "crc32"),  # between two writes
         (Path, "unlink"),
         (Path, "open"),
     ):
@@ -359,7 +360,7 @@ def killed_at(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "CHUNK", 16)
+        patch.setattr(tensor_files, "CHUNK", 16)
         steps(patch, die)
         try:
             second(commits)

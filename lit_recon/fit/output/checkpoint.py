@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.mapped_files import DenseFiles, layer_state
-from lit_recon.system.atomic_files import publish, replaced, replaced_folder, write_tensors
+from lit_recon.system.atomic_files import publish, replaced, replaced_folder
+from lit_recon.system.tensor_files import write_tensors
 
 INDEX = "model.safetensors.index.json"
 

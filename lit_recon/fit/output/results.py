@@ -15,7 +15,7 @@ from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import PackedMasks
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.atomic_files import replaced
-from lit_recon.system.clock import duration, in_gb
+from lit_recon.system.units import duration, in_gb
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 

@@ -18,7 +18,7 @@ from lit_recon.fit.job import Job, Loaded
 from lit_recon.fit.plan.estimate import Plan, make_plan, name_of
 from lit_recon.model.windows import AnyWindow
 from lit_recon.system.atomic_files import can_link
-from lit_recon.system.clock import in_gb
+from lit_recon.system.units import in_gb
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
 ORDER = ("model", "blocks", "block", "half")  # from large to small
