@@ -4,11 +4,11 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, EVERY_SHAPE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, LayerCall, call_layer
 from lit_recon.model.halves import Split, run_half, split_layer
 
@@ -20,7 +20,7 @@ SHARED = {  # one norm before both sides; GPT-NeoX has two
     "cohere2": ["input_layernorm.weight"],
 }
 REFUSED = {"bloom": "no mlp side", "opt_post_norm": "do not make up the layer"}
-HAVING = [shape for shape in SHAPES if shape not in REFUSED]
+HAVING = [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED]
 
 
 @cache
