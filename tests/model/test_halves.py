@@ -82,6 +82,11 @@ def test_each_side_changes_what_it_trains_and_nothing_of_the_other(shape: str) -
         for name, value in kept.items():
             layer.get_parameter(name).data.copy_(value)
         assert torch.equal(before_BTD, after_BTD), f"{side} depends on {foreign}"
+        own = {name: layer.get_parameter(name).detach().clone() for name in split.trained[side]}
+        for name in own.keys() - {"self_attn.k_proj.bias"}:  # without rotations it shifts all scores of a query alike
+            layer.get_parameter(name).data.add_(1.0)
+            assert not torch.equal(run_half(layer, split, side, hidden_BTD, call), before_BTD), f"{side} without {name}"
+            layer.get_parameter(name).data.copy_(own[name])
 
 
 @pytest.mark.parametrize("shape", HAVING)
