@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_recon.fit.progress import no_progress_bars
+from lit_recon.system.quiet_libraries import no_progress_bars
 
 
 def dequantise(gguf: Path, folder: Path) -> None:

@@ -1,8 +1,12 @@
 """Seconds that a run spends in each of its phases."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take
 PHASES = ("load", *WALK, "evaluate")
@@ -33,3 +37,17 @@ class Clock:
         for name, value in seconds.items():
             self.seconds[name] += value
         self.started -= elapsed
+
+
+def timed(phase: str) -> Callable[[Method], Method]:
+    """A method whose seconds are added to `phase` of its object's `clock`."""
+
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.clock.phase(phase):
+                return method(self, *args, **kwargs)
+
+        return cast(Method, run)
+
+    return decorate

@@ -17,6 +17,7 @@ from lit_recon.system.commits import CommitError
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
 
+ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is in progress
 NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
