@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_recon.data.packing import PADDING, Packing, draw, pack
+from lit_recon.system.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -117,17 +118,18 @@ class TextSource(ABC):
         if problems:
             raise ValueError("\n".join(problems))
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache: Path) -> Samples:
+    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, cache: Path | None = None) -> Samples:
         """Read, tokenize and pack the three parts, and draw the samples.
 
         Args:
             tokenizer: Of the model that will see the samples.
             seed: Chooses among calibration and held-out text.
-            cache: Folder in which `tokens/` keeps what was tokenized before.
+            cache: Folder in which `tokens/` keeps what was tokenized before; None: the cache folder.
 
         Raises:
             ValueError: The text cannot be read, or there is too little of it.
         """
+        cache = cache or cache_folder()
         taken: set[str] = set()
         evaluation_PT = self._packed("evaluation", taken, tokenizer, cache)
         held_out_PT = self._packed("held_out", taken, tokenizer, cache)

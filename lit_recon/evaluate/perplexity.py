@@ -63,7 +63,12 @@ def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> 
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute, around: LayerContext = unchanged
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    *,
+    batch_size: int = 1,
+    compute: Compute | None = None,
+    around: LayerContext = unchanged,
 ) -> float:
     """Perplexity of `model`, in memory or mapped, on S sequences of T tokens.
 
@@ -71,9 +76,10 @@ def perplexity(
         model: The model; its layers visit the device one at a time.
         tokens_ST: Token ids.
         batch_size: Sequences per pass.
-        compute: Device and precision.
+        compute: Device and precision; None: those that a run would choose.
         around: Makes a context for each layer while it is on the device, such as one in which it is pruned.
     """
+    compute = compute or Compute.default()
     decoder = Decoder(model, compute.device)
     hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, around=around)
     metric = Perplexity().to(compute.device)

@@ -193,7 +193,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         windows=resume_point.done,
         logger=resume_point.logger,
         dense_perplexity=facts["dense_perplexity"],
-        by_magnitude=[label for labels in session.pruner.by_magnitude.values() for label in labels],
+        by_magnitude=session.pruner.labels(),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
     )

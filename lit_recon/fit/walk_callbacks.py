@@ -32,12 +32,15 @@ class ProgressBar(WalkCallback, Callback):
         console: Where to show it.
         num_windows: Windows of the walk.
         done: Results of those that an earlier run has done.
+        shown: Whether anything is shown.
     """
 
-    def __init__(self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = ()) -> None:
+    def __init__(
+        self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = (), shown: bool = True
+    ) -> None:
         self.done: list[WindowResult] = list(done)
         self._before = len(done)
-        self._num_windows = num_windows
+        self._num_windows, self._shown = num_windows, shown
         self._start = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -46,7 +49,7 @@ class ProgressBar(WalkCallback, Callback):
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
-            disable=not (console.is_terminal or console.is_jupyter),
+            disable=not (shown and (console.is_terminal or console.is_jupyter)),
         )
         self._task = self._progress.add_task("reconstructing", total=num_windows, windows="", left="")
         self._progress.update(self._task, completed=len(done))
@@ -76,7 +79,7 @@ class ProgressBar(WalkCallback, Callback):
         number, left = len(self.done), self._left()
         windows = f"{number}/{self._num_windows}"
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
-        if self._progress.disable:
+        if self._shown and self._progress.disable:
             change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
             log.info("%s %s: %s, %s%s", windows, result.name, change, left, f" ({result.note})" if result.note else "")
 

@@ -41,15 +41,19 @@ class Head:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """All of the model but its layers on `device`; what may be mapped from a file returns afterwards."""
-        inside = {id(parameter) for parameter in self.decoder.layers.parameters()}
-        homes = [(one, one.data) for one in self.decoder.model.parameters() if id(one) not in inside]
+        model, layers = self.decoder.model, self.decoder.layers
+        inside = {id(one) for one in (*layers.parameters(), *layers.modules())}
+        homes = [(one, one.data) for one in model.parameters() if id(one) not in inside]
+        outside = [module for module in model.modules() if id(module) not in inside]
+        buffers = [(owner, name, one) for owner in outside for name, one in owner._buffers.items()]
         self._move(device)
         try:
             yield
         finally:
             for parameter, home in homes:
                 parameter.data = home
-            self._move(torch.device("cpu"))  # buffers
+            for owner, name, buffer in buffers:
+                owner._buffers[name] = buffer
 
     def _move(self, device: torch.device) -> None:
         layers = list(self.decoder.layers)

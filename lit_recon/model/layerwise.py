@@ -27,6 +27,7 @@ def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
     Buffers keep their dtype: the rotary frequencies of a bf16 model are float32 and would not survive the way back.
     """
     homes = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = [(owner, name, one) for owner in module.modules() for name, one in owner._buffers.items()]
     try:
         for parameter, home in homes:
             parameter.data = home.to(device, torch.float32)
@@ -35,7 +36,8 @@ def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for parameter, home in homes:
             parameter.data = home
-        module.to("cpu")
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer
 
 
 @torch.no_grad()

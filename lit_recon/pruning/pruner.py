@@ -67,6 +67,10 @@ class Pruner:
         self._larger: Window | None = None  # the pruning window, larger than a window, in which the walk is
         self._masks: dict[str, Tensor] = {}  # of that pruning window
 
+    def labels(self) -> list[str]:
+        """Labels of all experts that were scored by magnitude."""
+        return [label for labels in self.by_magnitude.values() for label in labels]
+
     @property
     def pending(self) -> tuple[str, dict[str, Tensor]] | None:
         """Name and masks of the pruning window, larger than a window, in which the walk is."""

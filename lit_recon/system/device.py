@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lit_recon.system.quiet_libraries import quietly
+
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -61,6 +63,12 @@ class Compute:
         if precision == "auto":
             precision = "bf16-mixed" if bf16_is_fast(device) else "32-true"
         return cls(device, precision)
+
+    @classmethod
+    def default(cls) -> "Compute":
+        """The device that Lightning picks, in the precision that its hardware is fast in."""
+        with quietly():
+            return cls.choose(partial(Trainer, accelerator="auto", devices=1), "auto")
 
     def trainers(self, trainer: "partial[Trainer]") -> Callable[..., Trainer]:
         """Makes Trainers that compute there, each with the callbacks of `trainer` anew: they may count.

@@ -8,12 +8,32 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
+LOGGERS = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    "tensorboard": logging.ERROR,  # reading curves back, it says where the file ends
+}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A context in which libraries are `quiet`, for a process that is not ours."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels, excepthook = [one.level for one in loggers], threading.excepthook
+    with warnings.catch_warnings():
+        quiet()
+        try:
+            yield
+        finally:
+            threading.excepthook = excepthook
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
 
 def quiet() -> None:
     """Set log levels and filters of libraries, once per process."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # reading curves back, it tells where the file ends
+    for name, level in LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
     for message in (
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
