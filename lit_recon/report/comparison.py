@@ -1,9 +1,13 @@
-"""The table that compares runs, one row each: for the terminal, and in Markdown."""
+"""The table that compares runs, one row per run, for the terminal and in Markdown.
+
+A row names the settings in which its run differs from the others, so that a study needs no legend; settings that all
+runs share stand above the table.
+"""
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, 
 from lit_recon.system.clock import WALK
 from lit_recon.system.units import duration
 
-DEFAULT_MODULE = "ReconstructionModule"
+DEFAULT_MODULES = {"MaskedWeights", "ReconstructionModule"}  # not named in rows; the second is its name up to 0.2.0
 COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "run": "run",
     "window": "window",
@@ -32,19 +36,23 @@ COLUMNS = {  # of the comparison: as a line of text, and on the terminal
 }
 
 
-def named(runs: Sequence[Path]) -> dict[str, Path]:
-    """The runs by the shortest name that tells them apart: their path below the folder that holds them all."""
-    folders = [Path(os.path.abspath(run)) for run in runs]
-    parent = os.path.commonpath([folder.parent for folder in folders])
-    return {folder.relative_to(parent).as_posix(): run for folder, run in zip(folders, runs, strict=True)}
+def by_short_name(runs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Results by the short name of their run: its path below the folder that holds all runs.
+
+    Args:
+        runs: results.json by the folder of the run.
+    """
+    folders = {run: Path(os.path.abspath(run)) for run in runs}
+    parent = os.path.commonpath([folder.parent for folder in folders.values()])
+    return {folders[run].relative_to(parent).as_posix(): results for run, results in runs.items()}
 
 
 def settings(results: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was, each setting in words that need no label."""
+    """Settings of a run, each as text that needs no label."""
     recipe, protocol = results["recipe"], results["protocol"]
-    words = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
-    words |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
-    return words | {
+    texts = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
+    texts |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
+    return texts | {
         "model": results["model"]["name"],
         "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
         "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
@@ -52,24 +60,28 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def told_apart(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
-    """The main settings that all runs share, and what each run was: its window, and what differs between the runs."""
-    described = {name: settings(results) for name, results in runs.items()}
+def shared_and_different(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """Settings of runs as text: the main ones that all runs share, and for each run its window and what differs.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    by_run = {name: settings(results) for name, results in runs.items()}
     values = defaultdict(set)
-    for one in described.values():
-        for key, text in one.items():
+    for texts in by_run.values():
+        for key, text in texts.items():
             values[key].add(text)
-    shared = {key: texts.pop() for key, texts in values.items() if len(texts) == 1 and key != "module"}
-    what = {}
-    for name, one in described.items():
-        told = [one[key] for key in one if key not in shared and key != "windows" and one[key] != DEFAULT_MODULE]
-        what[name] = ", ".join([one["windows"], *told])
+    shared = {key: found.pop() for key, found in values.items() if len(found) == 1 and key != "module"}
+    different = {}
+    for name, texts in by_run.items():
+        named = [text for key, text in texts.items() if key not in {*shared, "windows"} and text not in DEFAULT_MODULES]
+        different[name] = ", ".join([texts["windows"], *named])
     main = ("model", "criterion", "pattern", "calibration", "evaluation")
-    return ", ".join(shared[key] for key in main if key in shared), what
+    return ", ".join(shared[key] for key in main if key in shared), different
 
 
 def cells(results: Mapping[str, Any]) -> list[str]:
-    """The numbers of a run as COLUMNS has them."""
+    """Numbers of a run as text, in the order of COLUMNS."""
     seconds, error = results["seconds"], results.get("relative_error") or {}
     return [
         *(as_perplexity(results["perplexity"][state]) for state in ("dense", "pruned", "reconstructed")),
@@ -84,21 +96,30 @@ def cells(results: Mapping[str, Any]) -> list[str]:
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row per run (results.json by the run's name); what it was stands below its name, so that 120 columns do."""
-    shared, what = told_apart(runs)
+    """Table for the terminal, 120 columns wide; the settings of a run stand below its name.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    shared, different = shared_and_different(runs)
     table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run\nwindow", overflow="fold", vertical="bottom")
     for header in list(COLUMNS.values())[2:]:
         table.add_column(header, justify="right", no_wrap=True)
     for name, results in runs.items():
-        table.add_row(Text.assemble((name, "bold"), f"\n{what[name]}"), *cells(results))  # Text: no markup in names
+        # Text: what looks like markup in a name is not read as markup
+        table.add_row(Text.assemble((name, "bold"), f"\n{different[name]}"), *cells(results))
     return table
 
 
 def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The comparison as a table of GitHub's Markdown, to be put below what all runs share."""
-    _, what = told_apart(runs)
+    """Table in GitHub's Markdown, without the settings that all runs share.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    _, different = shared_and_different(runs)
     rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
     for name, results in runs.items():
-        rows.append([re.sub(r"([\\|*`<\[~])", r"\\\1", text) for text in (name, what[name], *cells(results))])
+        rows.append([re.sub(r"([\\|*`<\[~])", r"\\\1", text) for text in (name, different[name], *cells(results))])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,4 +1,7 @@
-"""report.html: the page of a run, in one file that needs no other and no network."""
+"""report.html, the page of one run: did it work, where is the error, what was done, what to do next.
+
+One file with its figures inside; it opens without network. page.html.j2 is its text and layout.
+"""
 
 import base64
 import json
@@ -15,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_recon.report.figures import write_figures
 from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
-from lit_recon.report.run_files import measure, number, read_results
+from lit_recon.report.run_files import finite_or_nan, measure, read_results
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration
 
@@ -70,7 +73,7 @@ def write_report(run: Path) -> Path:
 
 
 def places(run: Path) -> dict[str, Any]:
-    """Where things are, in the form in which the page shows them."""
+    """Paths of a run and its configuration, in the form in which the page shows them."""
     folder, config = run.resolve(), run / "config.yaml"
     return {
         "run": folder.name,
@@ -83,11 +86,11 @@ def places(run: Path) -> dict[str, Any]:
 
 
 def verdict(results: Mapping[str, Any]) -> tuple[str, str]:
-    """Did it work? The kind ("good", "bad" or "neutral") and the sentence of the answer."""
-    gap = number(results["gap_recovered"])
+    """Verdict on a run: "good", "bad" or "neutral", and a sentence for the reader."""
+    gap = finite_or_nan(results["gap_recovered"])
     dense, pruned, reconstructed = (results["perplexity"][state] for state in ("dense", "pruned", "reconstructed"))
     numbers = f"perplexity {as_perplexity(pruned)} after pruning, {as_perplexity(reconstructed)} after reconstruction"
-    if math.isnan(number(pruned)) or math.isnan(number(reconstructed)):
+    if math.isnan(finite_or_nan(pruned)) or math.isnan(finite_or_nan(reconstructed)):
         return "bad", f"A model broke: {numbers}."
     if math.isnan(gap) or pruned <= dense:
         return "neutral", f"Pruning cost no perplexity here, so there is no gap to recover: {numbers}."
@@ -97,9 +100,9 @@ def verdict(results: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def depth_summary(windows: Sequence[Mapping[str, Any]]) -> str:
-    """The held-out errors in a sentence: what is left of them in the median window, and where they are largest."""
-    after = {window["name"]: number(window["held_out_after"]) for window in windows}
-    before = {window["name"]: number(window["held_out_before"]) for window in windows}
+    """Held-out errors in a sentence: the share that is left in the median window, and the window with the largest."""
+    after = {window["name"]: finite_or_nan(window["held_out_after"]) for window in windows}
+    before = {window["name"]: finite_or_nan(window["held_out_before"]) for window in windows}
     left = [after[name] / before[name] for name in after if before[name] > 0 and after[name] >= 0]
     if not left:
         return ""
@@ -109,7 +112,7 @@ def depth_summary(windows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
-    """Label and text of everything below some keys of results.json, whatever a version or a user put there."""
+    """Labels and texts of all entries below some keys of results.json, whatever a version or a user put there."""
     texts = {}
     for key in keys:
         for name, value in results[key].items():
@@ -124,7 +127,7 @@ def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
 
 
 def sparsity_by_kind(by_matrix: Mapping[str, float]) -> dict[str, list[float]]:
-    """Sparsities of the matrices of one kind, that is, of the same name in different layers and experts."""
+    """Sparsities by kind of matrix: matrices of the same name in different layers and experts are of one kind."""
     kinds = defaultdict(list)
     for name, sparsity in by_matrix.items():
         kind = re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")

@@ -1,4 +1,8 @@
-"""What a run left behind, read back: results.json, and the curves in TensorBoard's event files."""
+"""Files of a finished run, read back: results.json, and the curves in TensorBoard's event files.
+
+All that reports show comes from here, so that a report can be made anywhere and at any time: it needs the run's
+folder, not the model, nor the version of lit_recon that made the run.
+"""
 
 import json
 import math
@@ -14,7 +18,7 @@ Curve = list[tuple[int, float]]  # (global step, value)
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The content of a run's results.json.
+    """Content of a run's results.json.
 
     Raises:
         ValueError: There is no results.json, it cannot be read, or it is not one of lit_recon.
@@ -28,15 +32,15 @@ def read_results(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read as JSON ({error}); {expected}.") from error
     missing = [key for key in RESULTS_KEYS if not isinstance(results, dict) or key not in results]
     if missing:
-        raise ValueError(f"{path}: without {', '.join(missing)}; {expected}, as lit_recon.fit.__main__ writes it.")
+        raise ValueError(f"{path}: without {', '.join(missing)}; {expected}, as lit_recon.fit writes it.")
     return results
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """All scalars of a run's event files by tag, such as "block_03/loss/train"; empty without a tensorboard folder."""
+    """Curves of a run by tag, such as "block_03/loss/train": all scalars of its event files, empty without any."""
     if not any((run / "tensorboard").glob("*tfevents*")):
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # 0.3 s to import
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # takes 0.3 s
 
     # 0 = keep everything (the default thins curves out); a depth curve that starts at step 0 again is no crashed run
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
@@ -44,12 +48,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def number(value: float | None) -> float:
-    """The value, or NaN, which plots as nothing, where there is none or it overflowed."""
+def finite_or_nan(value: float | None) -> float:
+    """A number of results.json for plots and comparisons: NaN, which plots as nothing, if it is None or overflowed."""
     return math.nan if value is None or not math.isfinite(value) else float(value)
 
 
 def measure(windows: Sequence[Mapping[str, Any]]) -> str:
-    """What the errors of the windows are, "relative error" or "KL divergence"; just "error" if they differ in it."""
+    """Measure of the windows' errors: "relative error" or "KL divergence", and "error" if windows differ in it."""
     measures = {window.get("measure", "relative error") for window in windows}
     return measures.pop() if len(measures) == 1 else "error"

@@ -16,7 +16,7 @@ NEW = {  # what runs of earlier versions lack
 
 
 def results_of(num_windows: int) -> dict[str, Any]:
-    """A results.json as lit_recon.fit.__main__ writes it; errors grow with depth and are halved by reconstruction."""
+    """A results.json as lit_recon.fit writes it; errors grow with depth and are halved by reconstruction."""
     matrices = ["self_attn.q_proj", "mlp.down_proj"]
     return {
         "perplexity": {"dense": 14.9012, "pruned": 22.3456, "reconstructed": 17.2987},

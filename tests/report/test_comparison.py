@@ -73,7 +73,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path, capsys: pytest.Capture
     assert row.replace("\\|", "").count("|") == len(COLUMNS) + 1
 
 
-def test_rows_tell_every_setting_in_which_runs_differ_and_no_other(
+def test_rows_name_every_setting_in_which_runs_differ_and_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = results_of(1), results_of(1) | {"seed": 8, "tokens": {"calibration": 32768}}
@@ -86,3 +86,16 @@ def test_rows_tell_every_setting_in_which_runs_differ_and_no_other(
         ["| a/run", "block, learning rate 0.001, 8,192 calibration tokens, seed 7"],
         ["| b/run", "block, learning rate 0.002, 32,768 calibration tokens, seed 8"],
     ]
+
+
+def test_the_default_module_is_not_named_neither_by_its_name_of_today_nor_by_that_of_version_0_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for module in ("MaskedWeights", "ReconstructionModule", "Mine"):
+        results = results_of(1)
+        results["recipe"]["module"] = module
+        runs.append(str(make_run(tmp_path / module, results, curves=False)))
+    main(["--markdown", *runs])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[1] for row in rows] == ["block", "block", "block, Mine"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_recon.report.format import as_error, as_perplexity
+from lit_recon.report.format import as_error, as_memory, as_perplexity, as_share
 from lit_recon.system.units import duration
 
 
@@ -19,6 +19,11 @@ from lit_recon.system.units import duration
         (as_perplexity(float("inf")), "not finite"),
         (as_error(0.0123456), "0.0123"),
         (as_error(0.00001234), "1.23e-05"),
+        (as_error(float("nan")), "not finite"),
+        (as_share(0.67794), "67.8%"),
+        (as_share(float("inf")), "–"),
+        (as_memory(1512345678), "1.51 GB"),
+        *((as_text(None), "–") for as_text in (as_perplexity, as_share, as_error, as_memory)),
     ],
 )
 def test_numbers_read_well(text: str, expected: str) -> None:

@@ -1,13 +1,23 @@
-"""The command `python -m lit_recon.report`."""
+"""The command `python -m lit_recon.report`: what it writes and prints, what it refuses, and what it need not load."""
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from finished_run import REFUSED, make_run, results_of
 
 from lit_recon.report.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+DRAWING = {"matplotlib", "numpy", "PIL", "jinja2", "rich", "tensorboard"}
+TRAINING = {"torch", "lightning", "pytorch_lightning", "transformers", "datasets", "hydra"}
+LIST_MODULES = """
+import atexit, runpy, sys
+atexit.register(lambda: print("modules:", *sys.modules, file=sys.stderr))
+runpy.run_module("lit_recon.report", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture
@@ -47,11 +57,7 @@ def test_a_folder_that_is_no_run_gets_one_message_and_exit_status_2(two_windows:
     (tmp_path / "empty").mkdir()
     runs = [str(two_windows), str(tmp_path / "empty"), str(tmp_path / "nowhere")]
     done = subprocess.run(
-        [sys.executable, "-m", "lit_recon.report", *runs],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "lit_recon.report", *runs], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert done.returncode == 2 and done.stdout == ""
     expected = "expected the folder of a finished run, with its results.json in it."
@@ -89,3 +95,34 @@ def test_a_report_that_cannot_be_written_gets_one_message(
         main([str(two_windows)])
     assert stopped.value.code == 2
     assert "the report cannot be written" in capsys.readouterr().err
+
+
+def libraries(*arguments: str | Path) -> set[str]:
+    """The top-level modules that a process of the command has loaded when it ends."""
+    command = [sys.executable, "-c", LIST_MODULES, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    *_, modules = done.stderr.splitlines()
+    assert modules.startswith("modules: sys "), done.stderr
+    return {name.partition(".")[0] for name in modules.split()}
+
+
+@pytest.mark.parametrize("argument", ["--help", "nowhere"])
+def test_help_and_refusals_load_no_library(argument: str) -> None:
+    loaded = libraries(argument)
+    assert "lit_recon" in loaded and not loaded & (DRAWING | TRAINING)
+
+
+def test_reports_are_made_without_torch(two_windows: Path) -> None:
+    loaded = libraries(two_windows)
+    assert (two_windows / "figures" / "learning_curves.png").exists()
+    assert loaded >= DRAWING and not loaded & TRAINING
+
+
+def test_help_takes_less_than_a_second_and_a_half() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lit_recon.report", "--help"], capture_output=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and b"--markdown" in done.stdout
+    assert min(seconds) < 1.5

@@ -15,7 +15,7 @@ FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run with its report."""
+    """A run of two windows, the second of which was refused, with its report."""
     results = results_of(2)
     results["windows"][1] |= REFUSED
     run = make_run(tmp_path_factory.mktemp("runs") / "two", results)
@@ -25,7 +25,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page(reported: Path) -> str:
-    """That report."""
+    """The report of that run."""
     return (reported / "report.html").read_text(encoding="utf-8")
 
 
