@@ -1,4 +1,4 @@
-"""What a run left behind is read whole, or refused with a message."""
+"""Files of a run are read whole, or refused with a message."""
 
 from pathlib import Path
 
