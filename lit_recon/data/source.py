@@ -1,4 +1,4 @@
-"""TextSource: what all sources of text share. A source names its documents; here they become samples of tokens.
+"""TextSource, the base of all sources of text. A source names its documents; here they become samples of tokens.
 
 Three parts share no text: calibration samples train the windows, held-out samples decide whether a window's training
 is accepted, evaluation samples give the perplexity. The seed draws calibration and held-out samples; the evaluation
@@ -31,7 +31,7 @@ AT_LEAST_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokens, int64, and where they are from.
+    """Samples of tokens, int64, of the three parts, and the name of the data set.
 
     Rows of calibration_ST and held_out_ST may end with PADDING (lit_recon.data.packing), which is no token of any
     vocabulary: replace it before tokens are embedded. Rows of evaluation_ST are full.
@@ -49,13 +49,13 @@ class Samples:
     description: str
 
     def shape(self, width: int) -> tuple[int, int, int]:
-        """Of an array of `width` numbers for each token of the calibration and the held-out samples."""
+        """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
         num_samples, length = self.calibration_ST.shape
         return num_samples + len(self.held_out_ST), length, width
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the calibration samples, without padding."""
+        """Number of tokens of the calibration samples, without padding."""
         return int((self.calibration_ST != PADDING).sum())
 
 
@@ -98,14 +98,14 @@ class TextSource(ABC):
 
     @abstractmethod
     def documents(self, part: Part) -> Iterable[str]:
-        """The texts of a part, in an order that does not depend on a seed; read only as far as needed.
+        """Documents of a part, in an order that does not depend on a seed; read only as far as needed.
 
         Raises:
             ValueError: They cannot be read.
         """
 
     def describe(self, part: Part) -> str:
-        """The data set that a part is taken from, for people."""
+        """Name of the data set that a part is taken from, for plan, protocol and model card."""
         return type(self).__name__
 
     def check(self) -> None:
@@ -150,7 +150,7 @@ class TextSource(ABC):
         )
 
     def _problems(self) -> list[str]:
-        """What is wrong with the settings; a source with settings of its own adds to it."""
+        """Problems of the settings; a source with settings of its own extends the list."""
         smallest = {"num_samples": 1, "length": 2, "batch_size": 1, "num_held_out": 1, "evaluation_length": 2}
         if self.evaluation_samples is not None:
             smallest["evaluation_samples"] = 1
@@ -164,7 +164,7 @@ class TextSource(ABC):
         return problems
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
-        """Setting and value: how many samples of a part, and of how many tokens."""
+        """Settings of a part with their values: how many samples, and of how many tokens."""
         if part == "evaluation":
             return "evaluation_samples", self.evaluation_samples, "evaluation_length", self.evaluation_length
         if part == "held_out":

@@ -1,8 +1,8 @@
-"""The cache folder: folders that are expensive to make, such as a dequantised model.
+"""Cache folder: folders that are expensive to make, such as a dequantised model.
 
 A cached folder is complete or absent: it is built next to its place under a file lock and published by one rename. A
-manifest (size and CRC-32 of each file) finds the truncated and bit-flipped ones at every use; CRC-32 guards against
-accidents, not against malice, and costs a quarter of a second for half a gigabyte where SHA-256 costs one.
+manifest (size and CRC-32 of each file) finds truncated and bit-flipped files at every use; CRC-32 guards against
+accidents, not against malice, and takes a quarter of a second for half a gigabyte where SHA-256 takes a second.
 """
 
 import json
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path:
-    """`$LIT_RECON_CACHE`, by default `lit_recon` in the user's cache folder."""
+    """The cache folder: `$LIT_RECON_CACHE`, by default `lit_recon` in the user's cache folder."""
     chosen = os.environ.get("LIT_RECON_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -31,14 +31,17 @@ def cache_folder() -> Path:
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, holding what `build` writes; built at its first use and whenever it is found damaged.
+    """Fill `folder` by `build` at its first use, and again whenever it is found damaged.
 
-    An intact folder is used without a lock, so that a read-only cache serves too. Otherwise one process builds while
-    the others wait, and then use its result.
+    An intact folder is used without a lock, so that a read-only cache works too. Otherwise one process builds while
+    the others wait; then they use its result.
 
     Args:
-        folder: Where the result lies.
+        folder: The place of the result.
         build: Fills the empty folder that it is given. When it raises, nothing is left behind.
+
+    Returns:
+        `folder`.
 
     Raises:
         OSError: The cache cannot be written.
@@ -52,7 +55,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         if folder.exists():
             log.warning("%s is damaged (%s): it is made again", folder, damage)
         partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed; alive, it would hold the lock
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: while alive, it holds the lock
         try:
             partial.mkdir()
             build(partial)
@@ -82,13 +85,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write_manifest(folder: Path) -> None:
+    """Write the fingerprint of each file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a cached folder; None for an intact one. Files that the manifest does not list are ignored."""
+    """Damage of a cached folder as text; None if it is intact. Files that the manifest does not list are ignored."""
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         changed = [name for name, expected in manifest.items() if _fingerprint(folder / name) != expected]

@@ -1,4 +1,4 @@
-"""Seconds that a run spends in each of its phases."""
+"""Clock of a run: seconds in each of its phases, and in total, resumed runs included."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take
+WALK = ("teacher", "prune", "fit", "advance", "commit")  # phases of the walk over windows
 PHASES = ("load", *WALK, "evaluate")
 
 
@@ -29,11 +29,11 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
     def total(self) -> float:
-        """Seconds since the clock was made, and those of the runs that were taken up."""
+        """Seconds since the clock was made, plus those of the runs that it resumed."""
         return time.perf_counter() - self.started
 
     def resume(self, seconds: Mapping[str, float], elapsed: float) -> None:
-        """Add what earlier runs took: seconds per phase, and in total."""
+        """Add the time of the run that is resumed: seconds per phase, and in total."""
         for name, value in seconds.items():
             self.seconds[name] += value
         self.started -= elapsed

@@ -14,7 +14,7 @@ from lit_recon.activations import matrix_inputs as captured
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
-from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.activations.gram import GramSums, QuadraticError
 from lit_recon.activations.matrix_inputs import MatrixInputs, check_experts
 from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
@@ -347,7 +347,7 @@ def prune_roughly(window: MatrixWindow) -> None:
 
 def moments_of(
     shape: str, tokens_ST: Tensor, propagation: Propagation
-) -> Sequence[tuple[str, MatrixWindow, NormalEquations, Activations]]:
+) -> Sequence[tuple[str, MatrixWindow, QuadraticError, Activations]]:
     """The moments and the kept activations of all matrices of a layer."""
     model = tiny_model(shape)
     verify(model, tokens_ST)

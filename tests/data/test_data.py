@@ -27,7 +27,7 @@ from lit_recon.data.python_docs import PythonDocs, divide
 from lit_recon.data.source import Part, TextSource
 
 PARTS: tuple[Part, ...] = ("calibration", "held_out", "evaluation")
-EOS, BOS = 256, 257  # behind the 256 bytes
+EOS, BOS = 256, 257  # after the 256 bytes
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -203,7 +203,7 @@ def test_by_documents_a_rest_of_one_token_is_dropped_whether_or_not_bos_is_befor
     ]
 
 
-def test_by_documents_full_pieces_of_one_token_behind_bos_are_kept(tmp_path):
+def test_by_documents_full_pieces_of_one_token_after_bos_are_kept(tmp_path):
     opened = byte_tokenizer(eos=False, bos=True)
     assert by_document(["ab"], opened, length=2, cache=tmp_path) == [[BOS, 97], [BOS, 98]]
 
@@ -392,7 +392,7 @@ def test_by_documents_samples_are_single_documents_and_the_evaluation_stays_as_i
     assert texts(samples.evaluation_ST)[:2] == ["evaluat000|evaluat001", "|evaluat002|evaluat00"]
 
 
-def test_too_few_samples_by_documents_are_told_with_their_tokens_without_padding(tokenizer, tmp_path):
+def test_too_few_samples_by_documents_are_reported_with_their_tokens_without_padding(tokenizer, tmp_path):
     settings = {"num_held_out": 1, "evaluation_samples": 4, "evaluation_length": 200}
     source = Words(num_samples=61, length=13, packing="documents", **settings)
     with pytest.raises(ValueError) as error:
@@ -410,7 +410,7 @@ def test_an_unknown_way_of_packing_is_one_message_with_the_choices():
     Words(packing="documents").check()
 
 
-def test_all_wrong_settings_are_told_in_one_message():
+def test_all_wrong_settings_are_in_one_message():
     source = Words(num_samples=0, length=1, batch_size=2.5, num_held_out=True, evaluation_samples=-1)
     with pytest.raises(ValueError) as error:
         source.check()
@@ -485,7 +485,7 @@ def test_topics_that_share_text_go_together_and_excerpts_are_left_out():
     assert "alone" not in together
 
 
-def test_a_python_without_help_texts_is_told_with_the_alternative(monkeypatch):
+def test_a_python_without_help_texts_is_refused_with_the_alternative(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(ValueError, match=r"data=files data.paths"):
         PythonDocs().check()
@@ -585,7 +585,7 @@ def test_a_missing_field_lists_the_columns_of_each_format(tmp_path):
     assert "b.parquet: no field 'text'; choose data.field from content, id" in second
 
 
-def test_all_that_is_wrong_with_paths_is_told_in_one_message(tmp_path, monkeypatch):
+def test_all_that_is_wrong_with_paths_is_in_one_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "table.csv").write_text("a,b")
@@ -602,13 +602,13 @@ def test_all_that_is_wrong_with_paths_is_told_in_one_message(tmp_path, monkeypat
     assert "data.num_samples=0" in message
 
 
-def test_no_paths_at_all_is_told():
+def test_no_paths_at_all_is_refused():
     with pytest.raises(ValueError, match=r"data.paths: no file is named"):
         Files(paths=[]).check()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reason"),
     [
         ("latin1.txt", "caf\xe9".encode("latin-1"), "utf-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "JSON parse error"),
@@ -617,12 +617,12 @@ def test_no_paths_at_all_is_told():
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_else_is_logged(
-    tmp_path, library_logs, name, content, told
+    tmp_path, library_logs, name, content, reason
 ):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
         Files(paths=[str(tmp_path / name)]).check()
-    assert name in str(error.value) and told in str(error.value)
+    assert name in str(error.value) and reason in str(error.value)
     assert not library_logs.records
 
 
@@ -636,7 +636,7 @@ def test_files_give_samples_without_a_copy_in_the_cache_of_datasets(tokenizer, t
     assert not list((tmp_path / "datasets").rglob("*.arrow"))
 
 
-def test_local_files_are_read_without_a_word_to_the_network(tmp_path, monkeypatch):
+def test_local_files_are_read_without_use_of_the_network(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("opened a connection")
 
@@ -768,7 +768,7 @@ def test_offline_mode_is_the_same_message(monkeypatch, streaming):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"split": "validation"}, r"validation.*train.*test"),
         ({"config": "nosuch"}, r"nosuch.*default"),
@@ -780,13 +780,13 @@ def test_offline_mode_is_the_same_message(monkeypatch, streaming):
         ({"name": "not a name"}, r"data.name='not a name' is neither a folder here nor a Hub id"),
     ],
 )
-def test_what_a_data_set_lacks_is_told_with_what_it_has(folder, settings, told):
-    with pytest.raises(ValueError, match=told) as error:
+def test_what_a_data_set_lacks_is_named_with_what_it_has(folder, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
         Hub(**{"name": str(folder), **settings}).check()
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-def test_a_folder_without_data_is_told(tmp_path):
+def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"nothing train: .*data files"):
         Hub(name=str(tmp_path / "nothing")).check()

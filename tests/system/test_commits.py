@@ -1,4 +1,4 @@
-"""Resume points survive what ends processes and what damages files; expected states are those that were written."""
+"""Commits: resume points survive what ends processes and damages files; expected states are those that were written."""
 
 import errno
 import json
@@ -308,7 +308,7 @@ def test_a_damaged_commit_never_comes_back(folder: Path) -> None:
     assert_whole(folder, 2)
 
 
-def test_a_new_run_does_not_take_up_the_one_before(folder: Path) -> None:
+def test_a_new_run_does_not_resume_the_run_before_it(folder: Path) -> None:
     commits = Commits(folder)
     commits.commit(1, {"new": True}, [])
     assert sorted(path.name for path in folder.iterdir()) == ["00001.json"]
@@ -384,7 +384,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_commit_whole(
         assert commit is not None
         assert_whole(folder, commit.number)
         found.append(commit.number)
-        if commit.number == 1:  # and a run that is taken up there makes the same commit
+        if commit.number == 1:  # and a run that is resumed there makes the same commit
             second(commits)
             assert_whole(folder, 2)
             assert not list(folder.glob("*.partial")) and not (folder / "00009.json").exists()
@@ -448,7 +448,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_is_full_keeps_the_commit_and_can_be_gone_on_with(small_disk: Path) -> None:
+def test_a_full_disk_keeps_the_commit_and_more_can_be_committed_once_there_is_space(small_disk: Path) -> None:
     folder = small_disk / "run" / "commits"
     commits = first(folder)
     ballast = small_disk / "ballast"
@@ -466,7 +466,7 @@ def test_a_disk_that_is_full_keeps_the_commit_and_can_be_gone_on_with(small_disk
     assert Commits(folder).newest().number == 3
 
 
-def test_a_folder_on_a_read_only_disk_is_told(small_disk: Path) -> None:
+def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path) -> None:
     commits = first(small_disk / "commits")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CommitError, match="Read-only.*the previous commit is whole; make the folder writable and go"):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run at once, but not inside of a commit."""
+"""Signals: Ctrl-C and SIGTERM stop a run at once, but not inside of a commit."""
 
 import os
 import signal

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_recon.activations.disk_store import free_space, nearest
-from lit_recon.report.figures import read_results
 from lit_recon.report.page import write_report
+from lit_recon.report.run_files import read_results
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import CommitError
