@@ -162,9 +162,11 @@ def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
         if isinstance(cause, MissingMandatoryValue):
             problems.add(f"{cause.full_key} has no value; give {cause.full_key}=<value>.")
         elif isinstance(cause, ImportError):
+            reason = " ".join(str(cause).split())
+            moved = [f"{old} is {new} now. " for old, new in MOVED.items() if old.rpartition(".")[0] in reason]
             problems.add(
-                f"{name}._target_={target}: cannot be imported ({' '.join(str(cause).split())}); expected "
-                "<file>.<class>, where the file is in the working directory or the package is installed."
+                f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
+                "where the file is in the working directory or the package is installed."
             )
         elif isinstance(cause, (ValueError, TypeError)):
             problems.add(str(cause) if isinstance(cause, ValueError) else f"{name}: {cause}")

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +41,7 @@ class ProgressBar(WalkCallback, Callback):
     ) -> None:
         self.done: list[WindowResult] = list(done)
         self._before = len(done)
-        self._num_windows, self._shown = num_windows, shown
+        self._num_windows, self._shown, self._console = num_windows, shown, console
         self._start = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -49,7 +50,7 @@ class ProgressBar(WalkCallback, Callback):
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
-            disable=not (shown and (console.is_terminal or console.is_jupyter)),
+            disable=not shown or not (console.is_terminal or _has_widgets(console)),
         )
         self._task = self._progress.add_task("reconstructing", total=num_windows, windows="", left="")
         self._progress.update(self._task, completed=len(done))
@@ -81,7 +82,11 @@ class ProgressBar(WalkCallback, Callback):
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
         if self._shown and self._progress.disable:
             change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
-            log.info("%s %s: %s, %s%s", windows, result.name, change, left, f" ({result.note})" if result.note else "")
+            line = f"{windows} {result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}"
+            if self._console.is_jupyter:
+                self._console.print(line, highlight=False, markup=False)
+            else:
+                log.info("%s", line)
 
     def _left(self) -> str:
         """Time left, from the mean of this run's windows so far."""
@@ -92,6 +97,11 @@ class ProgressBar(WalkCallback, Callback):
     def _total_batches(trainer: Trainer) -> float:
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
         return epochs * trainer.num_training_batches
+
+
+def _has_widgets(console: Console) -> bool:
+    """Whether a notebook can show a bar that moves."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 class CheckpointWriter(WalkCallback):
