@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.propagation import Propagation
 from lit_recon.fit import __main__ as fit
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
@@ -35,7 +35,7 @@ from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import Reconstructor
+from lit_recon.reconstruction.window_fit import WindowFitter
 from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
@@ -114,11 +114,17 @@ def model_of(shape: str) -> PreTrainedModel:
 
 
 def chain_of(
-    model: PreTrainedModel, tokens_ST: Tensor, num_samples: int, batch_size: int = 2, regime: Regime | None = None
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    num_samples: int,
+    batch_size: int = 2,
+    propagation: Propagation | None = None,
 ) -> Chain:
     """A chain at the model's first layer, on the CPU in float32."""
     decoder = Decoder(model, CPU.device)
-    return Chain(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, regime=regime)
+    return Chain(
+        decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, propagation=propagation
+    )
 
 
 def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 4) -> tuple[Activations, Window, Masks]:
@@ -127,7 +133,7 @@ def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 
     window = partition(model)[0]
     pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
     pruner.gather(window)
-    return Activations.at(chain), window, pruner.prune(window.matrices())
+    return Activations.from_chain(chain), window, pruner.prune(window.matrices())
 
 
 def trainer(**settings: object) -> Callable[..., Trainer]:
@@ -143,10 +149,10 @@ def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModul
     return partial(settings.pop("cls", made.func), **made.keywords | {"optimizer": optimizer} | settings)
 
 
-def reconstructor(run: Path, make: Callable[..., LightningModule], **settings: object) -> Reconstructor:
-    """A Reconstructor as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
+def fitter(run: Path, make: Callable[..., LightningModule], **settings: object) -> WindowFitter:
+    """A WindowFitter as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
     settings = {"max_epochs": 4} | settings
-    return Reconstructor(make, trainer(**settings), logger=RunLogger(run), device=CPU.device, seed=0)
+    return WindowFitter(make, trainer(**settings), logger=RunLogger(run), device=CPU.device, seed=0)
 
 
 def weights(window: AnyWindow) -> dict[str, Tensor]:

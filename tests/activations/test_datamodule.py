@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, chain_of
+from lit_recon.model.products import observing_products
+from lit_recon.pruning.statistics import Statistics
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -14,10 +16,8 @@ from transformers import PreTrainedModel
 from lit_recon.activations.datamodule import ActivationDataModule, Activations
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.matrices import observed
 from lit_recon.model.partition import partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
-from lit_recon.pruning.pruner import Statistics
 
 
 @pytest.fixture
@@ -123,7 +123,9 @@ def test_each_part_of_the_samples_is_watched_once_and_by_itself(tokens_ST: Tenso
     chain = chain_of(model, tokens_ST, 5)
     (first, *_) = window.matrices()
     seen: dict[str, list[Tensor]] = {"calibration": [], "held_out": []}
-    chain.dense_pass(window, lambda part: observed([first], lambda product: seen[part].append(product.rows_NI)))
+    chain.dense_pass(
+        window, lambda part: observing_products([first], lambda product: seen[part].append(product.rows_NI))
+    )
     normed = window.layers[0].input_layernorm(chain.inputs_STD)
     for part, samples in {"calibration": slice(0, 5), "held_out": slice(5, 6)}.items():
         torch.testing.assert_close(torch.cat(seen[part]), normed[samples].flatten(0, 1), rtol=1e-5, atol=1e-6)
@@ -154,7 +156,7 @@ def activations_of(tokens_ST: Tensor, batch_size: int = 2) -> Activations:
     model = tiny_model("llama")
     chain = chain_of(model, tokens_ST, 11, batch_size)
     chain.dense_pass(partition(model)[0])
-    return Activations.at(chain)
+    return Activations.from_chain(chain)
 
 
 def order(loader: DataLoader, activations: Activations) -> list[int]:
@@ -207,7 +209,7 @@ def test_every_batch_replays_the_layers_own_arguments(model: PreTrainedModel, to
     chain = chain_of(model, tokens_ST, 5)
     for window in partition(model):
         chain.dense_pass(window)
-        data = Activations.at(chain).data_module(seed=7)
+        data = Activations.from_chain(chain).data_module(seed=7)
         batches = [
             data.transfer_batch_to_device(batch, CPU.device, 0)
             for loader in (data.train_dataloader(), data.val_dataloader())
@@ -225,7 +227,7 @@ def test_batches_can_be_trained_on(tokens_ST: Tensor) -> None:
     chain = chain_of(model, tokens_ST, 4)
     window = partition(model)[0].requires_grad_(True)
     chain.dense_pass(window)
-    data = Activations.at(chain).data_module(seed=7)
+    data = Activations.from_chain(chain).data_module(seed=7)
     batch = data.transfer_batch_to_device(next(iter(data.train_dataloader())), CPU.device, 0)
     assert not batch.targets_BTD.requires_grad and not batch.targets_BTD.is_inference()
     (window(batch.inputs_BTD, batch.calls) - 2 * batch.targets_BTD).square().mean().backward()

@@ -15,17 +15,17 @@ from torch.nn import functional
 from lit_recon.activations.chain import Chain
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.loading import WheelModel
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.modules.losses import mean_squared
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import walk
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.clock import Clock
 from lit_recon.system.command_line import quiet
 from lit_recon.system.device import Compute
@@ -115,8 +115,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     monkeypatch.delenv("LIT_RECON_CACHE")  # SmolLM2 is expensive to fetch: the user's own cache
     quiet()
     import hydra
-
-    from lit_recon.fit.__main__ import CONF
+    from lit_recon.fit.configure import CONF
 
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = hydra.compose("fit")
@@ -126,14 +125,14 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     tokens_ST = torch.randint(0, 49152, (SAMPLES + HELD_OUT, LENGTH), generator=torch.Generator().manual_seed(0))
     ours, plain = source.load(), source.load()
     module = functools.partial(
-        ReconstructionModule,
+        MaskedWeights,
         optimizer=functools.partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, fused=True),
         scheduler=linear_with_warmup,
         warmup=0.1,
         loss=mean_squared,
     )
     chain = Chain(Decoder(ours, compute.device), tokens_ST, num_samples=SAMPLES, batch_size=BATCH, compute=compute)
-    reconstructor = Reconstructor(
+    fitter = WindowFitter(
         module,
         functools.partial(trainer, precision=compute.precision),
         logger=RunLogger(tmp_path),
@@ -145,8 +144,8 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
         partition(ours)[:WINDOWS],
         chain=chain,
         pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
-        reconstructor=reconstructor,
-        checkpoint=Checkpoint(ours, compute.device),
+        fitter=fitter,
+        checkpoint=WeightOffloader(ours, compute.device),
         clock=Clock(),
         listeners=[race],
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import perplexity as evaluate
-from lit_recon.evaluate.perplexity import Protocol, final_states, perplexity, relative_error
+from lit_recon.evaluate.perplexity import final_states, perplexity, relative_error
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
 

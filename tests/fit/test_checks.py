@@ -30,7 +30,7 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.pruning.patterns import NM, Unstructured
 from lit_recon.system.command_line import (
     Problems,
@@ -183,7 +183,7 @@ def test_training_never_or_for_ever_is_refused(steps: tuple[float, int, int]) ->
     check_steps(-1, 5, 2)
 
 
-class OnHalves(ReconstructionModule):
+class OnHalves(MaskedWeights):
     """A module for halves only."""
 
     def __init__(self, window: AnyWindow, *given: object, **settings: object) -> None:

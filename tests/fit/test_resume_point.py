@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, chain_of, module, reconstructor
+from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lit_recon.activations.propagation import Regime
-from lit_recon.fit.resume_point import Journal
+from lit_recon.activations.propagation import Propagation
+from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.mapped_files import DenseFiles
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
@@ -26,19 +26,19 @@ from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.clock import Clock
 from lit_recon.system.commits import Commits
 
-SPARSE = Regime(inputs="sparse", statistics="sparse")
-MIX = Regime(inputs="mix", statistics="sparse")
+SPARSE = Propagation(inputs="sparse", statistics="sparse")
+MIX = Propagation(inputs="mix", statistics="sparse")
 CASES = {
-    "llama, block": ("llama", {}, Regime(), None),
+    "llama, block": ("llama", {}, Propagation(), None),
     "llama, block, sparse": ("llama", {}, SPARSE, None),
     "llama, half of a layer that is pruned at once": ("llama", {"by": "half"}, SPARSE, "block"),
     "llama, half of a model that is pruned at once": ("llama", {"by": "half"}, MIX, "model"),
-    "llama, matrix": ("llama", {"by": "matrix"}, Regime(), None),
+    "llama, matrix": ("llama", {"by": "matrix"}, Propagation(), None),
     "llama, overlapping": ("llama", {"by": "blocks", "size": 2, "stride": 1}, MIX, None),
     "phi, half, side by side": ("phi", {"by": "half"}, MIX, None),
-    "gpt2, half": ("gpt2", {"by": "half"}, Regime(), None),
+    "gpt2, half": ("gpt2", {"by": "half"}, Propagation(), None),
     "mixtral, block": ("mixtral", {}, SPARSE, "model"),
-    "mixtral, half": ("mixtral", {"by": "half"}, Regime(), None),
+    "mixtral, half": ("mixtral", {"by": "half"}, Propagation(), None),
 }
 
 
@@ -54,17 +54,17 @@ class Walk:
     """
 
     def __init__(self, case: str, folder: Path, tokens_ST: Tensor, run: Path, *, streamed: bool) -> None:
-        _, settings, regime, unit = CASES[case]
+        _, settings, propagation, unit = CASES[case]
         self.model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
-        files = DenseFiles.of(self.model, [folder / "model.safetensors"]) if streamed else None
+        files = DenseFiles.from_model(self.model, [folder / "model.safetensors"]) if streamed else None
         assert not isinstance(files, str)
         self.run, self.windows = run, partition(self.model, **settings)
         units = layer_windows(self.model, by=unit) if unit else []
-        self.chain = chain_of(self.model, tokens_ST, 4, regime=regime)
+        self.chain = chain_of(self.model, tokens_ST, 4, propagation=propagation)
         self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, units=units)
-        self.checkpoint = Checkpoint(self.model, CPU.device, files=files)
+        self.checkpoint = WeightOffloader(self.model, CPU.device, files=files)
         self.logger = RunLogger(run)
-        self.journal = Journal(
+        self.journal = ResumePoint(
             Commits(run / "commits"),
             chain=self.chain,
             pruner=self.pruner,
@@ -97,13 +97,13 @@ class Walk:
         }
 
     def go(self) -> None:
-        made = reconstructor(self.run, module(), max_epochs=1)
+        made = fitter(self.run, module(), max_epochs=1)
         made.logger = self.logger
         walk(
             self.windows,
             chain=self.chain,
             pruner=self.pruner,
-            reconstructor=made,
+            fitter=made,
             checkpoint=self.checkpoint,
             clock=Clock(),
             commit=self.journal.commit,
@@ -127,9 +127,9 @@ def test_a_walk_is_taken_up_from_each_of_its_commits_as_it_was(case: str, tokens
     start = partial(Walk, case, tmp_path / "model", tokens_ST, streamed=kind != "mixtral")
     first = start(run=tmp_path / "run")
     first.go()
-    spans = {id(window.span): window.span for window in first.windows}.values()
+    spans = {id(window.enclosing): window.enclosing for window in first.windows}.values()
     assert len(first.states) == len(spans) and max(first.states) == len(first.windows)
-    assert first.layers == [list(span.indices[: span.kept]) for span in spans]
+    assert first.layers == [list(span.indices[: span.num_kept]) for span in spans]
     assert any(state["pending"] for state in first.states.values()) == (CASES[case][3] is not None)
     for commits, (number, expected) in enumerate(first.states.items(), start=1):
         folder = tmp_path / "run" / str(number)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers, patched_forward
-from lit_recon.model.matrices import Product, matrices, observed
+from lit_recon.model.matrices import Product, matrices
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -98,7 +98,7 @@ def test_what_is_observed_is_what_the_matrix_is_multiplied_by() -> None:
     (matrix,) = matrices(linear, "linear")
     inputs = torch.arange(30.0).view(2, 5, 3)
     seen: list[Product] = []
-    with observed([matrix], seen.append):
+    with observing_products([matrix], seen.append):
         linear(inputs)
     linear(torch.zeros(1, 3))
     (product,) = seen

@@ -165,7 +165,7 @@ def test_dense_files_give_each_tensor_of_the_model_and_stay_as_they_are(tmp_path
     folder = saved("llama", tmp_path / "model", shard=shard)
     before = content(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    files = DenseFiles.of(model, checkpoint_files(str(folder), None, FILES))
+    files = DenseFiles.from_model(model, checkpoint_files(str(folder), None, FILES))
     assert isinstance(files, DenseFiles)
     expected = tensors(folder)
     assert set(files.names) == set(expected)
@@ -183,7 +183,7 @@ def test_dense_files_give_each_tensor_of_the_model_and_stay_as_they_are(tmp_path
 def test_a_model_whose_weights_are_in_other_files_cannot_be_streamed(tmp_path: Path) -> None:
     model = tiny_model("llama")
     for files in ([], [tmp_path / "pytorch_model.bin"]):
-        assert DenseFiles.of(model, files) == "its weights are not in safetensors files"
+        assert DenseFiles.from_model(model, files) == "its weights are not in safetensors files"
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "dtype"])
@@ -195,7 +195,7 @@ def test_a_layer_that_is_not_as_in_its_files_is_told(tmp_path: Path, change: str
     else:
         state[name] = state[name][:16].clone() if change == "shape" else state[name].half()
     save_file(state, tmp_path / "model.safetensors")
-    message = DenseFiles.of(model, [tmp_path / "model.safetensors"])
+    message = DenseFiles.from_model(model, [tmp_path / "model.safetensors"])
     said = {
         "missing": f"its files have no {name}",
         "shape": f"{name} is F32 (16, 32) in its files and F32 (48, 32) in the model",

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
-from lit_recon.model.matrices import Matrix, Product, learn_input_dims, matrices, observed, routers
+from lit_recon.model.matrices import Matrix, Product, learn_input_dims, matrices, routers
 from lit_recon.model.partition import layer_windows
-from lit_recon.model.verify import examine
+from lit_recon.model.verify import verify
 from lit_recon.system.command_line import check_scored
 
 EXPERTS = 4
@@ -36,7 +36,7 @@ def observe(model: PreTrainedModel, tokens_BT: Tensor) -> dict[str, list[Product
     """All products of a pass, by the matrix's name."""
     seen: dict[str, list[Product]] = {}
     found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
-    with observed(found, lambda product: seen.setdefault(product.matrix.name, []).append(product)):
+    with observing_products(found, lambda product: seen.setdefault(product.matrix.name, []).append(product)):
         model(tokens_BT, use_cache=False)
     return seen
 
@@ -161,7 +161,7 @@ def test_products_of_fused_experts_are_of_the_tokens_routed_to_each(
 
 def test_llama_4_gives_every_expert_every_token_and_rows_are_those_that_chose_it(tokens_BT: Tensor) -> None:
     model = tiny_model("llama4")
-    examine(model, tokens_BT)
+    verify(model, tokens_BT)
     block = decoder_layers(model)[1][1].feed_forward
     reached: list[Tensor] = []
     block.register_forward_pre_hook(lambda _, args: reached.append(args[0].flatten(0, 1)))
@@ -184,7 +184,7 @@ def test_llama_4_gives_every_expert_every_token_and_rows_are_those_that_chose_it
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_every_matrix_is_seen_and_multiplies_what_its_input_dim_says(shape: str, tokens_BT: Tensor) -> None:
     model = tiny_model(shape)
-    examine(model, tokens_BT)
+    verify(model, tokens_BT)
     found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
     seen = observe(model, tokens_BT)
     assert set(seen) == {matrix.name for matrix in found}
@@ -249,7 +249,7 @@ def test_a_view_by_expert_has_outputs_before_inputs_and_leads_back(input_dim: in
 @pytest.mark.parametrize("outputs", [6, 4], ids=["wide", "square"])
 def test_every_way_to_write_a_product_is_seen(multiply: Callable[[Tensor, Tensor], Tensor], outputs: int) -> None:
     weight, rows, seen = nn.Parameter(torch.randn(outputs, 4)), torch.randn(7, 4), []
-    with observed([Matrix("w", weight, 1)], seen.append):
+    with observing_products([Matrix("w", weight, 1)], seen.append):
         multiply(rows, weight)
     assert [(product.expert, product.input_dim) for product in seen] == [(0, 1)]
     assert torch.equal(seen[0].rows_NI, rows)
@@ -257,7 +257,7 @@ def test_every_way_to_write_a_product_is_seen(multiply: Callable[[Tensor, Tensor
 
 def test_a_weight_used_as_it_is_stored_is_summed_over_its_first_dimension() -> None:
     weight, rows, seen = nn.Parameter(torch.randn(4, 4)), torch.randn(7, 4), []
-    with observed([Matrix("w", weight, 1)], seen.append):
+    with observing_products([Matrix("w", weight, 1)], seen.append):
         rows @ weight
     assert [product.input_dim for product in seen] == [0]
 
@@ -267,7 +267,7 @@ def test_nothing_is_seen_outside_of_the_context_nor_of_other_matrices(tokens_BT:
     decoder = Decoder(model, CPU.device)
     hidden_BTD, calls = decoder.embed(tokens_BT)
     (first, *others), seen = matrices(decoder.layers[0], "0"), []
-    with observed([first], lambda product: seen.append(product.matrix.name)):
+    with observing_products([first], lambda product: seen.append(product.matrix.name)):
         call_layer(decoder.layers[0], hidden_BTD, calls[0])
         call_layer(decoder.layers[1], hidden_BTD, calls[1])
     call_layer(decoder.layers[0], hidden_BTD, calls[0])
@@ -276,7 +276,7 @@ def test_nothing_is_seen_outside_of_the_context_nor_of_other_matrices(tokens_BT:
 
 def test_fused_experts_that_are_used_out_of_sight_cannot_be_scored(tokens_BT: Tensor) -> None:
     model = tiny_model("mixtral", experts_implementation="batched_mm")  # gathers a copy of the weights of each token
-    examine(model, tokens_BT)
+    verify(model, tokens_BT)
     found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
     with pytest.raises(ValueError, match=r"6 of 18 matrices .*experts\.gate_up_proj"):
         check_scored(found, allow_unscored=False)

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_recon.evaluate.perplexity import Protocol
+from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.output.results import Results
 from lit_recon.model.architectures import VOCABULARY, tiny_model
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
@@ -22,14 +22,14 @@ from lit_recon.pruning.pruner import Pruner
 from lit_recon.system.atomic_files import replaced_folder
 
 
-def pruned(model: PreTrainedModel) -> Checkpoint:
+def pruned(model: PreTrainedModel) -> WeightOffloader:
     """A checkpoint over a model of which every window was pruned and written out."""
-    made = Checkpoint(model, CPU.device)
+    made = WeightOffloader(model, CPU.device)
     tokens_ST = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
     chain = chain_of(model, tokens_ST, 1)
     pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
     for window in partition(model):
-        made.bring_in(window)
+        made.onload(window)
         pruner.gather(window)
         masks = pruner.prune(window.matrices())
         chain.advance(window)
@@ -61,9 +61,9 @@ def test_a_window_is_float32_in_work_and_in_the_models_own_dtype_before_and_afte
 ) -> None:
     model = tiny_model("llama").to(dtype)
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    made = Checkpoint(model, CPU.device)
+    made = WeightOffloader(model, CPU.device)
     first, second, _ = partition(model)
-    made.bring_in(first)
+    made.onload(first)
     assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in second.parameters()} == {dtype}
     made.take_back(first, {})
@@ -75,9 +75,9 @@ def test_a_window_is_float32_in_work_and_in_the_models_own_dtype_before_and_afte
 
 def test_a_rounded_window_computes_with_what_will_be_stored_of_it() -> None:
     model = tiny_model("llama").bfloat16()
-    made = Checkpoint(model, CPU.device)
+    made = WeightOffloader(model, CPU.device)
     window = partition(model)[1]
-    made.bring_in(window)
+    made.onload(window)
     trained = {}
     for name, parameter in window.named_parameters():
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
@@ -94,9 +94,9 @@ def test_a_rounded_window_computes_with_what_will_be_stored_of_it() -> None:
 def test_layers_that_a_window_does_not_keep_are_written_out_as_they_were_and_without_masks() -> None:
     model = tiny_model("llama")
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    made = Checkpoint(model, CPU.device)
+    made = WeightOffloader(model, CPU.device)
     first, _ = partition(model, by="blocks", size=2, stride=1)
-    made.bring_in(first)
+    made.onload(first)
     for parameter in first.parameters():
         parameter.zero_()
     made.take_back(
@@ -148,7 +148,9 @@ def results(seed: int) -> Results:
     return Results(
         perplexity={"dense": 10.0, "pruned": 20.0, "reconstructed": 14.0},
         relative_error={"pruned": 0.3, "reconstructed": 0.1},
-        protocol=Protocol(dataset="d", split="evaluation", context=4, windows=1, tokens=3, precision="32-true"),
+        protocol=EvaluationProtocol(
+            dataset="d", split="evaluation", context=4, windows=1, tokens=3, precision="32-true"
+        ),
         model={"name": "tiny"},
         recipe={"criterion": "Magnitude"},
         sparsity={"total": 0.4, "by_matrix": {}},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, chain_of, module, reconstructor
+from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Activations
@@ -120,7 +120,7 @@ def test_a_head_on_a_run_over_the_model_lowers_the_divergence_that_is_measured(
         return (divergence(model(**inputs).logits[32:][text_BT], dense_STV[32:][text_BT]) / text_BT.sum()).item()
 
     before = held_out()
-    result = reconstructor(tmp_path, module(), max_epochs=10).fit(window, masks, Activations.at(chain))
+    result = fitter(tmp_path, module(), max_epochs=10).fit(window, masks, Activations.from_chain(chain))
     assert result.measure == "KL divergence" and result.accepted
     assert result.held_out_before == pytest.approx(before, rel=1e-4)
     assert result.held_out_after == pytest.approx(held_out(), rel=1e-4)

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, module, pruned_window, reconstructor, trainer, weights
+from conftest import CPU, fitter, module, pruned_window, trainer, weights
 from hydra.utils import instantiate
+from lit_recon.fit.configure import CONF
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Batch
-from lit_recon.activations.gram import Moments, Sums
-from lit_recon.fit.__main__ import CONF
+from lit_recon.activations.gram import GramSums, NormalEquations
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
 from lit_recon.modules.losses import mean_absolute, mean_squared
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 
 
@@ -97,7 +97,7 @@ def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_
     more_ST = torch.cat([tokens_ST, tokens_ST.flip(1)])
     data, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
     make = module(optimizer=partial(Counting, lr=1e-2), warmup=0.0)
-    result = reconstructor(tmp_path, make, **settings).fit(window, masks, data)
+    result = fitter(tmp_path, make, **settings).fit(window, masks, data)
     (optimizer,) = Counting.made
     assert len(optimizer.rates) == result.steps == expected
     assert optimizer.rates == pytest.approx([1e-2 * (expected - step) / expected for step in range(expected)])
@@ -118,7 +118,7 @@ def test_pruned_weights_stay_exactly_zero_while_the_others_train(
 ) -> None:
     data, window, masks = pruned_window(tiny_model(kind), tokens_ST)
     before = weights(window)
-    assert reconstructor(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
+    assert fitter(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
     for name, matrix in zip(masks, window.matrices(), strict=True):
         mask = masks[name]
         assert torch.count_nonzero(matrix.weight[~mask]) == 0, name
@@ -131,7 +131,7 @@ def test_pruned_weights_stay_exactly_zero_while_the_others_train(
 def test_gradients_of_pruned_weights_are_zero_when_the_optimizer_steps(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     make = module(optimizer=partial(Counting, lr=1e-2))
-    reconstructor(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
+    fitter(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
     (optimizer,) = Counting.made
     names = [id(parameter) for parameter in window.parameters()]
     assert len(optimizer.gradients) == 4
@@ -153,7 +153,7 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
         return (outputs_BTD - targets_BTD).abs().pow(3).mean()
 
     make = module(optimizer=partial(torch.optim.SGD, lr=1e-2), scheduler=None, loss=cubic)
-    result = reconstructor(tmp_path, make, max_epochs=1).fit(window, masks, data)
+    result = fitter(tmp_path, make, max_epochs=1).fit(window, masks, data)
     assert result.accepted and result.steps == 1
     assert set(seen) == {data.variance()}
     after = weights(window)
@@ -175,7 +175,7 @@ def test_gradients_of_the_weights_that_are_left_are_clipped_also_with_a_fused_op
     before = weights(window)
     make = module(optimizer=partial(torch.optim.SGD, lr=1.0, fused=True), scheduler=None)
     settings = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1e-3}
-    assert reconstructor(tmp_path, make, **settings).fit(window, masks, data).accepted
+    assert fitter(tmp_path, make, **settings).fit(window, masks, data).accepted
     change = sum((parameter - before[name]).square().sum() for name, parameter in window.named_parameters())
     assert change.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -187,15 +187,15 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     rows_NI = different_NI[torch.randint(0, 30, (256,), generator=generator)]  # few tokens: G is singular
     window = partition(tiny_model("llama"), by="matrix")[0]
     window.open()
-    sums = Sums.zero(32, CPU.device)
+    sums = GramSums.zero(32, CPU.device)
     sums.add(rows_NI)
-    moments = Moments.of_products(window, [sums], [sums])
+    moments = NormalEquations.of_products(window, [sums], [sums])
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
     make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
-    result = reconstructor(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
+    result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
     assert torch.count_nonzero(window.weight[~mask]) == 0
     left = 0.0
     for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):
@@ -206,7 +206,7 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     assert result.relative_error_after == pytest.approx(best, rel=0.01)
 
 
-class Twice(ReconstructionModule):
+class Twice(MaskedWeights):
     """Looks at the layers in every training step: their modes, and whether they compute the same twice."""
 
     modes: list[bool]

@@ -13,22 +13,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_recon.activations.chain import Chain
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.propagation import Propagation
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.matrices import routers
 from lit_recon.model.partition import layer_windows, partition
-from lit_recon.model.verify import examine
+from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner, Statistics, check_units
+from lit_recon.pruning.pruner import Pruner, Statistics, check_nested
 
 CALIBRATION = 3
 HALF = Unstructured(sparsity=0.5)
-SPARSE = Regime(statistics="sparse")
+SPARSE = Propagation(statistics="sparse")
 CUT = partial(tiny_model, "llama", num_hidden_layers=5)
 
 
@@ -97,7 +97,7 @@ def walk(pruner: Pruner, model: PreTrainedModel, windows: Sequence[Window]) -> d
     masks: dict[str, Tensor] = {}
     for position, window in enumerate(windows):
         pruner.prepare(window)
-        passed_on = [parameter.clone() for parameter in window.passed_on()]
+        passed_on = [parameter.clone() for parameter in window.shared_with_next()]
         pruner.gather(window)
         made = pruner.prune(window.matrices())
         for matrix in window.matrices():
@@ -105,7 +105,7 @@ def walk(pruner: Pruner, model: PreTrainedModel, windows: Sequence[Window]) -> d
         change(model, trained_names(window), position)
         pruner.chain.advance(window)
         masks |= made
-        for parameter, value in zip(window.passed_on(), passed_on, strict=True):
+        for parameter, value in zip(window.shared_with_next(), passed_on, strict=True):
             parameter.copy_(value)
     return masks
 
@@ -123,7 +123,7 @@ def walk_by_hand(
         passed_on = {
             name: model.get_parameter(name).clone()
             for name in trained_names(window)
-            if int(name.split(".")[2]) in window.indices[window.kept :]
+            if int(name.split(".")[2]) in window.indices[window.num_kept :]
         }
         for unit in units:
             names = [matrix.name for matrix in unit.matrices()]
@@ -174,7 +174,7 @@ def test_masks_of_sparse_statistics_are_those_of_units_pruned_by_hand(case: str,
     model = tiny_model(shape)
     windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
     expected = walk_by_hand(model, tokens_ST[:CALIBRATION], windows, units, around=case in LARGER)
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
     masks = walk(Pruner(Wanda(), HALF, chain, units=units), model, windows)
     same(masks, expected)
     assert all((~mask).float().mean() == 0.5 for mask in masks.values())
@@ -186,10 +186,10 @@ def test_the_model_around_overlapping_windows_prunes_every_layer_in_each_of_its_
 ) -> None:
     model = CUT()
     seen = linear_inputs(model, tokens_ST[:CALIBRATION])
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
     pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
     windows = layer_windows(model, by="blocks", size=size, stride=stride)
-    check_units(pruner.units, windows)
+    check_nested(pruner.units, windows)
     dense = copy.deepcopy(model)
     for position, window in enumerate(windows):
         pruner.prepare(window)
@@ -199,7 +199,7 @@ def test_the_model_around_overlapping_windows_prunes_every_layer_in_each_of_its_
         same(masks, {matrix.name: wanda_mask(dense, matrix.name, seen[matrix.name]) for matrix in window.matrices()})
         change(model, trained_names(window), position)
         chain.advance(window)
-        for index in window.indices[window.kept :]:
+        for index in window.indices[window.num_kept :]:
             layer = f"{window.prefix}.{index}"
             model.get_submodule(layer).load_state_dict(dense.get_submodule(layer).state_dict())
 
@@ -215,8 +215,8 @@ def test_units_are_scored_on_the_sparse_chain_whatever_windows_are_trained_on(
     for targets in ("dense", "local"):
         again = tiny_model("llama")
         windows, units = (layer_windows(again, **settings) for settings in SETTINGS[case])
-        regime = Regime(inputs=inputs, targets=targets, statistics="sparse")
-        chain = chain_of(again, tokens_ST, CALIBRATION, regime=regime)
+        propagation = Propagation(inputs=inputs, targets=targets, statistics="sparse")
+        chain = chain_of(again, tokens_ST, CALIBRATION, propagation=propagation)
         same(walk(Pruner(Wanda(), HALF, chain, units=units), again, windows), expected)
 
 
@@ -226,7 +226,7 @@ def test_smaller_units_change_the_masks_behind_the_first_of_them(case: str, toke
     for with_units in (True, False):
         model = tiny_model("llama")
         windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
         pruner = Pruner(Wanda(), HALF, chain, units=units if with_units else ())
         pruner.gather(windows[0])
         masks.append(pruner.prune(windows[0].matrices()))
@@ -236,11 +236,11 @@ def test_smaller_units_change_the_masks_behind_the_first_of_them(case: str, toke
 
 
 def test_targets_are_of_the_dense_window_also_where_smaller_units_are_pruned_within(tokens_ST: Tensor) -> None:
-    for regime in (SPARSE, Regime(inputs="sparse", targets="local", statistics="sparse")):
+    for propagation in (SPARSE, Propagation(inputs="sparse", targets="local", statistics="sparse")):
         targets = []
         for by in ("block", "half"):
             model = tiny_model("llama")
-            chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime)
+            chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation)
             pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=by))
             pruner.gather(layer_windows(model)[0])
             targets.append(chain.targets_STD)
@@ -252,7 +252,7 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
     found = []
     for settings, unit in SETTINGS.values():
         model = tiny_model(shape)
-        examine(model, tokens_ST)
+        verify(model, tokens_ST)
         chain = chain_of(model, tokens_ST, CALIBRATION)
         pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, **unit))
         found.append(walk(pruner, model, layer_windows(model, **settings)))
@@ -263,7 +263,7 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_masks_of_dense_statistics_are_wandas_on_the_dense_model(shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
-    examine(model, tokens_ST)
+    verify(model, tokens_ST)
     dense = copy.deepcopy(model)
     masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, layer_windows(model))
     seen = linear_inputs(dense, tokens_ST[:CALIBRATION])
@@ -279,14 +279,14 @@ def test_single_matrices_get_the_masks_of_their_layer(tokens_ST: Tensor) -> None
     for by in ("block", "matrix"):
         model = tiny_model("llama")
         windows = partition(model, by=by)
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
         pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
         masks: dict[str, Tensor] = {}
         for window in windows:
-            if window.span.name == "block_00":
-                pruner.prepare(window.span)
+            if window.enclosing.name == "block_00":
+                pruner.prepare(window.enclosing)
                 if not masks:
-                    pruner.gather(window.span)
+                    pruner.gather(window.enclosing)
                 if isinstance(window, MatrixWindow):
                     window.open()
                     masks |= pruner.prune(window.matrices())
@@ -338,7 +338,9 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_listed(statistic
     assert chosen_NE.sum(0).tolist()[0] == 0 and (chosen_NE.sum(0)[1:] > 0).all()
     weights = {leaf: getattr(layer.mlp.experts, leaf).clone() for leaf in ("gate_up_proj", "down_proj")}
 
-    pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION, regime=Regime(statistics=statistics)))
+    pruner = Pruner(
+        Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION, propagation=Propagation(statistics=statistics))
+    )
     pruner.gather(window)
     masks = pruner.prune(window.matrices())
 
@@ -361,7 +363,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_listed(statistic
 def test_experts_that_saw_no_token_are_listed_once_at_every_granularity(units: str, tokens_ST: Tensor) -> None:
     for by in ("half", "block", "model"):
         model = unreachable_expert()
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
         pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=units))
         walk(pruner, model, layer_windows(model, by=by))
         assert sorted(pruner.by_magnitude) == sorted(labels(range(3), 0)), f"windows={by}"
@@ -379,7 +381,7 @@ def test_llama_4_experts_that_were_not_chosen_saw_no_token_though_they_get_zeros
     layer = decoder_layers(model)[1][1]
     direction_D = layer.feed_forward.router.weight[0].clone()
     layer.feed_forward.router.weight.copy_(torch.tensor([0, 1, -1, 0.5])[:, None] * direction_D)  # never 0, never 3
-    examine(model, tokens_ST)
+    verify(model, tokens_ST)
     pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     weight_EIO = layer.feed_forward.experts.gate_up_proj.clone()
     masks = walk(pruner, model, layer_windows(model)[:2])
@@ -461,7 +463,7 @@ def test_statistics_are_kept_by_expert() -> None:
 )
 def test_units_that_are_nested_with_windows_are_accepted(windows: dict[str, Any], units: dict[str, Any]) -> None:
     model = CUT()
-    check_units(layer_windows(model, **units), partition(model, **windows))
+    check_nested(layer_windows(model, **units), partition(model, **windows))
 
 
 @pytest.mark.parametrize(
@@ -485,4 +487,4 @@ def test_units_that_are_not_nested_with_windows_are_refused(
 ) -> None:
     model = CUT()
     with pytest.raises(ValueError, match=said):
-        check_units(layer_windows(model, **units), partition(model, **windows))
+        check_nested(layer_windows(model, **units), partition(model, **windows))

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
+from conftest import CPU, Masks, chain_of, fitter, module, pruned_window, weights
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import Window
-from lit_recon.modules.least_squares import LeastSquaresModule
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.least_squares import LeastSquares
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
@@ -40,7 +40,7 @@ def same(window: Window, before: dict[str, Tensor]) -> bool:
 def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(model, tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    result = fitter(tmp_path, module()).fit(window, masks, data)
     assert result.accepted and result.note == "" and result.steps == 8
     assert 0 < result.held_out_after < 0.97 * result.held_out_before
     assert 0 < result.relative_error_after < 0.97 * result.relative_error_before
@@ -57,7 +57,7 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    result = fitter(tmp_path, module(**settings)).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note
     assert same(window, before)
     assert result.relative_error_after == result.relative_error_before
@@ -86,7 +86,7 @@ class Idle(LightningModule):
 def test_a_module_whose_steps_have_no_loss_keeps_the_pruned_weights(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, Idle).fit(window, masks, data)
+    result = fitter(tmp_path, Idle).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
 
 
@@ -100,7 +100,7 @@ class Solver(Idle):
 def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    assert not reconstructor(tmp_path, Solver).fit(window, masks, data).accepted
+    assert not fitter(tmp_path, Solver).fit(window, masks, data).accepted
     assert same(window, before)
 
 
@@ -121,12 +121,12 @@ class Ascending(LightningModule):
 def test_a_module_of_the_users_own_that_worsens_its_window_changes_nothing(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, Ascending).fit(window, masks, data)
+    result = fitter(tmp_path, Ascending).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
     assert result.held_out_after == result.held_out_before
 
 
-class Diverging(ReconstructionModule):
+class Diverging(MaskedWeights):
     """Its loss is not a number from step `when` on, at learning rates above `limit`; remembers the rates used."""
 
     limit = 0.0
@@ -147,7 +147,7 @@ def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_three_tries
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
     made = type("Always", (Diverging,), {"rates": [], "when": when})
-    result = reconstructor(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
+    result = fitter(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
     assert same(window, before)
     assert not result.accepted and result.steps == 0
     assert result.note == "the loss was not finite, also at a sixteenth of the learning rate: kept its pruned weights"
@@ -166,7 +166,7 @@ def test_a_window_that_diverges_is_reconstructed_at_exactly_a_quarter_of_the_rat
     if scheduler is None:  # then groups have no initial_lr until the rate is lowered
         made.training_step = lambda self, batch, index: constant_rate_step(self, batch, index)
     settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
-    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    result = fitter(tmp_path, module(**settings)).fit(window, masks, data)
     assert result.accepted and result.steps == 8
     assert result.note == "the loss was not finite; reconstructed at a quarter of the learning rate"
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
@@ -181,7 +181,7 @@ def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
     before = weights(window)
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
     made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
-    result = reconstructor(tmp_path, module(cls=made)).fit(window, masks, data)
+    result = fitter(tmp_path, module(cls=made)).fit(window, masks, data)
     assert made.rates[-1] < made.limit, "the later tries were finite"
     assert not result.accepted and same(window, before)
     told = (
@@ -191,7 +191,7 @@ def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
 
 
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
-    loss = ReconstructionModule.training_step(diverging, batch, batch_idx)
+    loss = MaskedWeights.training_step(diverging, batch, batch_idx)
     diverging.rates.append(diverging.trainer.optimizers[0].param_groups[0]["lr"])
     return loss * float("nan") if diverging.rates[-1] > diverging.limit else loss
 
@@ -211,7 +211,7 @@ def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    made = reconstructor(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
+    made = fitter(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
     with pytest.raises(RuntimeError, match=r"moved pruned weights of model\.layers\.0\.self_attn\.q_proj\.weight"):
         made.fit(window, masks, data)
 
@@ -229,20 +229,20 @@ def test_errors_are_of_held_out_samples_and_of_as_many_calibration_samples(token
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     variance = data.variance()
     on_both = data.error(window, 0, 2, variance), data.error(window, 4, 6, variance)
-    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    result = fitter(tmp_path, module()).fit(window, masks, data)
     assert (result.relative_error_before, result.held_out_before) == on_both
 
 
 def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    reconstructor(tmp_path, module()).fit(window, masks, data)
+    fitter(tmp_path, module()).fit(window, masks, data)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in window.parameters())
 
 
 class Inventory:
     """After each window: what is still alive of its fit, and how many bytes of tensors Python holds beside masks."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: WeightOffloader) -> None:
         self.checkpoint = checkpoint
         self.fits: list[weakref.ref] = []
         self.bytes: list[int] = []
@@ -267,7 +267,7 @@ class Inventory:
 def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path, by: str, per_layer: int) -> None:
     model = tiny_model("llama", num_hidden_layers=6)
     chain = chain_of(model, tokens_ST, 4)
-    checkpoint = Checkpoint(model, CPU.device)
+    checkpoint = WeightOffloader(model, CPU.device)
     kept = Inventory(checkpoint)
     settings = module().keywords
 
@@ -275,9 +275,9 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         return kept.made(settings["optimizer"](parameters))
 
     def make_module(*arguments: object) -> LightningModule:
-        return kept.made(ReconstructionModule(*arguments, **settings | {"optimizer": make_optimizer}))
+        return kept.made(MaskedWeights(*arguments, **settings | {"optimizer": make_optimizer}))
 
-    made = reconstructor(tmp_path, make_module, max_epochs=1)
+    made = fitter(tmp_path, make_module, max_epochs=1)
     made.callbacks = [Callback()]  # lives as long as the walk, as a progress display does
     make_trainer = made.trainer
     made.trainer = lambda **arguments: kept.made(make_trainer(**arguments))
@@ -285,7 +285,7 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         partition(model, by=by),
         chain=chain,
         pruner=Pruner(Magnitude(), Unstructured(sparsity=0.5), chain),
-        reconstructor=made,
+        fitter=made,
         checkpoint=checkpoint,
         clock=Clock(),
         listeners=[kept],
@@ -307,14 +307,14 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
     model.model.layers[1].mlp.spare = spare.requires_grad_(False)
     nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
     dense = spare.weight.clone()
-    solver = partial(LeastSquaresModule, tolerance=1e-3, max_iterations=10)
+    solver = partial(LeastSquares, tolerance=1e-3, max_iterations=10)
     chain = chain_of(model, tokens_ST, 4)
     results = walk(
         partition(model, by="matrix"),
         chain=chain,
         pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
-        reconstructor=reconstructor(tmp_path, solver if exact else module(), max_epochs=1),
-        checkpoint=Checkpoint(model, CPU.device),
+        fitter=fitter(tmp_path, solver if exact else module(), max_epochs=1),
+        checkpoint=WeightOffloader(model, CPU.device),
         clock=Clock(),
     )
     (result,) = [result for result in results if "spare" in result.name]

@@ -341,8 +341,8 @@ NEW = {  # what runs of earlier versions lack
 def granularity(tmp_path: Path) -> list[str]:
     """The folders of three runs that differ in their windows, one with another module, one of an earlier version."""
     matrix, half, old = results_of(2) | NEW, results_of(2) | NEW, results_of(2)
-    matrix["recipe"] |= {"windows": "matrix", "module": "LeastSquaresModule"}
-    half["recipe"] |= {"windows": "half", "module": "ReconstructionModule", "learning_rate": "0.002"}
+    matrix["recipe"] |= {"windows": "matrix", "module": "LeastSquares"}
+    half["recipe"] |= {"windows": "half", "module": "MaskedWeights", "learning_rate": "0.002"}
     half["seconds"] |= {"fit": 3700.0, "total": 12345.6}
     half["perplexity"] |= {"pruned": 123456.789}
     folder = tmp_path / "runs" / "granularity"
@@ -395,7 +395,7 @@ def test_the_table_has_a_row_of_whole_numbers_per_run_in_120_columns(
     for text in ("half", "123,456.79", "1 h 01 min", "3 h 25 min", "0.99"):
         assert text in rows[1], text
     assert rows[2].split()[4:] == ["67.8%", "–", "41.0", "s", "71.0", "s", "–", "–", "1.51"]
-    assert "matrix, LeastSquaresModule" in lines and "half" in lines and "block" in lines
+    assert "matrix, LeastSquares" in lines and "half" in lines and "block" in lines
 
 
 def test_markdown_is_the_whole_output_and_has_the_same_rows(
@@ -408,7 +408,7 @@ def test_markdown_is_the_whole_output_and_has_the_same_rows(
         "share of the gap | relative error | time, walk | time, total | peak GB, walk | "
         "peak GB, planned | peak GB, total |",
         "| --- | --- |" + " ---: |" * 10,
-        "| matrix_least_squares | matrix, LeastSquaresModule | 14.90 | 22.35 | 17.30 | 67.8% | 0.123 | "
+        "| matrix_least_squares | matrix, LeastSquares | 14.90 | 22.35 | 17.30 | 67.8% | 0.123 | "
         "41.0 s | 71.0 s | 0.99 | 1.05 | 1.51 |",
         "| half | half | 14.90 | 123,456.79 | 17.30 | 67.8% | 0.123 | 1 h 01 min | 3 h 25 min | 0.99 | 1.05 | 1.51 |",
         "| block | block | 14.90 | 22.35 | 17.30 | 67.8% | – | 41.0 s | 71.0 s | – | – | 1.51 |",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.system.lock import hold
 
 SLOW = "trainer.max_epochs=20"  # long enough to be interrupted in a window
@@ -136,7 +136,7 @@ def test_what_was_stopped_is_gone_on_with_from_there(
 NOISY = """
 import torch
 from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 
 
 class Random(Wanda):
@@ -144,7 +144,7 @@ class Random(Wanda):
         return torch.rand_like(weight_OI)
 
 
-class Noisy(ReconstructionModule):
+class Noisy(MaskedWeights):
     def training_step(self, batch, batch_idx):
         noise = torch.rand(()) * torch.randn_like(batch.targets_BTD)
         return super().training_step(batch, batch_idx) + (self.window(batch.inputs_BTD, batch.calls) * noise).mean()
@@ -467,7 +467,7 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
 
 def test_a_disk_that_becomes_full_as_a_model_in_memory_is_saved_leaves_the_earlier_checkpoint(small_disk: Path) -> None:
     model, folder = tiny_model("llama", hidden_size=128), small_disk / "checkpoint"
-    checkpoint = Checkpoint(model, torch.device("cpu"))
+    checkpoint = WeightOffloader(model, torch.device("cpu"))
     checkpoint.save(folder, letter_tokenizer(), "first")
     before = content(folder)
     fill(small_disk / "ballast", but=sum(map(len, before.values())) // 2)

@@ -9,10 +9,10 @@ from conftest import chain_of
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
 from lit_recon.fit.plan import estimate as plan
-from lit_recon.fit.plan.layer_profile import Probe, observe, probe
+from lit_recon.fit.plan.layer_profile import LayerProfile, observe, probe
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import layer_windows, partition
-from lit_recon.model.verify import examine
+from lit_recon.model.verify import verify
 from lit_recon.model.windows import Window
 
 
@@ -32,14 +32,14 @@ def test_each_matrix_is_given_its_rows_and_some_share_them(shape: str, per_token
 def test_windows_are_planned_by_the_largest_of_their_kind_also_where_the_first_layer_is_unlike_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def without_activations(window: Window, chain: Chain) -> Probe:
+    def without_activations(window: Window, chain: Chain) -> LayerProfile:
         return replace(probe(window, chain), saved_bytes=0)
 
     monkeypatch.setattr(plan, "probe", without_activations)
     tokens_ST = torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0))
     model = tiny_model("deepseek_v3")  # a dense layer, then mixtures
-    examine(model, tokens_ST)
-    work = plan.Workload(epochs=1, max_steps=-1, accumulate=1, evaluation_tokens=24, uses_moments=False)
+    verify(model, tokens_ST)
+    work = plan.Workload(epochs=1, max_steps=-1, accumulate=1, evaluation_tokens=24, needs_gram=False)
     sizes = {
         kind: [sum(parameter.numel() for parameter in window.trained()) for window in layer_windows(model, by=kind)]
         for kind in ("half", "block")
