@@ -1,12 +1,14 @@
 """Tiny random models, what is trained of them, and a command line that runs in this process. No network."""
 
+import gc
 import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.fit import __main__ as fit
 from lit_recon.fit.configure import CONF
-from lit_recon.model.architectures import VOCABULARY, tiny_model
+from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import AnyWindow, Window
@@ -51,8 +53,43 @@ KINDS = (
     "bloom",  # positions as a bias that the model hands to each layer
     "mixtral",  # experts in one parameter, and a router
 )
+# Shapes that take other paths through lit_recon; those of the others are among these.
+UNLIKE = (
+    "llama",  # sequential halves, rotary positions
+    "gpt2",  # Conv1D, learned positions
+    "gpt_neox",  # parallel halves
+    "phi",  # parallel halves that share a norm
+    "gemma3",  # sliding windows in every second layer, norms behind each side
+    "bloom",  # positions as a bias; halves refused, as the residual goes into its MLP
+    "opt_post_norm",  # projections beside the layers; halves refused, as norms follow the residual
+    "mixtral",  # experts in one parameter
+    "gpt_oss",  # experts stored the other way round, with biases
+    "deepseek_v3",  # low-rank attention; one layer without experts
+    "llama4",  # every expert is given every token; layers with and without experts in turn
+)
+EVERY_SHAPE = [pytest.param(shape, marks=() if shape in UNLIKE else pytest.mark.slow) for shape in SHAPES]
 Masks = Mapping[str, Tensor]
 TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")  # of results.json
+
+
+def pairs(rows: Iterable, columns: Sequence, whole_rows: Sequence, whole_columns: Sequence) -> list:
+    """All pairs, as parameters; slow are those in none of the rows and columns that shall be tested as a whole."""
+    return [
+        pytest.param(row, column, marks=() if row in whole_rows or column in whole_columns else pytest.mark.slow)
+        for row in rows
+        for column in columns
+    ]
+
+
+def title(value: str | Iterable[str]) -> str:
+    """Of a parameter that is a word or several."""
+    return value if isinstance(value, str) else " ".join(value)
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look at what imports made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=KINDS)
@@ -191,6 +228,9 @@ def command(
     """`python -m lit_recon.fit` with these arguments, in this process and an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # python -m has the working directory there
+    gc.collect()
+    gc.freeze()  # a run collects six times, and unfreezes
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
     def run(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["fit", *arguments])
@@ -246,9 +286,22 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture
-def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path) -> Callable[..., Ended]:
-    """The real configuration, shrunk to the tiny model."""
+def drawn() -> None:
+    """The runs of this test draw their report, which takes as long as all else that a tiny run does."""
+
+
+@pytest.fixture
+def tiny_run(
+    command: Callable[..., Ended],
+    model_folder: Path,
+    text_file: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Ended]:
+    """The real configuration, shrunk to the tiny model; the report is drawn for tests that use `drawn`."""
     settings = tiny_settings(model_folder, text_file)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("lit_recon.fit.output.folder.write_report", lambda folder: None)
 
     def run(*overrides: str) -> Ended:
         chosen = {override.partition("=")[0] for override in overrides}
@@ -257,5 +310,33 @@ def tiny_run(command: Callable[..., Ended], model_folder: Path, text_file: Path)
         if "module=least_squares" in overrides:
             dropped.add("module.optimizer.lr=1e-2")
         return command(*(setting for setting in settings if setting not in dropped), *overrides)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kept_runs() -> dict[tuple[str, ...], tuple[Ended, Path]]:
+    """Runs that `run_once` has made, by their overrides."""
+    return {}
+
+
+@pytest.fixture
+def run_once(
+    tiny_run: Callable[..., Ended],
+    kept_runs: dict[tuple[str, ...], tuple[Ended, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Ended]:
+    """`tiny_run` without a report, made once for all tests that ask for the same; each has a copy in `run`."""
+
+    def run(*overrides: str) -> Ended:
+        shutil.rmtree("run", ignore_errors=True)
+        if overrides not in kept_runs:
+            ended = tiny_run(*overrides)
+            assert ended.status == 0, ended.err
+            kept_runs[overrides] = ended, tmp_path_factory.mktemp("kept") / "run"
+            shutil.copytree("run", kept_runs[overrides][1])
+        else:
+            shutil.copytree(kept_runs[overrides][1], "run")
+        return kept_runs[overrides][0]
 
     return run

@@ -1,10 +1,10 @@
 """Every YAML of conf/ composes, and instantiates to an object."""
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from lit_recon.fit.configure import CONF
 
@@ -25,7 +25,8 @@ def test_every_member_of_every_group_instantiates(member: str) -> None:
     group, name = member.split("/")
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("fit", overrides=[f"{group}={name}", *REQUIRED.get(member, [])])
-    assert instantiate(cfg[group], _convert_="all") is not None
+    made = instantiate(cfg[group], _convert_="all")
+    assert (made.func if isinstance(made, partial) else type(made)) is get_object(cfg[group]._target_)
 
 
 def test_a_group_has_at_least_two_members() -> None:
@@ -38,4 +39,12 @@ def test_the_default_configuration_is_the_recipe_of_the_readme() -> None:
         cfg = compose("fit")
     assert (cfg.sparsity, cfg.data.num_samples, cfg.data.length, cfg.data.batch_size) == (0.5, 32, 256, 2)
     assert (cfg.module.warmup, cfg.trainer.max_epochs) == (0.1, 1)
-    assert Path(CONF / "fit.yaml").is_file()
+    data, scores = cfg.data, cfg.criterion._target_.rpartition(".")[2]
+    readme = (CONF.parent / "README.md").read_text(encoding="utf-8")
+    for said in (
+        f"reconstructs it on {data.num_samples} samples of {data.length} tokens",
+        f"unstructured {cfg.sparsity:.0%} per {cfg.pattern.scope} by {scores}",
+        f"({cfg.windows.by}), {data.num_samples // data.batch_size} steps each",
+        f"{data.evaluation_samples} sequences of {data.evaluation_length} tokens",
+    ):
+        assert said in readme, said

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, chain_of, module
+from conftest import CPU, EVERY_SHAPE, chain_of, module, pairs, title
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +22,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
-from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.products import observing_products
@@ -124,6 +124,8 @@ CASES = {
     "parallel halves with a shared norm": Case("phi", {"by": "half"}),
     "parallel halves with a shared norm of Cohere": Case("cohere2", {"by": "half"}),
 }
+EXACTING = ("overlapping blocks", "parallel halves with a shared norm")  # the other cases do less
+FEWEST, MOST = ("dense", "dense", "dense"), ("sparse", "dense", "sparse")  # chains
 NORMS = {  # of the two sides
     "llama": ("input_layernorm", "post_attention_layernorm"),
     "gpt_neox": ("input_layernorm", "post_attention_layernorm"),
@@ -175,8 +177,7 @@ def mixed(choice: str, dense_STD: Tensor, sparse_STD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "propagation"), pairs(CASES, VALID, EXACTING, (FEWEST, MOST)), ids=title)
 def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
     case: str, propagation: tuple[str, str, str], tokens_ST: Tensor
 ) -> None:
@@ -402,7 +403,7 @@ def padded_ST() -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
     decoder = Decoder(model, CPU.device)

@@ -4,11 +4,11 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, EVERY_SHAPE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, LayerCall, call_layer
 from lit_recon.model.halves import Split, run_half, split_layer
 
@@ -20,7 +20,7 @@ SHARED = {  # one norm before both sides; GPT-NeoX has two
     "cohere2": ["input_layernorm.weight"],
 }
 REFUSED = {"bloom": "no mlp side", "opt_post_norm": "do not make up the layer"}
-HAVING = [shape for shape in SHAPES if shape not in REFUSED]
+HAVING = [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED]
 
 
 @cache
@@ -82,6 +82,11 @@ def test_each_side_changes_what_it_trains_and_nothing_of_the_other(shape: str) -
         for name, value in kept.items():
             layer.get_parameter(name).data.copy_(value)
         assert torch.equal(before_BTD, after_BTD), f"{side} depends on {foreign}"
+        own = {name: layer.get_parameter(name).detach().clone() for name in split.trained[side]}
+        for name in own.keys() - {"self_attn.k_proj.bias"}:  # without rotations it shifts all scores of a query alike
+            layer.get_parameter(name).data.add_(1.0)
+            assert not torch.equal(run_half(layer, split, side, hidden_BTD, call), before_BTD), f"{side} without {name}"
+            layer.get_parameter(name).data.copy_(own[name])
 
 
 @pytest.mark.parametrize("shape", HAVING)

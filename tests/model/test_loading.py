@@ -515,12 +515,13 @@ def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(in
     ("field", "value", "said"),
     [
         ("sha256", "0" * 64, ["tiny_part2-1.2-py3-none-any.whl is not the recorded file", "0" * 64]),
-        (
+        pytest.param(  # as of a single wheel, which is tried below
             "member",
             "tiny_part2/b",
             ["'tiny_part2/b'", "tiny_part2-1.2-py3-none-any.whl", "'tiny_part2/tiny.gguf.part01'"],
+            marks=pytest.mark.slow,
         ),
-        ("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"]),
+        pytest.param("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"], marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(

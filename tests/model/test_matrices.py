@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import CPU, model_of
+from conftest import CPU, EVERY_SHAPE, model_of
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
 from lit_recon.model.matrices import Matrix, Product, learn_input_dims, matrices, routers
 from lit_recon.model.partition import layer_windows
@@ -41,14 +41,14 @@ def observe(model: PreTrainedModel, tokens_BT: Tensor) -> dict[str, list[Product
     return seen
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_routers_are_found_and_nothing_else_is_taken_for_one(shape: str) -> None:
     for layer, expected in zip(decoder_layers(model_of(shape))[1], ROUTERS.get(shape, [None] * 3), strict=True):
         names = {id(parameter): name for name, parameter in layer.named_parameters()}
         assert [names[id(parameter)] for parameter in routers(layer)] == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_every_weight_but_routers_and_vectors_is_a_matrix(shape: str) -> None:
     prefix, layers = decoder_layers(model_of(shape))
     for index, layer in enumerate(layers):
@@ -71,7 +71,7 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_a_router(
     assert [names[id(parameter)] for parameter in routers(layer)] == ["mlp.gate.weight"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_plain_products_are_those_of_the_modules(shape: str, tokens_BT: Tensor) -> None:
     model = tiny_model(shape)
     made: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -181,7 +181,7 @@ def test_llama_4_gives_every_expert_every_token_and_rows_are_those_that_chose_it
             torch.testing.assert_close(product.rows_NI, rows_ND[chosen_N], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_every_matrix_is_seen_and_multiplies_what_its_input_dim_says(shape: str, tokens_BT: Tensor) -> None:
     model = tiny_model(shape)
     verify(model, tokens_BT)

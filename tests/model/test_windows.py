@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import model_of
+from conftest import EVERY_SHAPE, model_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.model.architectures import SHAPES, compose, support, tiny_model
+from lit_recon.model.architectures import compose, support, tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.halves import split_layer
 from lit_recon.model.partition import layer_windows, partition
@@ -47,7 +47,7 @@ def kept_parameters(window: Window) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_replaying_the_recorded_calls_equals_the_models_own_forward(
     shape: str, batch_size: int, tokens_BT: Tensor
 ) -> None:
@@ -61,7 +61,7 @@ def test_replaying_the_recorded_calls_equals_the_models_own_forward(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_calls_that_are_kept_by_shape_serve_other_tokens_too(shape: str, batch_size: int, tokens_BT: Tensor) -> None:
     model = model_of(shape)
     decoder = Decoder(model, torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_calls_that_are_kept_by_shape_serve_other_tokens_too(shape: str, batch_s
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_windows_compose_to_the_model(shape: str, settings: dict[str, Any], tokens_BT: Tensor) -> None:
     model = model_of(shape)
     if settings["by"] == "half" and shape in REFUSED:
@@ -85,7 +85,7 @@ def test_windows_compose_to_the_model(shape: str, settings: dict[str, Any], toke
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_every_parameter_that_outputs_depend_on_is_trained_in_exactly_one_window(
     shape: str, settings: dict[str, Any], tokens_BT: Tensor
 ) -> None:
@@ -118,7 +118,7 @@ def test_every_parameter_that_outputs_depend_on_is_trained_in_exactly_one_window
         assert len(positions) <= 1 or windows[positions[0]].parallel_half == "first", f"{name} is used by {positions}"
 
 
-@pytest.mark.parametrize("shape", sorted(set(SHAPES) - REFUSED))
+@pytest.mark.parametrize("shape", [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED])
 def test_every_parameter_of_the_layers_is_trained_in_exactly_one_half(shape: str) -> None:
     model = model_of(shape)
     held = [id(parameter) for window in layer_windows(model, by="half") for parameter in window.trained()]
@@ -127,7 +127,7 @@ def test_every_parameter_of_the_layers_is_trained_in_exactly_one_half(shape: str
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_every_matrix_is_in_exactly_one_window_under_its_name_in_the_model(
     shape: str, settings: dict[str, Any]
 ) -> None:
@@ -144,7 +144,7 @@ def test_every_matrix_is_in_exactly_one_window_under_its_name_in_the_model(
     assert found == dict.fromkeys(blocks, 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_a_depth_that_the_size_does_not_divide_keeps_every_layer_once(shape: str, tokens_BT: Tensor) -> None:
     model = deep_model(shape)
     expected_BTV = model(tokens_BT[:1], use_cache=False).logits
@@ -184,7 +184,7 @@ def test_windows_are_named_by_their_first_and_last_layer(settings: dict[str, int
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_changing_a_token_changes_no_output_before_it(shape: str, attention: str, tokens_BT: Tensor) -> None:
     if attention == "sdpa" and not model_of(shape)._supports_sdpa:
         pytest.skip("transformers has no sdpa attention for it")

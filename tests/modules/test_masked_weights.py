@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Batch
-from lit_recon.activations.gram import GramSums, QuadraticError
+from lit_recon.activations.gram import GramSums, NormalEquations
 from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
@@ -189,7 +189,7 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     window.open()
     sums = GramSums.zero(32, CPU.device)
     sums.add(rows_NI)
-    moments = QuadraticError.of_products(window, [sums], [sums])
+    moments = NormalEquations.of_products(window, [sums], [sums])
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)

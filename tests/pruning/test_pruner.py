@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import chain_of
+from conftest import EVERY_SHAPE, chain_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.propagation import Propagation
-from lit_recon.model.architectures import SHAPES, tiny_model
+from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.matrices import routers
 from lit_recon.model.partition import layer_windows, partition
@@ -260,7 +260,7 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
         same(masks, found[0])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_masks_of_dense_statistics_are_wandas_on_the_dense_model(shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
     verify(model, tokens_ST)

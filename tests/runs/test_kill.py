@@ -19,6 +19,7 @@ SETTINGS = {
     "in memory": ("stream=false",),
     "overlapping": ("windows=blocks", "windows.size=2", "windows.stride=1", "chain.inputs=mix"),
 }
+EXACTING = ("half, sparse", "matrix, on disk")  # a commit within what is pruned at once; activations in files
 KILLS = 5  # for each of the settings
 NEVER = 10**9  # a step that no run reaches
 
@@ -48,7 +49,20 @@ def go(
     return go
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.fixture(scope="module")
+def counted(
+    launcher: Launcher, model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, object], int]:
+    """What a run finds that nothing interrupts, and by how many steps the disk changes."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    ended = launcher.run(*tiny_settings(model_folder, text_file), f"output_dir={run}", die_at=NEVER)
+    assert ended.status == 0, ended.err
+    return found(run), ended.steps
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in EXACTING else pytest.mark.slow) for kind in SETTINGS]
+)
 def test_a_run_that_is_killed_at_any_instant_ends_with_the_same_bytes(go: Callable[..., Ended], kind: str) -> None:
     overrides = SETTINGS[kind]
     start = time.monotonic()
@@ -72,8 +86,9 @@ def test_a_run_that_is_killed_at_any_instant_ends_with_the_same_bytes(go: Callab
     raise AssertionError(f"killed only {kills} of {seconds} s and {ended.steps} steps")
 
 
-def test_a_run_that_is_killed_while_it_begins_can_be_started_again(go: Callable[..., Ended]) -> None:
-    assert go("whole").status == 0
+def test_a_run_that_is_killed_while_it_begins_can_be_started_again(
+    go: Callable[..., Ended], counted: tuple[dict[str, object], int]
+) -> None:
     for step in (1, 2):  # its configuration: synced, then renamed
         assert go("run", die_at=step).status == -signal.SIGKILL
         assert not Path("run/config.yaml").exists()
@@ -81,16 +96,29 @@ def test_a_run_that_is_killed_while_it_begins_can_be_started_again(go: Callable[
         assert go("run", die_at=step).status == -signal.SIGKILL
     ended = go("run")
     assert ended.status == 0 and "no window was done: from the start" in ended.out, ended
-    assert found(Path("run")) == found(Path("whole"))
+    assert found(Path("run")) == counted[0]
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("finished", "steps"),  # None, 3: while it loads; 4: the old run is cleared; 6: the new configuration is there
+    [
+        (True, (None, 4)),
+        (False, (3, 6)),
+        pytest.param(True, (3, 6), marks=pytest.mark.slow),
+        pytest.param(False, (None, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_as_it_overwrites_another_is_the_one_that_begins_again(
-    launcher: Launcher, go: Callable[..., Ended], model_folder: Path, text_file: Path, finished: bool
+    launcher: Launcher,
+    go: Callable[..., Ended],
+    model_folder: Path,
+    text_file: Path,
+    finished: bool,
+    steps: tuple[int | None, int],
 ) -> None:
     assert go("whole", "seed=5").status == 0
     assert go("old", *([] if finished else ["stop_after=1"])).status == 0
-    for die_at in (None, 3, 4, 6):  # while it loads, twice; the old run is cleared; the new configuration is there
+    for die_at in steps:
         shutil.rmtree("run", ignore_errors=True)
         shutil.copytree("old", "run")
         settings = [*tiny_settings(model_folder, text_file), "seed=5", "overwrite=true", "output_dir=run"]
@@ -130,8 +158,10 @@ def test_what_is_to_be_overwritten_stays_where_the_new_run_is_interrupted_or_ref
     assert Path("run/config.next.yaml").exists()
 
 
-def test_a_run_that_is_killed_in_any_commit_loses_that_window_at_most(go: Callable[..., Ended]) -> None:
-    steps = go("whole", die_at=NEVER).steps
+def test_a_run_that_is_killed_in_any_commit_loses_that_window_at_most(
+    go: Callable[..., Ended], counted: tuple[dict[str, object], int]
+) -> None:
+    whole, steps = counted
     seen = set()
     for step in range(steps // 10, steps, steps // 10):
         ended = go("run", die_at=step)
@@ -144,7 +174,7 @@ def test_a_run_that_is_killed_in_any_commit_loses_that_window_at_most(go: Callab
         seen.add((committed, reached - committed))
     assert {0, 1} == {lost for _, lost in seen}, f"kills inside and behind a commit: {seen}"
     assert go("run").status in (0, 2)  # 2: it was finished
-    assert found(Path("run")) == found(Path("whole"))
+    assert found(Path("run")) == whole
 
 
 def test_a_run_that_is_killed_between_a_commit_and_its_shard_has_that_layer_in_the_end(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ended, content, letter_tokenizer, mounted, numbers, tiny_settings
+from conftest import Ended, content, letter_tokenizer, mounted, numbers, pairs, tiny_settings
 from launcher import Launcher, Running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -53,14 +53,20 @@ def go(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> G
 
 
 @pytest.fixture(scope="module")
-def whole(
+def once(
     launcher: Launcher, model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, object]:
-    """What a run finds that nothing interrupts."""
+) -> tuple[Path, int]:
+    """A run that nothing interrupts, which no test changes, and by how many steps the disk changes."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    ended = launcher.run(*tiny_settings(model_folder, text_file), f"output_dir={run}")
+    ended = launcher.run(*tiny_settings(model_folder, text_file), f"output_dir={run}", die_at=10**9)
     assert ended.status == 0, ended.err
-    return found(run)
+    return run, ended.steps
+
+
+@pytest.fixture(scope="module")
+def whole(once: tuple[Path, int]) -> dict[str, object]:
+    """What that run finds."""
+    return found(once[0])
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +151,19 @@ class Noisy(MaskedWeights):
 """
 
 
-@pytest.mark.parametrize("drawing", ["module._target_=mine.Noisy", "criterion._target_=mine.Random"])
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        "module._target_=mine.Noisy criterion._target_=mine.Random",
+        pytest.param("module._target_=mine.Noisy", marks=pytest.mark.slow),
+        pytest.param("criterion._target_=mine.Random", marks=pytest.mark.slow),
+    ],
+)
 def test_what_draws_random_numbers_is_gone_on_with_as_if_it_had_not_stopped(
     go: Go, settings: list[str], tmp_path: Path, whole: dict[str, object], drawing: str
 ) -> None:
     (tmp_path / "mine.py").write_text(NOISY)
-    settings = [*settings, drawing]
+    settings = [*settings, *drawing.split()]
     assert go(*settings, "output_dir=once").status == 0
     assert go(*settings, "output_dir=parts", "stop_after=1").status == 0
     ended = go("resume=parts")
@@ -190,17 +203,15 @@ def test_a_run_may_go_on_streamed_or_not(
         assert not list(Path("run/checkpoint").glob("model-*")) and Path("run/checkpoint/model.safetensors").is_file()
 
 
-def test_the_curves_of_a_run_in_two_parts_are_those_of_one(go: Go, settings: list[str]) -> None:
+def test_the_curves_of_a_run_in_two_parts_are_those_of_one(go: Go, run: Path, once: tuple[Path, int]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def curves(run: str) -> dict[str, list]:
+    def curves(run: Path) -> dict[str, list]:
         read = EventAccumulator(f"{run}/tensorboard", size_guidance={"scalars": 0}).Reload()
         return {tag: [(each.step, each.value) for each in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
-    assert go(*settings, "output_dir=once").status == 0
-    assert go(*settings, "stop_after=1").status == 0
     assert go("resume=run").status == 0
-    assert len(curves("once")) > 9 and curves("run") == curves("once")
+    assert len(curves(once[0])) > 9 and curves(run) == curves(once[0])
 
 
 def truncate(path: Path) -> str:
@@ -223,8 +234,12 @@ def remove(path: Path) -> str:
     return f"{path.name}: missing"
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove])
-@pytest.mark.parametrize("name", ["layer_00001.00002", "masks.00002", "chain.00002", "manifest"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    pairs(
+        ["layer_00001.00002", "masks.00002", "chain.00002", "manifest"], [truncate, flip, remove], ["manifest"], [flip]
+    ),
+)
 def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_commit_before_it(
     go: Go, run: Path, whole: dict[str, object], name: str, damage: Callable[[Path], str]
 ) -> None:
@@ -250,8 +265,15 @@ def test_a_window_whose_commit_is_damaged_is_dense_again_in_the_checkpoint(
     assert_done_up_to(run / "checkpoint", 1, model_folder)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove])
-@pytest.mark.parametrize("names", [("layer_00000.00001",), ("masks.00001",), ("chain.00001", "chain.00002")])
+@pytest.mark.parametrize(
+    ("names", "damage"),
+    pairs(
+        [("layer_00000.00001",), ("masks.00001",), ("chain.00001", "chain.00002")],
+        [truncate, flip, remove],
+        [("chain.00001", "chain.00002")],
+        [truncate],
+    ),
+)
 def test_where_both_commits_are_damaged_the_run_is_refused_and_nothing_is_lost(
     go: Go, run: Path, names: tuple[str, ...], damage: Callable[[Path], str]
 ) -> None:
@@ -328,14 +350,14 @@ def test_a_folder_of_another_program_is_not_finished(go: Go, tmp_path: Path) -> 
     assert (tmp_path / "other" / "commits").is_dir()
 
 
-def test_there_must_be_a_run_that_is_not_finished(go: Go, settings: list[str], tmp_path: Path) -> None:
+def test_there_must_be_a_run_that_is_not_finished(go: Go, once: tuple[Path, int], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for folder in ("other", "nowhere"):
         ended = go(f"resume={folder}")
         assert ended.status == 2
         assert f"resume={folder}: no run is there (no config.yaml)" in ended.err
     assert {path.name for path in tmp_path.iterdir()} == {"other"} and not list((tmp_path / "other").iterdir())
-    assert go(*settings).status == 0
+    shutil.copytree(once[0], "run")
     Path("run/report.html").touch()  # the launcher's runs draw none
     before = content(Path("run"))
     refused(go("resume=run"), Path("run"), before, "resume=run: that run is finished; its numbers are in run/results")
@@ -366,7 +388,7 @@ def interrupted(running: Running, number: int, total: int) -> int:
     return int(message[1])
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_within_seconds_with_all_that_was_done(
     launcher: Launcher, go: Go, settings: list[str], kind: str
 ) -> None:
@@ -392,9 +414,9 @@ def test_a_signal_ends_a_run_within_seconds_with_all_that_was_done(
 
 @pytest.mark.parametrize("failure", ["ENOSPC", "EROFS"])
 def test_a_disk_that_fails_at_any_step_is_told_and_the_run_can_be_gone_on_with(
-    go: Go, settings: list[str], whole: dict[str, object], failure: str
+    go: Go, settings: list[str], whole: dict[str, object], once: tuple[Path, int], failure: str
 ) -> None:
-    steps = go(*settings, "output_dir=once", die_at=10**9).steps
+    steps = once[1]
     for step in (1, steps // 4, steps // 2, steps) if failure == "ENOSPC" else (steps // 2,):
         run = f"run{step}"
         ended = go(*settings, f"output_dir={run}", fail_at=step, failure=failure)
@@ -423,7 +445,7 @@ def fill(path: Path, *, but: int) -> None:
     path.write_bytes(bytes(max(0, free - but)))
 
 
-@pytest.mark.parametrize("store", ["memory", "disk"])
+@pytest.mark.parametrize("store", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
     launcher: Launcher, go: Go, settings: list[str], small_disk: Path, store: str
 ) -> None:
@@ -455,7 +477,7 @@ def test_a_disk_that_becomes_full_as_a_model_in_memory_is_saved_leaves_the_earli
     assert content(folder) == before and {path.name for path in small_disk.iterdir()} == {"checkpoint", "ballast"}
 
 
-@pytest.mark.parametrize("room", [0, 8 << 10, 64 << 10])
+@pytest.mark.parametrize("room", [*(pytest.param(room, marks=pytest.mark.slow) for room in (0, 8 << 10)), 64 << 10])
 def test_a_run_that_is_gone_on_with_on_a_full_disk_loses_nothing(
     go: Go, settings: list[str], whole: dict[str, object], small_disk: Path, room: int
 ) -> None:

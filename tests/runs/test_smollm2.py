@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon.pruning.masks import Masks
 
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
