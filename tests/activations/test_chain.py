@@ -24,6 +24,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
+from lit_recon.model.head import Head
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.products import observing_products
 from lit_recon.model.verify import verify
@@ -92,11 +93,11 @@ class Watched:
         self.window = window
         self.rows: dict[str, list[Tensor]] = {}
 
-    def __call__(self, part: str) -> Any:
-        def observe(product: Any) -> None:
+    def observing(self, part: str) -> Any:
+        def note(product: Any) -> None:
             self.rows.setdefault(product.matrix.name, []).append(product.rows_NI.clone())
 
-        return observing_products(self.window.matrices(), observe) if part == "calibration" else nullcontext()
+        return observing_products(self.window.matrices(), note) if part == "calibration" else nullcontext()
 
 
 @dataclass
@@ -204,7 +205,7 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
             few.run(states_STD[:CALIBRATION])
         watched = Watched(window)
 
-        chain.dense_pass(window, watched)
+        chain.dense_pass(window, [watched])
 
         close(chain.inputs_STD, trained_on_STD, f"{window.name}: inputs")
         close(chain.targets_STD, expected_STD, f"{window.name}: targets")
@@ -233,7 +234,7 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
         if chain.sparse:
             close(chain.sparse.states_STD, sparse_STD, f"sparse chain behind {window.name}")
     assert (dense_STD - sparse_STD).abs().max() > 0.1, "the chains have come apart"
-    logits = model(tokens_ST, use_cache=False).logits, decoder.logits(sparse_STD)
+    logits = model(tokens_ST, use_cache=False).logits, Head(decoder)(sparse_STD)
     close(logits[1], logits[0], "the model of changed windows")
     assert (chain.dense is None) == (propagation == ("sparse", "local", "sparse"))
     assert (chain.sparse is None) == (propagation == ("dense", "dense", "dense"))
@@ -256,7 +257,7 @@ def test_a_changed_shared_norm_is_dense_for_targets_alone(
     states_STD = Decoder(model, CPU.device).embed(tokens_ST)[0]  # at the first layer all chains are the same
     call = Decoder(model, CPU.device).embed(tokens_ST)[1][0]
     watched = Watched(second)
-    chain.dense_pass(second, watched)
+    chain.dense_pass(second, [watched])
 
     def attention(normed_STD: Tensor) -> Tensor:
         return layer.self_attn(normed_STD, *call.args, **call.kwargs)[0]
@@ -269,7 +270,7 @@ def test_a_changed_shared_norm_is_dense_for_targets_alone(
     norm = dense_norm if propagation[2] == "dense" else layer.input_layernorm
     rows = torch.cat(watched.rows["model.layers.0.mlp." + ("fc1" if shape == "phi" else "up_proj") + ".weight"])
     close(rows, norm(states_STD)[:CALIBRATION].flatten(0, 1), "statistics")
-    outputs_STD = second(states_STD, chain.decoder.embed(tokens_ST)[1])
+    outputs_STD = second(states_STD, chain.passes.decoder.embed(tokens_ST)[1])
     close(outputs_STD, states_STD + layer.mlp(layer.input_layernorm(states_STD)), "the norm is the changed one again")
 
 
@@ -282,7 +283,7 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     chain = chain_of(
         tiny_model(shape), tokens_ST, CALIBRATION, propagation=propagation_of("sparse", "dense", statistics)
     )
-    windows = layer_windows(chain.decoder.model, by="half")
+    windows = layer_windows(chain.passes.decoder.model, by="half")
     for position, window in enumerate(windows[:4]):
         chain.dense_pass(window)
         change(window.trained(), seed=position)
@@ -292,7 +293,7 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     assert chain.dense and chain.sparse and chain.sparse.aside_STD is not None
     assert (chain.dense.states_STD - chain.sparse.states_STD).abs().max() > 0.1, "the chains have come apart"
     perfect_STD = chain.targets_STD + chain.sparse.aside_STD
-    chain.dense.step("second", chain._outputs_STD, chain._each_batch)
+    chain.dense.step("second", chain._outputs_STD, chain.passes.each_batch)
     close(perfect_STD, chain.dense.states_STD, "behind the layer")
 
 
@@ -415,7 +416,7 @@ def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str,
         hidden_BTD = call_layer(layer, hidden_BTD, call)
     ids_BT = tokens_BT.masked_fill(~text_BT, 0)
     expected_BTV = model(ids_BT, attention_mask=text_BT.long(), use_cache=False).logits
-    logits_BTV = decoder.logits(hidden_BTD)
+    logits_BTV = Head(decoder)(hidden_BTD)
     assert torch.equal(logits_BTV[text_BT], expected_BTV[text_BT])
     for row in range(3):
         alone_BTV = model(tokens_BT[row : row + 1, : LENGTHS[row]], use_cache=False).logits
@@ -462,10 +463,9 @@ def test_padding_changes_no_input_or_target_where_there_is_text(
 @pytest.mark.parametrize("shape", PADDED)
 def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
-    verify(model, padded_ST)
-    window = layer_windows(model)[1]
+    first, window, *_ = layer_windows(model, verify(model, padded_ST))
     chain = chain_of(model, padded_ST, CALIBRATION)
-    step(chain, layer_windows(model)[0])
+    step(chain, first)
     chain.dense_pass(window)
     data = Activations.from_chain(chain)
     inputs, targets, outputs = [], [], []
@@ -515,7 +515,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     errors = []
     for row in (1, 2):
         length = LENGTHS[row]
-        calls = chain.decoder.embed(padded_ST[row : row + 1, :length])[1]
+        calls = chain.passes.decoder.embed(padded_ST[row : row + 1, :length])[1]
         outputs_BTD = window(data.inputs_STD[row : row + 1, :length], calls)
         errors.append((outputs_BTD - data.targets_STD[row : row + 1, :length]).square().flatten())
     expected = torch.autograd.grad(torch.cat(errors).mean(), window.trained())
@@ -528,20 +528,19 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
 @pytest.mark.parametrize("shape", PADDED)
 def test_statistics_of_padded_samples_are_those_of_their_text(shape: str, statistics: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
-    verify(model, padded_ST)
+    first, window, *_ = layer_windows(model, verify(model, padded_ST))
     propagation = Propagation(statistics=statistics)
-    window = layer_windows(model)[1]
     gathered = Statistics(Wanda(), window.matrices())
     chain = chain_of(model, padded_ST, CALIBRATION, propagation=propagation)
-    step(chain, layer_windows(model)[0])
-    chain.dense_pass(window, gathered.watching)
+    step(chain, first)
+    chain.dense_pass(window, [gathered])
     expected = Statistics(Wanda(), window.matrices())
     for row in range(CALIBRATION):  # one by one, without padding
         tokens_ST = padded_ST[row : row + 1, : LENGTHS[row]]
         alone = chain_of(model, tokens_ST, 1, propagation=propagation)
-        step(alone, layer_windows(model)[0])
-        with observing_products(window.matrices(), expected.observe):
-            window(alone.inputs_STD, alone.decoder.embed(tokens_ST)[1])
+        step(alone, first)
+        with observing_products(window.matrices(), expected.note):
+            window(alone.inputs_STD, alone.passes.decoder.embed(tokens_ST)[1])
     assert set(gathered.by_name) == set(expected.by_name)
     for name, by_expert in expected.by_name.items():
         close(torch.stack(gathered.by_name[name]), torch.stack(by_expert), name)
@@ -555,7 +554,7 @@ def test_statistics_do_not_depend_on_how_samples_are_batched(tokens_ST: Tensor) 
     window = layer_windows(model)[0]
     for batch_size in (1, 2, 5):
         gathered = Statistics(Wanda(), window.matrices())
-        chain_of(model, tokens_ST, CALIBRATION, batch_size).dense_pass(window, gathered.watching)
+        chain_of(model, tokens_ST, CALIBRATION, batch_size).dense_pass(window, [gathered])
         sums.append({name: torch.stack(by_expert) for name, by_expert in gathered.by_name.items()})
     for other in sums[1:]:
         for name, expected in sums[0].items():

@@ -20,7 +20,8 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
-from lit_recon.model.partition import partition
+from lit_recon.model.matrices import LayerMatrices
+from lit_recon.model.partition import Partition, partition
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 
@@ -52,10 +53,14 @@ def padded(tokens_ST: Tensor) -> Tensor:
 
 @torch.no_grad()
 def at_layer(
-    model: PreTrainedModel, tokens_ST: Tensor, index: int, propagation: Propagation = DENSE
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    index: int,
+    propagation: Propagation = DENSE,
+    matrices: LayerMatrices | None = None,
 ) -> tuple[Chain, dict[str, MatrixWindow], Window]:
     """A chain behind changed layers, and the matrices of the next one by their names in it."""
-    windows = [window for window in partition(model, by="matrix") if isinstance(window, MatrixWindow)]
+    windows = [window for window in Partition(by="matrix").cut(model, matrices) if isinstance(window, MatrixWindow)]
     chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation)
     for position, span in enumerate(dict.fromkeys(window.enclosing for window in windows)):
         mine = [window for window in windows if window.enclosing is span]
@@ -80,7 +85,9 @@ def linear_inputs(chain: Chain, layer: nn.Module, states_STD: Tensor, index: int
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]
-    call_layer(layer, states_STD, Decoder(chain.decoder.model, CPU.device).embed(chain.tokens_ST)[1][index])
+    call_layer(
+        layer, states_STD, Decoder(chain.passes.decoder.model, CPU.device).embed(chain.passes.tokens_ST)[1][index]
+    )
     for handle in handles:
         handle.remove()
     return seen
@@ -109,7 +116,7 @@ def test_inputs_and_targets_are_those_of_the_dense_layer_run_on_the_right_chain(
     assert set(windows) == set(inputs)
     for name, window in windows.items():
         made = data.activations(window)
-        assert made.num_samples == CALIBRATION and made.valid_ST is None
+        assert made.batching.num_samples == CALIBRATION and made.batching.valid_ST is None
         close(made.inputs_STD, inputs[name])
         close(made.targets_STD, sources[name] @ layer.get_submodule(name).weight.T)
     if REGIMES[propagation].inputs == "sparse" and dense_targets:
@@ -225,9 +232,11 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
         made = data.activations(windows[f"mlp.experts.{leaf}"])
         weight_EOI = windows[f"mlp.experts.{leaf}"].matrix.weight
         assert made.inputs_STD.shape[1] == length
-        experts_ST = made.calls(torch.arange(len(made.inputs_STD)))[0].kwargs["experts"]
-        valid_ST = torch.ones_like(experts_ST, dtype=torch.bool) if made.valid_ST is None else made.valid_ST
-        for part, samples in enumerate((slice(0, made.num_samples), slice(made.num_samples, None))):
+        experts_ST = made.batching.calls(torch.arange(len(made.inputs_STD)))[0].kwargs["experts"]
+        valid_ST = (
+            torch.ones_like(experts_ST, dtype=torch.bool) if made.batching.valid_ST is None else made.batching.valid_ST
+        )
+        for part, samples in enumerate((slice(0, made.batching.num_samples), slice(made.batching.num_samples, None))):
             mine_ST = valid_ST[samples]
             rows = sum(len(rows_NI) for rows_NI in expected[leaf][part])
             assert mine_ST.sum() == rows and len(mine_ST) == -(-rows // length), "the last sample alone is padded"
@@ -238,7 +247,7 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
                 close(made.targets_STD[samples][of_expert_ST], inputs_NI @ weight_EOI[expert].T)
             assert not made.inputs_STD[samples][~mine_ST].any()
     if is_padded:
-        assert made.valid_ST is not None and not made.valid_ST.all()
+        assert made.batching.valid_ST is not None and not made.batching.valid_ST.all()
 
 
 @torch.no_grad()
@@ -261,15 +270,15 @@ def test_rows_of_experts_are_the_same_in_few_arrays_of_the_store_and_in_many(
     tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("mixtral")
-    verify(model, tokens_ST)
+    matrices = verify(model, tokens_ST)
     made, found = [], []
     for piece_bytes in (captured._PIECE_BYTES, 1):
         monkeypatch.setattr(captured, "_PIECE_BYTES", piece_bytes)
-        chain, windows, span = at_layer(model, tokens_ST, 0)
+        chain, windows, span = at_layer(model, tokens_ST, 0, matrices=matrices)
         chain.dense_pass(span)
-        shapes, zeros = [], chain.store.zeros
+        shapes, zeros = [], chain.passes.store.zeros
         monkeypatch.setattr(
-            chain.store, "zeros", lambda shape, zeros=zeros, shapes=shapes: shapes.append(shape) or zeros(shape)
+            chain.passes.store, "zeros", lambda shape, zeros=zeros, shapes=shapes: shapes.append(shape) or zeros(shape)
         )
         found.append(MatrixInputs(span, chain).activations(windows["mlp.experts.gate_up_proj"]))
         made.append(len(shapes))
@@ -283,23 +292,22 @@ def test_an_expert_without_tokens_behind_a_full_piece_takes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captured, "_PIECE_BYTES", 4 * 8)
-    rows, rows_NI = captured._Rows(DiskStore(tmp_path)), torch.randn(4, 8)
+    rows, rows_NI = captured._RowPieces(DiskStore(tmp_path)), torch.randn(4, 8)
     rows.add(rows_NI, 0)
     rows.add(torch.zeros(0, 8), 1)
     rows.put_away()
-    ((piece_NI, experts_N),) = rows.taken()
+    ((piece_NI, experts_N),) = rows.pop_all()
     assert rows.count == 4 and torch.equal(piece_NI, rows_NI.bfloat16()) and experts_N.tolist() == [0] * 4
 
 
 @torch.no_grad()
 def test_llama_4s_rows_of_zeros_are_not_trained_on(tokens_ST: Tensor) -> None:
     model = tiny_model("llama4")
-    verify(model, tokens_ST)
-    chain, windows, span = at_layer(model, tokens_ST, 1)
+    chain, windows, span = at_layer(model, tokens_ST, 1, matrices=verify(model, tokens_ST))
     chain.dense_pass(span)
     made = MatrixInputs(span, chain).activations(windows["feed_forward.experts.gate_up_proj"])
     assert made.inputs_STD.flatten(0, 1).any(1).sum() == 5 * LENGTH, "one expert per token"
-    assert made.valid_ST is None and len(made.inputs_STD) == 5
+    assert made.batching.valid_ST is None and len(made.inputs_STD) == 5
 
 
 @torch.no_grad()
@@ -309,12 +317,14 @@ def test_rows_of_padded_samples_are_those_of_their_text_in_order(tokens_ST: Tens
     chain.dense_pass(span)
     made = MatrixInputs(span, chain).activations(windows["self_attn.q_proj"])
     normed_STD = span.layers[0].input_layernorm(chain.inputs_STD)
-    assert made.valid_ST is not None
+    assert made.batching.valid_ST is not None
     for part, samples in PARTS.items():
-        mine = slice(0, made.num_samples) if part == "calibration" else slice(made.num_samples, None)
+        mine = slice(0, made.batching.num_samples) if part == "calibration" else slice(made.batching.num_samples, None)
         rows_NI = normed_STD[samples][tokens_ST[samples] != PADDING]
-        close(made.inputs_STD[mine][made.valid_ST[mine]], rows_NI)
-        close(made.targets_STD[mine][made.valid_ST[mine]], rows_NI @ windows["self_attn.q_proj"].matrix.weight.T)
+        close(made.inputs_STD[mine][made.batching.valid_ST[mine]], rows_NI)
+        close(
+            made.targets_STD[mine][made.batching.valid_ST[mine]], rows_NI @ windows["self_attn.q_proj"].matrix.weight.T
+        )
 
 
 # Second moments
@@ -324,11 +334,11 @@ def errors_by_hand(
     window: MatrixWindow, kept: Activations
 ) -> tuple[float, tuple[float, float], list[tuple[Tensor, Tensor]]]:
     """Variance of the calibration targets, relative errors, and the rows of inputs and targets, in float64."""
-    valid_ST = kept.valid_ST
+    valid_ST = kept.batching.valid_ST
     if valid_ST is None:
         valid_ST = torch.ones(kept.inputs_STD.shape[:2], dtype=torch.bool)
-    outputs_STO = window(kept.inputs_STD, kept.calls(torch.arange(len(kept.inputs_STD))))
-    found, parts = [], (slice(0, kept.num_samples), slice(kept.num_samples, None))
+    outputs_STO = window(kept.inputs_STD, kept.batching.calls(torch.arange(len(kept.inputs_STD))))
+    found, parts = [], (slice(0, kept.batching.num_samples), slice(kept.batching.num_samples, None))
     for part in parts:
         mine_ST = valid_ST[part]
         targets_NO = kept.targets_STD[part][mine_ST].double()
@@ -350,16 +360,15 @@ def moments_of(
 ) -> Sequence[tuple[str, MatrixWindow, NormalEquations, Activations]]:
     """The moments and the kept activations of all matrices of a layer."""
     model = tiny_model(shape)
-    verify(model, tokens_ST)
-    chain, windows, span = at_layer(model, tokens_ST, 1, propagation)
+    chain, windows, span = at_layer(model, tokens_ST, 1, propagation, verify(model, tokens_ST))
     data = MatrixInputs(span, chain)
     if propagation.independent:
-        chain.dense_pass(span, data.watching)
+        chain.dense_pass(span, [data])
     else:
         chain.dense_pass(span)
         if propagation.one_source:
-            chain.run(span, chain.inputs_STD, None, data.watching)
-    return [(name, window, data.moments(window), data.activations(window)) for name, window in windows.items()]
+            chain.passes.run(span, chain.inputs_STD, None, [data])
+    return [(name, window, data.normal_equations(window), data.activations(window)) for name, window in windows.items()]
 
 
 @torch.no_grad()
@@ -378,7 +387,7 @@ def test_moments_tell_variance_and_errors_of_the_kept_activations(
         assert moments.variance() == pytest.approx(variance, rel=1e-4), name
         assert kept.variance() == pytest.approx(variance, rel=1e-4), name
         assert moments.errors(window, variance) == pytest.approx(errors, rel=1e-4), name
-        assert kept.error(window, kept.num_samples, len(kept.inputs_STD), variance) == pytest.approx(
+        assert kept.error(window, kept.batching.num_samples, len(kept.inputs_STD), variance) == pytest.approx(
             errors[1], rel=1e-4
         )
 
@@ -414,7 +423,7 @@ def test_moments_of_a_shared_input_are_gathered_once(tokens_ST: Tensor, monkeypa
     added = []
     monkeypatch.setattr(GramSums, "add", lambda self, rows_NI: added.append(len(rows_NI)))
     chain, _, span = at_layer(tiny_model("llama"), tokens_ST, 0)
-    chain.dense_pass(span, MatrixInputs(span, chain).watching)
+    chain.dense_pass(span, [MatrixInputs(span, chain)])
     assert sum(added) == 4 * 5 * LENGTH, "of q, o, gate and down; not of k, v and up"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import CPU, Ended, fitter, letter_tokenizer, module, pairs
+from conftest import CPU, Ended, chain_of, fitter, letter_tokenizer, masks_of, module, pairs
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -32,12 +32,11 @@ from lit_recon.activations.teacher import check_halves
 from lit_recon.data.packing import PADDING
 from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner
+from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.window_fit import WindowResult
 
 CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
@@ -81,16 +80,7 @@ def chain_in(
     model: PreTrainedModel, tokens_ST: Tensor, propagation: Propagation | None = None, **settings: Any
 ) -> Chain:
     """A chain at the model's first layer, whose store and way of making targets are `settings`."""
-    decoder = Decoder(model, CPU.device)
-    return Chain(
-        decoder,
-        tokens_ST,
-        num_samples=CALIBRATION,
-        batch_size=2,
-        compute=CPU,
-        propagation=propagation or Propagation(),
-        **settings,
-    )
+    return chain_of(model, tokens_ST, CALIBRATION, propagation=propagation, **settings)
 
 
 @torch.no_grad()
@@ -149,9 +139,6 @@ def off(values: Tensor, expected: Tensor) -> float:
         ({"kind": "ram"}, "store.kind='ram': expected one of memory, disk, auto"),
         ({"targets": "drop"}, "store.targets='drop': expected one of keep, recompute"),
         ({"dtype": "int8"}, "store.dtype='int8': expected one of None, bfloat16, float32"),
-        ({"share": 0}, "store.share=0: expected .* use store=disk"),
-        ({"share": 1.5}, r"store.share=1\.5"),
-        ({"share": "half"}, "store.share='half'"),
     ],
     ids=str,
 )
@@ -162,9 +149,9 @@ def test_a_bad_setting_is_refused_with_what_is_expected(settings: dict[str, Any]
 
 def test_all_bad_settings_are_told_at_once() -> None:
     with pytest.raises(ValueError) as refusal:
-        StoreSettings(kind="x", targets="y", dtype="z", share=2)
+        StoreSettings(kind="x", targets="y", dtype="z")
     named = [line.partition("=")[0] for line in str(refusal.value).splitlines()]
-    assert named == ["store.kind", "store.targets", "store.dtype", "store.share"]
+    assert named == ["store.kind", "store.targets", "store.dtype"]
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "auto"])
@@ -207,14 +194,12 @@ def test_bytes_are_those_of_the_arrays() -> None:
     assert StoreSettings(kind="disk", dtype="float32").needed(shape, 3) == (0, 3 * 2**32)
 
 
-@pytest.mark.parametrize(
-    ("available", "share", "kind"), [(8000, 0.5, "memory"), (7999, 0.5, "disk"), (4000, 1, "memory"), (3999, 1, "disk")]
-)
+@pytest.mark.parametrize(("available", "kind"), [(8000, "memory"), (7999, "disk")])
 def test_auto_takes_memory_up_to_its_share_of_what_is_free(
-    available: int, share: float, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    available: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    settings = StoreSettings(kind="auto", share=share)
+    settings = StoreSettings(kind="auto")
     with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2) as store:  # 4000 bytes
         assert isinstance(store, {"memory": MemoryStore, "disk": DiskStore}[kind])
         assert store.dtype == {"memory": torch.float32, "disk": torch.bfloat16}[kind]
@@ -392,13 +377,11 @@ def test_files_of_units_that_are_pruned_within_a_window_are_counted_too(
 ) -> None:
     propagation, model = Propagation(statistics="sparse"), tiny_model("gpt_neox")  # whose halves stand side by side
     chain = chain_in(model, tokens_ST, propagation, store=DiskStore(tmp_path), recompute=recompute)
-    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain, units=layer_windows(model, by=units))
+    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain, pruning_windows=layer_windows(model, by=units))
     for window in layer_windows(model, by=kind):
-        pruner.prepare(window)
-        pruner.gather(window)
-        pruner.prune(window.matrices())
+        prune(window, masks_of(pruner, window))
         chain.advance(window)
-    assert max(files) == count_arrays(propagation, "recompute" if recompute else "keep", kind=kind, units=units)
+    assert max(files) == count_arrays(propagation, "recompute" if recompute else "keep", kind=kind, prune_by=units)
 
 
 @torch.no_grad()
@@ -490,7 +473,7 @@ def test_the_next_batch_of_a_pass_is_prefetched_before_one_is_run(tokens_ST: Ten
     window = layer_windows(model)[0]
     store.told.clear()
     window.register_forward_pre_hook(lambda _, args: store.told.append(("run", [len(args[0])])))
-    chain.run(window, chain.inputs_STD, None)
+    chain.passes.run(window, chain.inputs_STD, None)
     assert [entry for entry in store.told if entry[0] != "release"] == [
         ("prefetch", [2, 3]),
         ("run", [2]),
@@ -502,18 +485,19 @@ def test_the_next_batch_of_a_pass_is_prefetched_before_one_is_run(tokens_ST: Ten
 
 def test_a_training_batch_is_prefetched_while_the_one_before_it_is_served(tokens_ST: Tensor) -> None:
     model = tiny_model("llama")
-    chain = chain_in(model, tokens_ST, store=Watched())
+    store = Watched()
+    chain = chain_in(model, tokens_ST, store=store)
     chain.dense_pass(layer_windows(model)[0])
-    chain.num_samples = SAMPLES
+    chain.passes.batching.num_samples = SAMPLES
     loader = Activations.from_chain(chain).data_module(seed=3).train_dataloader()
     for _ in range(2):  # epochs
-        chain.store.told.clear()
+        store.told.clear()
         served = [rows_B.tolist() for rows_B, *_ in loader]
         assert sorted(itertools.chain(*served)) == list(range(SAMPLES))
         first, second, third = served
-        told = [rows for what, rows in chain.store.told if what == "prefetch"][::2]  # inputs, targets
+        told = [rows for what, rows in store.told if what == "prefetch"][::2]  # inputs, targets
         assert told == served
-        order = [entry for entry in chain.store.told if entry in (("prefetch", third), ("release", second))]
+        order = [entry for entry in store.told if entry in (("prefetch", third), ("release", second))]
         assert order[0] == ("prefetch", third)
 
 
@@ -637,9 +621,8 @@ def fitted(tokens_ST: Tensor, run: Path, **settings: Any) -> tuple[WindowResult,
     chain.dense_pass(first)
     change(first.trained(), seed=0)
     chain.advance(first)
-    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
-    pruner.gather(second)
-    masks = pruner.prune(second.matrices())
+    masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), second)
+    prune(second, masks)
     result = fitter(run, module()).fit(second, masks, Activations.from_chain(chain))
     return result, [parameter.detach().clone() for parameter in second.parameters()]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,8 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import letter_tokenizer
-from safetensors.torch import save_file
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+
+from lit_recon.fit.configure import CONF
 
 pytestmark = pytest.mark.slow
 
@@ -147,12 +152,23 @@ def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path:
     assert late < 1.02 * early
 
 
+def unmappable(source: Path, folder: Path) -> Path:
+    """A copy of a model with its weights in a file that cannot be mapped, so that they are in memory as a whole."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
 def test_streaming_costs_less_than_five_percent(tmp_path: Path, model_cache: None) -> None:
+    streamed = instantiate(OmegaConf.load(CONF / "model" / "smollm2.yaml")).folder
+    models = {"true": streamed, "false": unmappable(streamed, tmp_path / "model")}
     seconds: dict[str, list[float]] = {"true": [], "false": []}
     for turn in range(2):
         for stream, found in seconds.items():
             run = tmp_path / f"{stream}_{turn}"
-            watched(tmp_path, f"output_dir={run}", f"stream={stream}")
+            model = ("model=hf", f"model.name={models[stream]}", "model.dtype=float32")
+            output, *_ = watched(tmp_path, f"output_dir={run}", *model)
+            assert ("the model is in memory as a whole" in output) == (stream == "false")
             spent = json.loads((run / "results.json").read_text())["seconds"]
             found.append(spent["total"] - spent["evaluate"])
     ratio = min(seconds["true"]) / min(seconds["false"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.model.decoder import decoder_layers
+from lit_recon.model.matrices import layer_matrices
 from lit_recon.pruning.masks import Masks
 
 SHAPES = [(1,), (7,), (8,), (3, 5), (16, 9), (2, 3, 11)]
@@ -24,10 +25,7 @@ def random_masks() -> dict[str, Tensor]:
 
 
 def packed(masks: dict[str, Tensor]) -> Masks:
-    made = Masks()
-    for name, mask in masks.items():
-        made.add(name, mask)
-    return made
+    return Masks.pack(masks)
 
 
 def assert_same_masks(read: Masks, masks: dict[str, Tensor]) -> None:
@@ -80,7 +78,7 @@ def half_of_each(model: PreTrainedModel, *, but: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         matrix.name: torch.rand(matrix.weight.shape, generator=generator) < 0.5
-        for matrix in matrices(layers[1], f"{decoder_layers(model)[0]}.1")[but:]
+        for matrix in layer_matrices(layers[1], f"{decoder_layers(model)[0]}.1")[but:]
     }
 
 

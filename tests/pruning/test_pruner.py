@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_SHAPE, chain_of
+from conftest import EVERY_SHAPE, chain_of, masks_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +24,8 @@ from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner, Statistics, check_nested
+from lit_recon.pruning.pruner import Pruner, check_nested, prune
+from lit_recon.pruning.statistics import Statistics
 
 CALIBRATION = 3
 HALF = Unstructured(sparsity=0.5)
@@ -78,12 +79,13 @@ def change(model: PreTrainedModel, names: Sequence[str], seed: int) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator) * (parameter != 0), alpha=0.1)
 
 
-def trained_names(window: Window) -> list[str]:
+def trained_names(model: PreTrainedModel, window: Window) -> list[str]:
     """Names in the model of what a window trains, from the window's own names."""
+    prefix, _ = decoder_layers(model)
     owners = [window.layer] if hasattr(window, "layer") else list(window.layers)
     mine = {id(parameter) for parameter in window.trained()}
     names = {
-        id(parameter): f"{window.prefix}.{index}.{name}"
+        id(parameter): f"{prefix}.{index}.{name}"
         for index, layer in zip(window.indices, owners, strict=True)
         for name, parameter in layer.named_parameters()
         if id(parameter) in mine
@@ -96,13 +98,12 @@ def walk(pruner: Pruner, model: PreTrainedModel, windows: Sequence[Window]) -> d
     """Prune window after window as the driver does it, with changes in place of reconstructions; all masks."""
     masks: dict[str, Tensor] = {}
     for position, window in enumerate(windows):
-        pruner.prepare(window)
         passed_on = [parameter.clone() for parameter in window.shared_with_next()]
-        pruner.gather(window)
-        made = pruner.prune(window.matrices())
+        made = masks_of(pruner, window)
+        prune(window, made)
         for matrix in window.matrices():
             assert torch.count_nonzero(matrix.weight[~made[matrix.name]]) == 0, "pruned in place"
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         pruner.chain.advance(window)
         masks |= made
         for parameter, value in zip(window.shared_with_next(), passed_on, strict=True):
@@ -122,7 +123,7 @@ def walk_by_hand(
         mine = [matrix.name for matrix in window.matrices()]
         passed_on = {
             name: model.get_parameter(name).clone()
-            for name in trained_names(window)
+            for name in trained_names(model, window)
             if int(name.split(".")[2]) in window.indices[window.num_kept :]
         }
         for unit in units:
@@ -137,7 +138,7 @@ def walk_by_hand(
         for name in mine:
             masks[name] = waiting.pop(name)
             model.get_parameter(name).mul_(masks[name])
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         for name, value in passed_on.items():
             model.get_parameter(name).copy_(value)
     return masks
@@ -175,7 +176,7 @@ def test_masks_of_sparse_statistics_are_those_of_units_pruned_by_hand(case: str,
     windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
     expected = walk_by_hand(model, tokens_ST[:CALIBRATION], windows, units, around=case in LARGER)
     chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
-    masks = walk(Pruner(Wanda(), HALF, chain, units=units), model, windows)
+    masks = walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), model, windows)
     same(masks, expected)
     assert all((~mask).float().mean() == 0.5 for mask in masks.values())
 
@@ -187,20 +188,19 @@ def test_the_model_around_overlapping_windows_prunes_every_layer_in_each_of_its_
     model = CUT()
     seen = linear_inputs(model, tokens_ST[:CALIBRATION])
     chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
-    pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
+    pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by="model"))
     windows = layer_windows(model, by="blocks", size=size, stride=stride)
-    check_nested(pruner.units, windows)
+    check_nested(pruner.pruning_windows, windows)
     dense = copy.deepcopy(model)
     for position, window in enumerate(windows):
-        pruner.prepare(window)
-        pruner.gather(window)
-        masks = pruner.prune(window.matrices())
+        masks = masks_of(pruner, window)
+        prune(window, masks)
         # All matrices of the model were scored at once, while it was dense.
         same(masks, {matrix.name: wanda_mask(dense, matrix.name, seen[matrix.name]) for matrix in window.matrices()})
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         chain.advance(window)
         for index in window.indices[window.num_kept :]:
-            layer = f"{window.prefix}.{index}"
+            layer = f"{decoder_layers(model)[0]}.{index}"
             model.get_submodule(layer).load_state_dict(dense.get_submodule(layer).state_dict())
 
 
@@ -217,7 +217,7 @@ def test_units_are_scored_on_the_sparse_chain_whatever_windows_are_trained_on(
         windows, units = (layer_windows(again, **settings) for settings in SETTINGS[case])
         propagation = Propagation(inputs=inputs, targets=targets, statistics="sparse")
         chain = chain_of(again, tokens_ST, CALIBRATION, propagation=propagation)
-        same(walk(Pruner(Wanda(), HALF, chain, units=units), again, windows), expected)
+        same(walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), again, windows), expected)
 
 
 @pytest.mark.parametrize("case", ["halves within blocks", "blocks within pairs of layers", "halves within the model"])
@@ -227,9 +227,8 @@ def test_smaller_units_change_the_masks_behind_the_first_of_them(case: str, toke
         model = tiny_model("llama")
         windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
         chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=units if with_units else ())
-        pruner.gather(windows[0])
-        masks.append(pruner.prune(windows[0].matrices()))
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=units if with_units else ())
+        masks.append(masks_of(pruner, windows[0]))
     first = {matrix.name for matrix in units[0].matrices()}
     differing = {name for name in masks[0] if not torch.equal(masks[0][name], masks[1][name])}
     assert differing and not differing & first
@@ -241,8 +240,8 @@ def test_targets_are_of_the_dense_window_also_where_smaller_units_are_pruned_wit
         for by in ("block", "half"):
             model = tiny_model("llama")
             chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation)
-            pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=by))
-            pruner.gather(layer_windows(model)[0])
+            pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by=by))
+            masks_of(pruner, layer_windows(model)[0])
             targets.append(chain.targets_STD)
         assert torch.equal(*targets)
 
@@ -252,10 +251,10 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
     found = []
     for settings, unit in SETTINGS.values():
         model = tiny_model(shape)
-        verify(model, tokens_ST)
+        matrices = verify(model, tokens_ST)
         chain = chain_of(model, tokens_ST, CALIBRATION)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, **unit))
-        found.append(walk(pruner, model, layer_windows(model, **settings)))
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, matrices, **unit))
+        found.append(walk(pruner, model, layer_windows(model, matrices, **settings)))
     for masks in found[1:]:
         same(masks, found[0])
 
@@ -263,9 +262,9 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_masks_of_dense_statistics_are_wandas_on_the_dense_model(shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
-    verify(model, tokens_ST)
+    windows = layer_windows(model, verify(model, tokens_ST))
     dense = copy.deepcopy(model)
-    masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, layer_windows(model))
+    masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, windows)
     seen = linear_inputs(dense, tokens_ST[:CALIBRATION])
     plain = {name: mask for name, mask in masks.items() if mask.dim() == 2}
     same(plain, {name: wanda_mask(dense, name, seen[name]) for name in plain})
@@ -280,21 +279,20 @@ def test_single_matrices_get_the_masks_of_their_layer(tokens_ST: Tensor) -> None
         model = tiny_model("llama")
         windows = partition(model, by=by)
         chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by="model"))
         masks: dict[str, Tensor] = {}
         for window in windows:
             if window.enclosing.name == "block_00":
-                pruner.prepare(window.enclosing)
                 if not masks:
-                    pruner.gather(window.enclosing)
+                    masks = masks_of(pruner, window.enclosing)
                 if isinstance(window, MatrixWindow):
                     window.open()
-                    masks |= pruner.prune(window.matrices())
+                    prune(window, masks)
                     dense = model.get_parameter(window.matrix.name)
                     assert torch.equal(dense * masks[window.matrix.name], window.weight), "a pruned copy"
                     assert torch.count_nonzero(dense) == dense.numel(), "the layer stays dense"
                 else:
-                    masks |= pruner.prune(window.matrices())
+                    prune(window, masks)
         found.append(masks)
     same(*found)
 
@@ -313,6 +311,11 @@ def unreachable_expert(**changes: Any) -> PreTrainedModel:
         direction_D = layer.mlp.gate.weight[0].clone()
         layer.mlp.gate.weight.copy_(torch.tensor([0, 1, 0.5, -1, -0.5])[:, None] * direction_D)
     return model
+
+
+def listed(pruner: Pruner) -> list[str]:
+    """The experts that were scored by magnitude."""
+    return [label for labels in pruner.by_magnitude.values() for label in labels]
 
 
 def labels(layers: Sequence[int], expert: int) -> list[str]:
@@ -341,10 +344,10 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_listed(statistic
     pruner = Pruner(
         Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION, propagation=Propagation(statistics=statistics))
     )
-    pruner.gather(window)
-    masks = pruner.prune(window.matrices())
+    masks = masks_of(pruner, window)
+    prune(window, masks)
 
-    assert pruner.by_magnitude == labels([0], 0)
+    assert listed(pruner) == labels([0], 0)
     for leaf, weight_EOI in weights.items():
         mask_EOI = masks[f"model.layers.0.mlp.experts.{leaf}"]
         assert torch.equal(mask_EOI[0], best_half(weight_EOI[0].abs()))
@@ -364,16 +367,16 @@ def test_experts_that_saw_no_token_are_listed_once_at_every_granularity(units: s
     for by in ("half", "block", "model"):
         model = unreachable_expert()
         chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=units))
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by=units))
         walk(pruner, model, layer_windows(model, by=by))
-        assert sorted(pruner.by_magnitude) == sorted(labels(range(3), 0)), f"windows={by}"
+        assert sorted(listed(pruner)) == sorted(labels(range(3), 0)), f"windows={by}"
 
 
 def test_experts_in_overlapping_windows_are_listed_once(tokens_ST: Tensor) -> None:
     model = unreachable_expert()
     pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     walk(pruner, model, layer_windows(model, by="blocks", size=2, stride=1))
-    assert sorted(pruner.by_magnitude) == sorted(labels(range(3), 0))
+    assert sorted(listed(pruner)) == sorted(labels(range(3), 0))
 
 
 def test_llama_4_experts_that_were_not_chosen_saw_no_token_though_they_get_zeros(tokens_ST: Tensor) -> None:
@@ -381,14 +384,12 @@ def test_llama_4_experts_that_were_not_chosen_saw_no_token_though_they_get_zeros
     layer = decoder_layers(model)[1][1]
     direction_D = layer.feed_forward.router.weight[0].clone()
     layer.feed_forward.router.weight.copy_(torch.tensor([0, 1, -1, 0.5])[:, None] * direction_D)  # never 0, never 3
-    verify(model, tokens_ST)
+    windows = layer_windows(model, verify(model, tokens_ST))[:2]
     pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     weight_EIO = layer.feed_forward.experts.gate_up_proj.clone()
-    masks = walk(pruner, model, layer_windows(model)[:2])
+    masks = walk(pruner, model, windows)
     name = "model.layers.1.feed_forward.experts."
-    assert pruner.by_magnitude == [
-        f"{name}{leaf}[{expert}]" for leaf in ("gate_up_proj", "down_proj") for expert in (0, 3)
-    ]
+    assert listed(pruner) == [f"{name}{leaf}[{expert}]" for leaf in ("gate_up_proj", "down_proj") for expert in (0, 3)]
     for expert in (0, 3):
         assert torch.equal(masks[f"{name}gate_up_proj"][expert], best_half(weight_EIO[expert].abs().T).T)
 
@@ -398,7 +399,7 @@ def test_magnitude_needs_no_token_and_lists_nothing(tokens_ST: Tensor) -> None:
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     pruner = Pruner(Magnitude(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     masks = walk(pruner, model, layer_windows(model))
-    assert pruner.by_magnitude == []
+    assert listed(pruner) == []
     for name, mask in masks.items():
         expected = [best_half(weight_OI.abs()) for weight_OI in weights[name].view(-1, *mask.shape[-2:])]
         assert torch.equal(mask.view(-1, *mask.shape[-2:]), torch.stack(expected))
@@ -414,14 +415,14 @@ def test_statistics_see_no_held_out_sample(tokens_ST: Tensor) -> None:
 
 
 def test_a_matrix_whose_inputs_are_not_known_stays_dense(tokens_ST: Tensor) -> None:
-    model = tiny_model("llama4")  # not examined: how its experts are stored is not known
+    model = tiny_model("llama4")  # not verified: how its experts are stored is not known
     window = layer_windows(model)[1]
     chain = chain_of(model, tokens_ST, CALIBRATION)
     pruner = Pruner(Magnitude(), HALF, chain)
     with torch.no_grad():
         before = window.layers[0].feed_forward.experts.gate_up_proj.clone()
-        pruner.gather(window)
-        masks = pruner.prune(window.matrices())
+        masks = masks_of(pruner, window)
+        prune(window, masks)
     assert not [name for name in masks if "experts" in name] and len(masks) == 7
     assert torch.equal(window.layers[0].feed_forward.experts.gate_up_proj, before)
 
@@ -440,7 +441,7 @@ def test_statistics_are_kept_by_expert() -> None:
     window = layer_windows(model)[0]
     statistics = Statistics(criterion, window.matrices())
     chain: Chain = chain_of(model, tokens_ST, 4)
-    chain.dense_pass(window, statistics.watching)
+    chain.dense_pass(window, [statistics])
     for name, counts in statistics.by_name.items():
         assert sum(counts) == 4 * 24 * (2 if "experts" in name else 1), name
         assert len(counts) == (4 if "experts" in name else 1)
