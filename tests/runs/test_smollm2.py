@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_recon.model.gguf import OLDEST_TRANSFORMERS
 from lit_recon.pruning.masks import Masks
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.smollm2,
+    pytest.mark.skipif(
+        tuple(int(number) for number in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS,
+        reason="this transformers is refused for GGUF files",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
