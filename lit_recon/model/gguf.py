@@ -3,38 +3,39 @@
 import io
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon.system.quiet_libraries import no_progress_bars
 
-# With SmolLM2, 5.0 to 5.5 lose text; with Gemma 3, 5.6 to 5.16 cut words that are tokens, 5.20 to 5.22 leave BOS out.
-OLDEST_TRANSFORMERS = (5, 23)
 
-
-def check_transformers() -> None:
+def check_transformers(oldest: str) -> None:
     """Refuse releases of transformers that read the weights of a GGUF file right and its tokenizer wrong.
 
+    Args:
+        oldest: The first release that reads the tokenizer of the file right.
+
     Raises:
-        ValueError: One of them is installed.
+        ValueError: An older one is installed.
     """
-    found = transformers.__version__
-    if tuple(int(number) for number in found.split(".")[:2]) < OLDEST_TRANSFORMERS:
-        oldest = ".".join(str(number) for number in OLDEST_TRANSFORMERS)
+    if Version(transformers.__version__) < Version(oldest):
         raise ValueError(
-            f"it is a GGUF file, whose tokenizer transformers {found} may misread; upgrade it to {oldest} or newer "
-            "(for Python 3.11 or newer), or use a model that is no GGUF file: model=hf model.name=<folder or Hub id>"
+            f"it is a GGUF file, whose tokenizer transformers {transformers.__version__} misreads; upgrade transformers "
+            f"to {oldest} or newer, or use a model that is no GGUF file: model=hf model.name=<folder or Hub id>"
         )
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
     """Write model and tokenizer of a GGUF file as a safetensors folder, in float32, which holds the values exactly."""
-    location = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    location: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**location)
-    dequantised = transformers.GgufConfig(dequantize=True)  # transformers may keep the weights quantised unless told
+    if hasattr(transformers, "GgufConfig"):  # releases that have it may keep the weights quantised unless told
+        location["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with no_progress_bars(), redirect_stderr(io.StringIO()):  # the bar of its GGUF reader obeys no setting
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, quantization_config=dequantised)
+        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

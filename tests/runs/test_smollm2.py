@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_recon.model.gguf import OLDEST_TRANSFORMERS
 from lit_recon.pruning.masks import Masks
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.smollm2,
     pytest.mark.skipif(
-        tuple(int(number) for number in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS,
-        reason="this transformers is refused for GGUF files",
+        Version(transformers.__version__) < Version("5.6"), reason="this transformers is refused for the GGUF file"
     ),
 ]
 
