@@ -72,7 +72,7 @@ def title(value: str | Propagation) -> str:
 
 
 def each(*cases: str) -> list:
-    """These cases with each propagation; by default the exacting ones, and all where chains are fewest and where not."""
+    """These cases with each propagation; by default the exacting ones, and all with the fewest chains and with two."""
     return pairs(cases, VALID, EXACTING, (VALID[0], VALID[3]))
 
 
