@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from launcher import Ended, Launcher
 from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -201,6 +202,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama").save_pretrained(folder)
     letter_tokenizer().save_pretrained(folder)
     return folder
+
+
+def unmappable(source: Path, folder: Path) -> Path:
+    """A copy of a model with its weights in a file that cannot be mapped, so that they are in memory as a whole."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unmappable_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama in a file that cannot be mapped."""
+    return unmappable(model_folder, tmp_path_factory.mktemp("unmappable") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, unmappable
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from lit_recon.fit.configure import CONF
@@ -150,13 +149,6 @@ def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path:
     # A window may be shorter than the time between two looks at it. Behind the last one, results are measured.
     early, late = statistics.median(kept[2:7]), statistics.median(kept[24:29])
     assert late < 1.02 * early
-
-
-def unmappable(source: Path, folder: Path) -> Path:
-    """A copy of a model with its weights in a file that cannot be mapped, so that they are in memory as a whole."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
-    return folder
 
 
 def test_streaming_costs_less_than_five_percent(tmp_path: Path, model_cache: None) -> None:

@@ -452,8 +452,8 @@ def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothi
 
 BAD_INPUT = {
     ("windows.head=no",): ["windows.head=no", "true or false"],
-    ("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1"): [
-        *("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1", "true or false")
+    ("overwrite=off", "plan=no", "allow_unscored=1"): [
+        *("overwrite=off", "plan=no", "allow_unscored=1", "true or false")
     ],
     ("model=foo",): ["model=foo", "hf, smollm2"],
     ("modell=hf",): ["modell", "Did you mean model?"],

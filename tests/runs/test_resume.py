@@ -187,22 +187,6 @@ def test_a_limit_that_what_was_begun_does_not_keep_is_refused_with_numbers(go: G
     assert go("resume=run", "memory_limit=100GB").status == 0
 
 
-@pytest.mark.parametrize("streams", [("true", "false"), ("false", "true")], ids=lambda streams: " then ".join(streams))
-def test_a_run_may_go_on_streamed_or_not(
-    go: Go, settings: list[str], whole: dict[str, object], streams: tuple[str, str], model_folder: Path
-) -> None:
-    first, second = streams
-    assert go(*settings, "stop_after=1", f"stream={first}").status == 0
-    assert_done_up_to(Path("run/checkpoint"), 1, model_folder)
-    ended = go("resume=run", f"stream={second}")
-    assert ended.status == 0, ended.err
-    assert numbers(Path("run")) == whole["numbers"]
-    if second == "true":
-        assert found("run") == whole
-    else:
-        assert not list(Path("run/checkpoint").glob("model-*")) and Path("run/checkpoint/model.safetensors").is_file()
-
-
 def test_the_curves_of_a_run_in_two_parts_are_those_of_one(go: Go, run: Path, once: tuple[Path, int]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
