@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_recon.system import atomic_files, tensor_files
 from lit_recon.system import commits as module
-from lit_recon.system.atomic_files import publish
+from lit_recon.system.atomic_files import publish, replaced_folder
 from lit_recon.system.commits import CommitError, Commits
 
 SHARED, OLD, NEW = "layer.00001", "chain.00001", "chain.00002"
@@ -507,3 +507,37 @@ def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypat
         second(commits)
     file, manifest = ["open", "crc32", "crc32", "fsync", "replace"], ["open", "fsync", "replace"]
     assert taken == [*file, "fsync", *manifest, "fsync"]  # the folder's names: before and after the manifest
+
+
+def test_on_windows_folders_are_not_opened_and_files_are_synced_by_descriptors_that_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda number: modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE))
+    for system in ("linux", "win32"):
+        monkeypatch.setattr(sys, "platform", system)
+        with replaced_folder(tmp_path / system) as partial:
+            partial.mkdir()
+            (partial / "file").write_text("content")
+        assert (tmp_path / system / "file").read_text() == "content"
+    assert modes == [os.O_RDONLY, os.O_RDONLY, os.O_RDONLY, os.O_RDWR]  # folder, file and parent; file
+
+
+def test_a_map_keeps_no_descriptor_open_where_python_can_do_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    asked = []
+
+    def record(number: int, length: int, **settings: object) -> bytes:
+        asked.append(settings)
+        return b""
+
+    monkeypatch.setattr(tensor_files.mmap, "mmap", record)
+    for system in ("linux", "win32"):
+        monkeypatch.setattr(sys, "platform", system)
+        with (tmp_path / "file").open("rb") as file:
+            tensor_files.memory_map(file, 7, offset=0)
+    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    assert asked == [{"offset": 0} | untracked, {"offset": 0}]
