@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lit_recon.system import atomic_files, tensor_files
 from lit_recon.system import commits as module
-from lit_recon.system.atomic_files import publish, replaced_folder
 from lit_recon.system.commits import CommitError, Commits
 
 SHARED, OLD, NEW = "layer.00001", "chain.00001", "chain.00002"
@@ -474,32 +473,6 @@ def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path)
     assert_whole(small_disk / "commits", 1)
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_is_published_in_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_text("new")
-    target.write_text("old")
-    (tmp_path / "target.partial").write_text("left by a process that was killed")
-    if not links:
-
-        def refuse(source: Path, target: Path) -> None:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-        monkeypatch.setattr(os, "link", refuse)
-    for _ in range(2):
-        publish(source, target)
-        assert target.read_text() == source.read_text() == "new"
-        assert target.samefile(source) == links
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
-
-
-def test_what_cannot_be_published_leaves_the_target(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "absent", tmp_path / "target")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (tmp_path / "target").read_text() == "old"
-
-
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits, taken = first(tmp_path), []
     with monkeypatch.context() as patch:
@@ -507,37 +480,3 @@ def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypat
         second(commits)
     file, manifest = ["open", "crc32", "crc32", "fsync", "replace"], ["open", "fsync", "replace"]
     assert taken == [*file, "fsync", *manifest, "fsync"]  # the folder's names: before and after the manifest
-
-
-def test_on_windows_folders_are_not_opened_and_files_are_synced_by_descriptors_that_can_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    modes = []
-    monkeypatch.setattr(os, "fsync", lambda number: modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE))
-    for system in ("linux", "win32"):
-        monkeypatch.setattr(sys, "platform", system)
-        with replaced_folder(tmp_path / system) as partial:
-            partial.mkdir()
-            (partial / "file").write_text("content")
-        assert (tmp_path / system / "file").read_text() == "content"
-    assert modes == [os.O_RDONLY, os.O_RDONLY, os.O_RDONLY, os.O_RDWR]  # folder, file and parent; file
-
-
-def test_a_map_keeps_no_descriptor_open_where_python_can_do_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_bytes(b"content")
-    asked = []
-
-    def record(number: int, length: int, **settings: object) -> bytes:
-        asked.append(settings)
-        return b""
-
-    monkeypatch.setattr(tensor_files.mmap, "mmap", record)
-    for system in ("linux", "win32"):
-        monkeypatch.setattr(sys, "platform", system)
-        with (tmp_path / "file").open("rb") as file:
-            tensor_files.memory_map(file, 7, offset=0)
-    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    assert asked == [{"offset": 0} | untracked, {"offset": 0}]
