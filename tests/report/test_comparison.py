@@ -103,7 +103,7 @@ def test_the_default_module_is_not_named_neither_by_its_name_of_today_nor_by_tha
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
-    for module in ("MaskedWeights", "MaskedWeights", "Mine"):
+    for module in ("MaskedWeights", "ReconstructionModule", "Mine"):
         results = results_of(1)
         results["recipe"]["module"] = module
         runs.append(str(make_run(tmp_path / module, results, curves=False)))
