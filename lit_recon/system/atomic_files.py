@@ -7,6 +7,7 @@ whole. Nothing here needs torch.
 import errno
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,7 +52,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             if path.is_dir():
                 sync_folder(path)
             else:
-                with path.open("rb") as file:
+                with path.open("rb+" if sys.platform == "win32" else "rb") as file:  # Windows syncs what can be written
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -62,7 +63,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Sync the names in a folder to the disk."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ import gc
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -15,7 +16,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     if sys.platform == "linux":  # unlike getrusage, it can be reset
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    import resource  # not there on Windows
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not at the top: Windows has no such module
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME = 1.0  # seconds within which further signals are the same request: GNU timeout, for example, sends each twice
+SAME_REQUEST = 1.0  # seconds within which signals are one request: GNU timeout, for example, sends each of them twice
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,7 +36,7 @@ class _Requests:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.raised is not None and time.monotonic() - self.raised < SAME:
+        if self.raised is not None and time.monotonic() - self.raised < SAME_REQUEST:
             return
         self.waiting = number
         self.raise_waiting()

@@ -26,12 +26,13 @@ DTYPES = {  # names of the safetensors format
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
-    """Memory map of a file; from Python 3.13 on it does not keep a file descriptor open."""
-    return mmap.mmap(file.fileno(), length, **settings, **_UNTRACKED)
+    """Memory map of a file; from Python 3.13 on it does not keep a file descriptor open, except on Windows."""
+    if sys.version_info >= (3, 13) and sys.platform != "win32":
+        settings["trackfd"] = False
+    return mmap.mmap(file.fileno(), length, **settings)
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:

@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 from finished_run import NEW, make_run, results_of
 
+from lit_recon.report import page
 from lit_recon.report.__main__ import main
 from lit_recon.report.comparison import COLUMNS
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command without its pages, which take seconds; test_main.py and one test here have them."""
+    monkeypatch.setattr(page, "write_report", lambda run: run)
 
 
 @pytest.fixture
@@ -24,6 +31,7 @@ def granularity(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "60"}])  # pipe, terminal
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_has_a_row_of_whole_numbers_per_run_in_120_columns(
     granularity: list[str],
     environment: dict[str, str],
@@ -64,6 +72,7 @@ def test_markdown_is_the_whole_output_and_has_the_same_rows(
     assert all(Path(run, "report.html").exists() for run in granularity)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_markdown_shows_names_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = results_of(1)
     results["recipe"]["windows"] = "a|b <i>*c*"
@@ -73,6 +82,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path, capsys: pytest.Capture
     assert row.replace("\\|", "").count("|") == len(COLUMNS) + 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_name_every_setting_in_which_runs_differ_and_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,11 +98,12 @@ def test_rows_name_every_setting_in_which_runs_differ_and_no_other(
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_default_module_is_not_named_neither_by_its_name_of_today_nor_by_that_of_version_0_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
-    for module in ("MaskedWeights", "MaskedWeights", "Mine"):
+    for module in ("MaskedWeights", "ReconstructionModule", "Mine"):
         results = results_of(1)
         results["recipe"]["module"] = module
         runs.append(str(make_run(tmp_path / module, results, curves=False)))

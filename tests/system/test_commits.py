@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lit_recon.system import atomic_files, tensor_files
 from lit_recon.system import commits as module
-from lit_recon.system.atomic_files import publish
 from lit_recon.system.commits import CommitError, Commits
 
 SHARED, OLD, NEW = "layer.00001", "chain.00001", "chain.00002"
@@ -472,32 +471,6 @@ def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path)
     with pytest.raises(CommitError, match="Read-only.*the previous commit is whole; make the folder writable and go"):
         second(commits)
     assert_whole(small_disk / "commits", 1)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_is_published_in_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_text("new")
-    target.write_text("old")
-    (tmp_path / "target.partial").write_text("left by a process that was killed")
-    if not links:
-
-        def refuse(source: Path, target: Path) -> None:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-        monkeypatch.setattr(os, "link", refuse)
-    for _ in range(2):
-        publish(source, target)
-        assert target.read_text() == source.read_text() == "new"
-        assert target.samefile(source) == links
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
-
-
-def test_what_cannot_be_published_leaves_the_target(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "absent", tmp_path / "target")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (tmp_path / "target").read_text() == "old"
 
 
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
