@@ -1,7 +1,7 @@
-"""Whatever commit a walk is taken up from, all that it goes on with is as it was when that commit was made."""
+"""Whatever commit a walk is resumed from, all that it goes on with is as it was when that commit was made."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.fit.resume_point import ResumePoint
+from lit_recon.fit.session import Session
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.matrices import find_matrices
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import layer_windows, partition
+from lit_recon.model.windows import Window
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.driver import WalkCallback, walk
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.clock import Clock
@@ -42,8 +45,8 @@ CASES = {
 }
 
 
-class Walk:
-    """A walk with its journal.
+class Walk(WalkCallback):
+    """A walk with its resume point; as a callback, it remembers what each commit finds.
 
     Args:
         case: One of CASES.
@@ -54,33 +57,34 @@ class Walk:
     """
 
     def __init__(self, case: str, folder: Path, tokens_ST: Tensor, run: Path, *, streamed: bool) -> None:
-        _, settings, propagation, unit = CASES[case]
+        _, settings, propagation, prune_by = CASES[case]
         self.model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
         files = DenseFiles.from_model(self.model, [folder / "model.safetensors"]) if streamed else None
         assert not isinstance(files, str)
         self.run, self.windows = run, partition(self.model, **settings)
-        units = layer_windows(self.model, by=unit) if unit else []
+        pruning_windows = layer_windows(self.model, by=prune_by) if prune_by else []
         self.chain = chain_of(self.model, tokens_ST, 4, propagation=propagation)
-        self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, units=units)
-        self.checkpoint = WeightOffloader(self.model, CPU.device, files=files)
+        self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, pruning_windows=pruning_windows)
+        self.weights = WeightOffloader(self.model, CPU.device, files=files)
         self.logger = RunLogger(run)
-        self.journal = ResumePoint(
-            Commits(run / "commits"),
-            chain=self.chain,
-            pruner=self.pruner,
-            checkpoint=self.checkpoint,
-            logger=self.logger,
-            clock=Clock(),
-            facts={"fact": "of all commits"},
-            published=self.published,
+        session = Session(
+            self.model,
+            find_matrices(self.model),
+            self.windows,
+            self.chain,
+            self.pruner,
+            self.weights,
+            Clock(),
         )
+        self.resume_point = ResumePoint(Commits(run / "commits"), session, self.logger, {"fact": "of all commits"})
         self.states: dict[int, dict] = {}  # at each commit
         self.layers: list[list[int]] = []
 
-    def published(self, layers: Sequence[int], results: Sequence[WindowResult]) -> None:
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         shutil.copytree(self.run / "commits", self.run / str(len(results)) / "commits")
         self.states[len(results)] = self.state()
-        self.layers.append(list(layers))
+        files = self.resume_point.layer_files()
+        self.layers.append([index for index, path in files.items() if f".{len(results):05}." in path.name])
 
     def state(self) -> dict:
         """All that the walk goes on with."""
@@ -88,12 +92,12 @@ class Walk:
         return {
             "weights": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
             "chain": {name: tensor.clone() for name, tensor in self.chain.state().items()},
-            "masks": {name: self.checkpoint.masks[name] for name in self.checkpoint.masks},
+            "masks": self.resume_point.masks.unpack(),
             "pending": {} if pending is None else dict(pending[1]),
-            "unit": None if pending is None else pending[0],
-            "labels": dict(self.pruner.labels),
+            "pruning window": None if pending is None else pending[0],
+            "by magnitude": dict(self.pruner.by_magnitude),
             "step": self.logger.last_step,
-            "done": list(self.journal.done),
+            "done": list(self.resume_point.done),
         }
 
     def go(self) -> None:
@@ -104,9 +108,8 @@ class Walk:
             chain=self.chain,
             pruner=self.pruner,
             fitter=made,
-            checkpoint=self.checkpoint,
-            clock=Clock(),
-            commit=self.journal.commit,
+            weights=self.weights,
+            callbacks=[self.resume_point, self],
         )
 
 
@@ -121,7 +124,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_walk_is_taken_up_from_each_of_its_commits_as_it_was(case: str, tokens_ST: Tensor, tmp_path: Path) -> None:
+def test_a_walk_is_resumed_from_each_of_its_commits_as_it_was(case: str, tokens_ST: Tensor, tmp_path: Path) -> None:
     kind = CASES[case][0]
     tiny_model(kind).save_pretrained(tmp_path / "model")
     start = partial(Walk, case, tmp_path / "model", tokens_ST, streamed=kind != "mixtral")
@@ -134,9 +137,9 @@ def test_a_walk_is_taken_up_from_each_of_its_commits_as_it_was(case: str, tokens
     for commits, (number, expected) in enumerate(first.states.items(), start=1):
         folder = tmp_path / "run" / str(number)
         again = start(run=folder)
-        commit = again.journal.commits.newest()
+        commit = again.resume_point.commits.newest()
         assert commit is not None and commit.number == number and commit.state["fact"] == "of all commits"
-        again.journal.restore(commit)
+        again.resume_point.restore(commit)
         assert_same(again.state(), expected)
         names = {path.name for path in (folder / "commits").iterdir()}
         assert sum(name.startswith("masks.") for name in names) == commits

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_recon.model.architectures import compose, support, tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.halves import split_layer
+from lit_recon.model.head import Head
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.model.windows import HalfWindow, Window
 
@@ -57,7 +58,7 @@ def test_replaying_the_recorded_calls_equals_the_models_own_forward(
     for layer, call in zip(decoder.layers, calls, strict=True):
         hidden_BTD = call_layer(layer, hidden_BTD, call)
     expected_BTV = model(tokens_BT, use_cache=False).logits
-    assert (decoder.logits(hidden_BTD) - expected_BTV).abs().max() == 0
+    assert (Head(decoder)(hidden_BTD) - expected_BTV).abs().max() == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -69,7 +70,7 @@ def test_calls_that_are_kept_by_shape_serve_other_tokens_too(shape: str, batch_s
     hidden_BTD, _ = decoder.embed(tokens_BT[:batch_size])
     for layer, call in zip(decoder.layers, decoder.calls(tokens_BT[:batch_size]), strict=True):
         hidden_BTD = call_layer(layer, hidden_BTD, call)
-    assert torch.equal(decoder.logits(hidden_BTD), model(tokens_BT[:batch_size], use_cache=False).logits)
+    assert torch.equal(Head(decoder)(hidden_BTD), model(tokens_BT[:batch_size], use_cache=False).logits)
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
@@ -208,10 +209,7 @@ def test_changing_a_token_changes_no_output_before_it(shape: str, attention: str
 def test_a_half_has_only_the_parameters_that_it_uses_as_its_own() -> None:
     first, second = layer_windows(tiny_model("llama"), by="half")[:2]
     assert isinstance(first, HalfWindow) and isinstance(second, HalfWindow)
-    sides = [
-        [parameter.shape for parameter in window.trained()]
-        for window in (first, second)
-    ]  # fmt: skip
+    sides = [[parameter.shape for parameter in window.trained()] for window in (first, second)]
     assert sides == [[(32, 32), (16, 32), (16, 32), (32, 32), (32,)], [(48, 32), (48, 32), (32, 48), (32,)]]
     assert [matrix.name for matrix in second.matrices()] == [
         f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")

@@ -1,5 +1,6 @@
 """The module of the default run: its steps, its schedule, its masks and its losses."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from lit_recon.activations.gram import GramSums, NormalEquations
 from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
-from lit_recon.modules.losses import mean_absolute, mean_squared
+from lit_recon.modules.losses import mean_squared
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.reconstruction.window_fit import RETRY_RATES
 
 
 def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:
@@ -160,7 +162,8 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
     for name, parameter in window.named_parameters():
         parameter.data.copy_(before[name])
     window.requires_grad_(True)
-    loss = (window(data.inputs_STD[:2], data.calls(torch.arange(2))) - data.targets_STD[:2]).abs().pow(3).mean()
+    outputs_BTD = window(data.inputs_STD[:2], data.batching.calls(torch.arange(2)))
+    loss = (outputs_BTD - data.targets_STD[:2]).abs().pow(3).mean()
     gradients = torch.autograd.grad(loss, list(window.parameters()))
     for (name, value), gradient in zip(before.items(), gradients, strict=True):
         mask = masks.get(f"model.layers.0.{name.removeprefix('layers.0.')}", torch.ones_like(value))
@@ -189,13 +192,13 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     window.open()
     sums = GramSums.zero(32, CPU.device)
     sums.add(rows_NI)
-    moments = NormalEquations.of_products(window, [sums], [sums])
+    equations = NormalEquations.from_sums(window, [sums], [sums])
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
     make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
-    result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
+    result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, equations)
     assert torch.count_nonzero(window.weight[~mask]) == 0
     left = 0.0
     for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):
@@ -204,6 +207,21 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     best = left / targets_NO.size / targets_NO.var(0).mean()
     assert result.accepted and best < 0.6 * result.relative_error_before, "there is much to gain"
     assert result.relative_error_after == pytest.approx(best, rel=0.01)
+
+
+def called(make: object) -> tuple[object, dict]:
+    """What is called, and the arguments that it is given already; of what is no partial call, itself."""
+    return (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+
+
+def test_the_defaults_of_the_constructor_and_of_retries_are_those_of_the_configuration() -> None:
+    configured = instantiate(OmegaConf.load(CONF / "module" / "masked_weights.yaml"), _convert_="all")
+    assert configured.func is MaskedWeights
+    assert tuple(configured.keywords.pop("retry_rates")) == RETRY_RATES
+    parameters = inspect.signature(MaskedWeights).parameters.items()
+    defaults = {name: one.default for name, one in parameters if one.default is not one.empty}
+    found, expected = ({name: called(one) for name, one in each.items()} for each in (defaults, configured.keywords))
+    assert found == expected
 
 
 class Twice(MaskedWeights):
@@ -234,11 +252,8 @@ def test_dropout_stays_off_while_a_window_trains_also_after_validation(tokens_ST
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("loss", "reference"),
-    [
-        (mean_squared, lambda difference, variance: np.mean(difference**2) / variance),
-        (mean_absolute, lambda difference, variance: np.mean(np.abs(difference)) / np.sqrt(variance)),
-    ],
-    ids=["squared", "absolute"],
+    [(mean_squared, lambda difference, variance: np.mean(difference**2) / variance)],
+    ids=["squared"],
 )
 def test_losses_are_in_units_of_the_targets_spread(loss: Callable, reference: Callable, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

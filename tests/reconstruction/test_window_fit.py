@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Masks, chain_of, fitter, module, pruned_window, weights
+from conftest import CPU, Masks, chain_of, fitter, module, pruned_window, trainer, weights
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,9 +27,8 @@ from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
-from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.clock import Clock
+from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, check_retry_rates
 
 
 def same(window: Window, before: dict[str, Tensor]) -> bool:
@@ -150,7 +149,7 @@ def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_three_tries
     result = fitter(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
     assert same(window, before)
     assert not result.accepted and result.steps == 0
-    assert result.note == "the loss was not finite, also at a sixteenth of the learning rate: kept its pruned weights"
+    assert result.note == "the loss was not finite, also at 0.0625 of the learning rate: kept its pruned weights"
     assert result.held_out_after == result.held_out_before
     assert result.relative_error_after == result.relative_error_before
     firsts = [rate for index, rate in enumerate(made.rates) if index % (when + 1) == 0]
@@ -168,7 +167,7 @@ def test_a_window_that_diverges_is_reconstructed_at_exactly_a_quarter_of_the_rat
     settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
     result = fitter(tmp_path, module(**settings)).fit(window, masks, data)
     assert result.accepted and result.steps == 8
-    assert result.note == "the loss was not finite; reconstructed at a quarter of the learning rate"
+    assert result.note == "the loss was not finite; reconstructed at 0.25 of the learning rate"
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
     assert made.rates[-8:] == pytest.approx([2.5e-3 * share for share in shares])
     assert made.rates[0] == pytest.approx(1e-2 * shares[0])
@@ -184,10 +183,34 @@ def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
     result = fitter(tmp_path, module(cls=made)).fit(window, masks, data)
     assert made.rates[-1] < made.limit, "the later tries were finite"
     assert not result.accepted and same(window, before)
-    told = (
-        r"held-out error did not improve \([\d.]+\), also at a sixteenth of the learning rate: kept its pruned weights"
-    )
+    told = r"held-out error did not improve \([\d.]+\), also at 0\.0625 of the learning rate: kept its pruned weights"
     assert re.fullmatch(told, result.note)
+
+
+@pytest.mark.parametrize(
+    ("retry_rates", "peaks", "also"), [((), [1e-2], ""), ((0.5,), [1e-2, 5e-3], ", also at 0.5 of the learning rate")]
+)
+def test_a_window_that_does_not_improve_is_tried_again_at_the_retry_rates_and_no_others(
+    tokens_ST: Tensor, retry_rates: tuple[float, ...], peaks: list[float], also: str
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    made = type("Worsening", (Diverging,), {"rates": [], "limit": 1.0})
+    made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
+    fits = WindowFitter(module(cls=made), trainer(max_epochs=1), device=CPU.device, seed=0, retry_rates=retry_rates)
+    result = fits.fit(window, masks, data)
+    assert made.rates == pytest.approx([peak * share for peak in peaks for share in (1, 1 / 2)]), "two steps per try"
+    assert not result.accepted and same(window, before)
+    told = rf"held-out error did not improve \([\d.]+\){re.escape(also)}: kept its pruned weights"
+    assert re.fullmatch(told, result.note), result.note
+
+
+@pytest.mark.parametrize("rate", [0, 1, -1, "a", float("nan")])
+def test_rates_of_retries_that_are_no_shares_of_the_learning_rate_are_refused(rate: object) -> None:
+    check_retry_rates([])
+    check_retry_rates([0.5, 0.25])
+    with pytest.raises(ValueError, match="module.retry_rates=.*shares of the learning rate between 0 and 1"):
+        check_retry_rates([0.5, rate])
 
 
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
@@ -219,7 +242,7 @@ def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named
 @pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 3), (4, 6), (1, 6)])
 def test_relative_error_is_mean_squared_error_over_variance(tokens_ST: Tensor, first: int, last: int) -> None:
     data, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
-    outputs = window(data.inputs_STD[first:last], data.calls(torch.arange(first, last))).numpy().astype("f8")
+    outputs = window(data.inputs_STD[first:last], data.batching.calls(torch.arange(first, last))).numpy().astype("f8")
     targets = data.targets_STD[first:last].numpy().astype("f8")
     expected = np.mean((outputs - targets) ** 2) / 0.7
     assert data.error(window, first, last, 0.7) == pytest.approx(expected, rel=1e-5)
@@ -239,11 +262,10 @@ def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: 
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in window.parameters())
 
 
-class Inventory:
-    """After each window: what is still alive of its fit, and how many bytes of tensors Python holds beside masks."""
+class Inventory(WalkCallback):
+    """After each window: what is still alive of its fit, and how many bytes of tensors Python holds."""
 
-    def __init__(self, checkpoint: WeightOffloader) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self) -> None:
         self.fits: list[weakref.ref] = []
         self.bytes: list[int] = []
         self.alive: list[str] = []
@@ -252,23 +274,21 @@ class Inventory:
         self.fits.append(weakref.ref(thing))
         return thing
 
-    def window_done(self, result: WindowResult) -> None:
+    def on_window_fit(self, result: WindowResult) -> None:
         self.alive += [type(thing).__name__ for ref in self.fits if (thing := ref()) is not None]
         storages = {
             found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
             for found in gc.get_objects()
             if issubclass(type(found), Tensor)
         }
-        masks = self.checkpoint.masks.tensors()
-        self.bytes.append(sum(storages.values()) - sum(bits.nbytes for bits in masks.values()))
+        self.bytes.append(sum(storages.values()))
 
 
 @pytest.mark.parametrize(("by", "per_layer"), [("block", 1), ("half", 2), ("matrix", 7)])
 def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path, by: str, per_layer: int) -> None:
     model = tiny_model("llama", num_hidden_layers=6)
     chain = chain_of(model, tokens_ST, 4)
-    checkpoint = WeightOffloader(model, CPU.device)
-    kept = Inventory(checkpoint)
+    kept = Inventory()
     settings = module().keywords
 
     def make_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -286,9 +306,8 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         chain=chain,
         pruner=Pruner(Magnitude(), Unstructured(sparsity=0.5), chain),
         fitter=made,
-        checkpoint=checkpoint,
-        clock=Clock(),
-        listeners=[kept],
+        weights=WeightOffloader(model, CPU.device),
+        callbacks=[kept],
     )
     assert len(kept.fits) >= 6 * per_layer * 3, "some windows are tried again at a lower rate"
     assert kept.alive == [], "modules, Trainers or optimizers of windows that are done"
@@ -314,8 +333,7 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
         chain=chain,
         pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
         fitter=fitter(tmp_path, solver if exact else module(), max_epochs=1),
-        checkpoint=WeightOffloader(model, CPU.device),
-        clock=Clock(),
+        weights=WeightOffloader(model, CPU.device),
     )
     (result,) = [result for result in results if "spare" in result.name]
     assert not result.accepted and "no calibration or no held-out token reaches it" in result.note
