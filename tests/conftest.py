@@ -19,23 +19,27 @@ from hydra.utils import instantiate
 from launcher import Ended, Launcher
 from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.passes import Passes
+from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.store import Store
 from lit_recon.fit import __main__ as fit
+from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner
+from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import Reconstructor
+from lit_recon.reconstruction.window_fit import WindowFitter
 from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
@@ -114,39 +118,56 @@ def model_of(shape: str) -> PreTrainedModel:
 
 
 def chain_of(
-    model: PreTrainedModel, tokens_ST: Tensor, num_samples: int, batch_size: int = 2, regime: Regime | None = None
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    num_samples: int,
+    batch_size: int = 2,
+    propagation: Propagation | None = None,
+    *,
+    store: Store | None = None,
+    recompute: bool = False,
 ) -> Chain:
     """A chain at the model's first layer, on the CPU in float32."""
     decoder = Decoder(model, CPU.device)
-    return Chain(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, regime=regime)
+    passes = Passes(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, store=store)
+    return Chain(passes, propagation, recompute=recompute)
+
+
+def masks_of(pruner: Pruner, window: Window) -> dict[str, Tensor]:
+    """The masks of a window, in the steps in which the walk makes them."""
+    pruner.begin(window)
+    statistics = pruner.statistics(window)
+    pruner.chain.dense_pass(window, [statistics])
+    return pruner.masks(window, statistics)
 
 
 def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 4) -> tuple[Activations, Window, Masks]:
     """The model's first layer, half of its weights zeroed, with its inputs and dense targets."""
     chain = chain_of(model, tokens_ST, num_samples)
     window = partition(model)[0]
-    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
-    pruner.gather(window)
-    return Activations.at(chain), window, pruner.prune(window.matrices())
+    masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), window)
+    prune(window, masks)
+    return Activations.from_chain(chain), window, masks
 
 
 def trainer(**settings: object) -> Callable[..., Trainer]:
     """The Trainer of the real configuration, on the CPU in float32."""
     settings = {"accelerator": "cpu", "precision": "32-true"} | settings
-    return instantiate(OmegaConf.load(fit.CONF / "fit.yaml").trainer, **settings)
+    return instantiate(OmegaConf.load(CONF / "fit.yaml").trainer, **settings)
 
 
 def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModule]:
     """The module of the real configuration; `settings` replace its arguments, `cls` itself."""
-    made = instantiate(OmegaConf.load(fit.CONF / "module" / "reconstruction.yaml"), _convert_="all")
+    made = instantiate(OmegaConf.load(CONF / "module" / "masked_weights.yaml"), _convert_="all")
+    made.keywords.pop("retry_rates")  # of the fit
     optimizer = partial(made.keywords["optimizer"], lr=lr)
     return partial(settings.pop("cls", made.func), **made.keywords | {"optimizer": optimizer} | settings)
 
 
-def reconstructor(run: Path, make: Callable[..., LightningModule], **settings: object) -> Reconstructor:
-    """A Reconstructor as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
+def fitter(run: Path, make: Callable[..., LightningModule], **settings: object) -> WindowFitter:
+    """A WindowFitter as a run makes it, with four epochs unless `settings` of the Trainer say otherwise."""
     settings = {"max_epochs": 4} | settings
-    return Reconstructor(make, trainer(**settings), logger=RunLogger(run), device=CPU.device, seed=0)
+    return WindowFitter(make, trainer(**settings), logger=RunLogger(run), device=CPU.device, seed=0)
 
 
 def weights(window: AnyWindow) -> dict[str, Tensor]:
@@ -181,6 +202,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama").save_pretrained(folder)
     letter_tokenizer().save_pretrained(folder)
     return folder
+
+
+def unmappable(source: Path, folder: Path) -> Path:
+    """A copy of a model with its weights in a file that cannot be mapped, so that they are in memory as a whole."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unmappable_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama in a file that cannot be mapped."""
+    return unmappable(model_folder, tmp_path_factory.mktemp("unmappable") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 
-from lit_recon.fit.__main__ import CONF
+from lit_recon.fit.configure import CONF
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
 MEMBERS = [file for file in FILES if not file.startswith("experiment/")]  # experiments: tests/test_experiments.py
@@ -16,7 +16,7 @@ REQUIRED = {
     "data/hub": ["data.name=a/b"],
     "data/custom": ["data._target_=lit_recon.data.python_docs.PythonDocs"],
     "criterion/custom": ["criterion._target_=lit_recon.pruning.criteria.wanda.Wanda"],
-    "module/custom": ["module._target_=lit_recon.modules.masked_weights.ReconstructionModule"],
+    "module/custom": ["module._target_=lit_recon.modules.masked_weights.MaskedWeights"],
 }
 
 

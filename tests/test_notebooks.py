@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from conftest import Ended
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from transformers import AutoModelForCausalLM
+
+from lit_recon import Masks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -52,9 +56,7 @@ def test_committed_notebook_has_no_outputs(path: Path):
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_shows_what_the_run_found(
-    path: Path,
+def test_inspect_a_run_shows_what_the_run_found(
     execute: Callable[..., NotebookNode],
     tiny_run: Callable[..., Ended],
     tmp_path: Path,
@@ -62,7 +64,7 @@ def test_notebook_shows_what_the_run_found(
 ):
     assert tiny_run().status == 0
     monkeypatch.setenv("LIT_RECON_RUN", str(tmp_path / "run"))
-    notebook = execute(path)
+    notebook = execute(ROOT / "notebooks" / "inspect_a_run.ipynb")
     text = shown(notebook)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for perplexity in results["perplexity"].values():
@@ -79,6 +81,23 @@ def test_notebook_shows_what_the_run_found(
         if "image/png" in output.get("data", {})
     ]
     assert figures == ["depth", "curves"]
+
+
+def test_prune_in_a_notebook_prunes_reconstructs_and_saves(
+    execute: Callable[..., NotebookNode], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_RECON_MODEL", str(model_folder))
+    text = shown(execute(ROOT / "notebooks" / "prune_in_a_notebook.ipynb"))
+    numbers = re.findall(r"[\d,]+\.\d+", text["reconstructed"].splitlines()[-1])
+    dense, pruned, reconstructed = (float(number.replace(",", "")) for number in numbers)
+    assert f"{dense:,.2f}" in text["dense"] and f"{pruned:,.2f}" in text["pruned"]
+    assert len({dense, pruned, reconstructed}) == 3
+    assert [line.split()[0] for line in text["windows"].splitlines()] == ["block_00", "block_01", "block_02"]
+    assert text["masks"] == f"{PRUNED:,} weights were removed, and 0 of them are not zero\n"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "sparse-model")
+    masks = Masks.load(tmp_path / "elsewhere" / "sparse-model" / "masks.safetensors")
+    assert sum(int((~masks[name]).sum()) for name in masks) == PRUNED
+    assert all(not saved.get_parameter(name)[~masks[name]].any() for name in masks)
 
 
 def test_without_a_choice_the_notebook_takes_the_newest_finished_run(

@@ -1,5 +1,6 @@
 """The README tells the truth: its examples run as they stand, its tree and tables are those of the project."""
 
+import ast
 import json
 import re
 import shlex
@@ -63,6 +64,18 @@ def test_the_tree_has_one_line_for_each_folder_of_the_package_and_names_files_th
             )
     groups = re.search(r"one group per folder: ([\w ]+)", tree[1])
     assert groups and set(groups[1].split()) == {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in (ROOT / "lit_recon").glob("*/**/__init__.py")), ids=str
+)
+def test_each_folder_of_the_package_says_what_its_files_are(folder: Path) -> None:
+    listed = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    named = set(re.findall(r"\b\w+\.py\b|\b\w+/", listed))
+    files = {path.name for path in folder.glob("*.py") if path.name != "__init__.py"}
+    files |= {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    assert named >= files, f"missing in {folder}/__init__.py: {files - named}"
+    assert {name for name in named if name.endswith(".py")} <= files
 
 
 def test_settings_in_the_readmes_commands_exist(tiny_run: Callable[..., Ended]) -> None:

@@ -1,4 +1,4 @@
-"""Where a chain stands: hidden states of all samples at a window boundary, and how they step over a window.
+"""Hidden states of all samples at a window boundary, and how they step over a window.
 
 Shapes: S samples, T tokens, D hidden size.
 """
@@ -20,21 +20,21 @@ class Boundary:
         self.states_STD = states_STD
         self.aside_STD: Tensor | None = None
 
-    def step(self, branch: str | None, outputs_STD: Tensor, each_batch: Callable[..., None]) -> Tensor | None:
-        """Step over a window whose outputs these are; the memory that is free now, if any.
+    def step(self, half: str | None, outputs_STD: Tensor, each_batch: Callable[..., None]) -> Tensor | None:
+        """Step over a window, given its outputs; the memory that is free now, if any.
 
         In 16 bits, the sum of a parallel layer's halves is rounded four times, the output of a whole layer once.
 
         Args:
-            branch: The window's branch.
-            outputs_STD: Its outputs for `states_STD`; their memory is taken over.
+            half: Which half of a parallel layer the window is, "first" or "second"; None otherwise.
+            outputs_STD: Its outputs for `states_STD`; their memory is kept.
             each_batch: Changes the first of some arrays by the others, batch after batch.
         """
-        if branch == "first":
+        if half == "first":
             each_batch(Tensor.sub_, outputs_STD, self.states_STD)
             self.aside_STD = outputs_STD
             return None
-        if branch == "second":
+        if half == "second":
             assert self.aside_STD is not None
             each_batch(Tensor.add_, outputs_STD, self.aside_STD)
             self.aside_STD = None

@@ -1,13 +1,13 @@
-"""The cached activations that one window is trained on, and the DataModule over them.
+"""The cached activations that one window is trained on, and the LightningDataModule over them.
 
 For most windows they are hidden states of the chain (chain.py); for a single matrix they are what it is multiplied by,
-observed in a pass of its layer (captured.py). Targets may be recomputed for each batch (targets.py).
+observed in a pass of its layer (matrix_inputs.py). Targets may be recomputed for each batch (teacher.py).
 
 Shapes: S samples (calibration first, then held-out), B samples of a batch, T positions, D features, N rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from lit_recon.activations.chain import Chain
-from lit_recon.activations.store import MemoryStore, Store, on_device
+from lit_recon.activations.passes import Batching
+from lit_recon.activations.store import on_device
 from lit_recon.model.decoder import LayerCall
+from lit_recon.model.head import kl_divergence_sum
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import kl_divergence_sum
-from lit_recon.system.device import Compute
 
 
 class Batch(NamedTuple):
@@ -50,41 +50,22 @@ class Activations:
     Attributes:
         inputs_STD: Inputs.
         sources_STD: Targets; their number of features may be another one. Or what `teacher` makes targets of.
-        valid_ST: Where samples hold text; None if all do everywhere.
-        calls: The arguments of every layer for the samples with some indices.
-        num_samples: How many of the samples are for calibration.
-        batch_size: Samples per batch.
-        compute: Device and precision.
-        store: Where inputs and targets are.
+        batching: How they are read.
         teacher: Recomputes targets of sources and calls; None where they are kept.
     """
 
     inputs_STD: Tensor
     sources_STD: Tensor
-    valid_ST: Tensor | None
-    calls: Callable[[Tensor], list[LayerCall]]
-    num_samples: int
-    batch_size: int
-    compute: Compute
-    store: Store = field(default_factory=MemoryStore)
+    batching: Batching
     teacher: Callable[[Tensor, list[LayerCall]], Tensor] | None = None
 
     trainer_settings: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def at(cls, chain: Chain) -> "Activations":
+    def from_chain(cls, chain: Chain) -> "Activations":
         """Those of the window at which the chain stands, after its dense pass; no copies."""
-        return cls(
-            chain.inputs_STD,
-            chain.sources_STD if chain.teacher else chain.targets_STD,
-            chain.valid_ST,
-            chain.calls,
-            chain.num_samples,
-            chain.batch_size,
-            chain.compute,
-            chain.store,
-            chain.teacher,
-        )
+        sources_STD = chain.sources_STD if chain.teacher else chain.targets_STD
+        return cls(chain.inputs_STD, sources_STD, chain.passes.batching, chain.teacher)
 
     @property
     def targets_STD(self) -> Tensor:
@@ -99,7 +80,7 @@ class Activations:
         at once.
         """
         count, mean_D, squares_D = 0, torch.zeros(()), torch.zeros(())  # squares of distances to the mean
-        for targets_ND in self._target_rows(0, self.num_samples):
+        for targets_ND in self._target_rows(0, self.batching.num_samples):
             added = len(targets_ND)
             variance_D, other_D = (one.double().cpu() for one in torch.var_mean(targets_ND, 0, correction=0))
             total, distance_D = count + added, other_D - mean_D
@@ -114,15 +95,15 @@ class Activations:
             for batch in self.batches(first, last):
                 yield batch.text(batch.targets_BTD).flatten(0, -2)
             return
-        for start in range(first, last, self.batch_size):
-            samples = slice(start, min(start + self.batch_size, last))
+        for samples in self.batching.batches(first, last):
             yield self.rows(self.sources_STD, samples)
-            self.store.release(self.sources_STD, samples)
+            self.batching.store.release(self.sources_STD, samples)
 
     def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
         """Inputs or targets of some samples as rows without padding, (N, D) in float32."""
         chosen_STD = hidden_STD[samples].float()
-        return chosen_STD.flatten(0, 1) if self.valid_ST is None else chosen_STD[self.valid_ST[samples]]
+        valid_ST = self.batching.valid_ST
+        return chosen_STD.flatten(0, 1) if valid_ST is None else chosen_STD[valid_ST[samples]]
 
     def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
         """Errors of the window on as many calibration samples as there are held-out ones, and on those.
@@ -131,16 +112,16 @@ class Activations:
         Leibler divergence from the dense model's, in nats per token.
         """
         total = len(self.inputs_STD)
-        some = min(self.num_samples, total - self.num_samples)
-        return self.error(window, 0, some, variance), self.error(window, self.num_samples, total, variance)
+        some = min(self.batching.num_samples, total - self.batching.num_samples)
+        return self.error(window, 0, some, variance), self.error(window, self.batching.num_samples, total, variance)
 
     @torch.no_grad()
     def error(self, window: AnyWindow, first: int, last: int, variance: float) -> float:
         """The error on the samples from `first` up to `last`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.compute.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.batching.compute.device)
         count = 0
         for batch in self.batches(first, last):
-            with self.compute.autocast():
+            with self.batching.compute.autocast():
                 outputs_BTD = window(batch.inputs_BTD, batch.calls)
             outputs, targets = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
             if window.head is None:
@@ -153,10 +134,9 @@ class Activations:
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The samples from `first` up to `last` in order, on the device."""
-        for start in range(first, last, self.batch_size):
-            end = min(start + self.batch_size, last)
-            self.prefetch(range(end, min(end + self.batch_size, last)))
-            yield self.batch(torch.arange(start, end), self.compute.device)
+        for rows in self.batching.batches(first, last):
+            self.prefetch(range(rows.stop, min(rows.stop + self.batching.batch_size, last)))
+            yield self.batch(torch.arange(rows.start, rows.stop), self.batching.compute.device)
 
     def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
         """Some samples, on a device."""
@@ -165,23 +145,23 @@ class Activations:
     def prefetch(self, rows: Sequence[int]) -> None:
         """Tell the store that these samples come next."""
         for array_STD in (self.inputs_STD, self.sources_STD):
-            self.store.prefetch(array_STD, rows)
+            self.batching.store.prefetch(array_STD, rows)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of inputs and sources of some samples, as they are stored; where both are the same, one copy."""
         inputs_BTD = self.inputs_STD[rows]
-        self.store.release(self.inputs_STD, rows)
+        self.batching.store.release(self.inputs_STD, rows)
         if self.sources_STD is self.inputs_STD:
             return inputs_BTD, inputs_BTD
         sources_BTD = self.sources_STD[rows]
-        self.store.release(self.sources_STD, rows)
+        self.batching.store.release(self.sources_STD, rows)
         return inputs_BTD, sources_BTD
 
     def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
         """A batch on a device, with what is not stored for each sample: the layers' arguments and what is padding."""
         same = self.sources_STD is self.inputs_STD
-        valid_BT = None if self.valid_ST is None else self.valid_ST[rows_B]
-        calls = self.calls(rows_B)
+        valid_BT = None if self.batching.valid_ST is None else self.batching.valid_ST[rows_B]
+        calls = self.batching.calls(rows_B)
         inputs_BTD = on_device(inputs_BTD, device)
         targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
         if self.teacher:
@@ -194,7 +174,7 @@ class Activations:
         return ActivationDataModule(self, seed=seed)
 
 
-class _Rows(Dataset):
+class _BatchDataset(Dataset):
     """Batches by their row indices: one fancy index per batch rather than one item per sample."""
 
     def __init__(self, activations: Activations) -> None:
@@ -204,8 +184,8 @@ class _Rows(Dataset):
         return torch.tensor(rows), *self.activations.read(rows)
 
 
-class _Ahead(Sampler[list[int]]):
-    """Batches of an order, each of them prefetched while the one before it is in work."""
+class _Prefetching(Sampler[list[int]]):
+    """Batches of an order, each of them prefetched while the batch before it is in use."""
 
     def __init__(self, batches: BatchSampler, prefetch: Callable[[list[int]], None]) -> None:
         self.batches, self.prefetch = batches, prefetch
@@ -239,12 +219,13 @@ class ActivationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Calibration samples, in an order of their own each epoch."""
-        order = RandomSampler(range(self.activations.num_samples), generator=torch.Generator().manual_seed(self.seed))
+        samples = range(self.activations.batching.num_samples)
+        order = RandomSampler(samples, generator=torch.Generator().manual_seed(self.seed))
         return self._loader(order)
 
     def val_dataloader(self) -> DataLoader:
         """Held-out samples, in order."""
-        return self._loader(range(self.activations.num_samples, len(self.activations.inputs_STD)))
+        return self._loader(range(self.activations.batching.num_samples, len(self.activations.inputs_STD)))
 
     def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and join the layers' arguments to it, which are on the device already."""
@@ -252,6 +233,8 @@ class ActivationDataModule(LightningDataModule):
         return self.activations.join(rows_B, inputs_BTD, sources_BTD, device)
 
     def _loader(self, order: Iterable[int]) -> DataLoader:
-        batches = _Ahead(BatchSampler(order, self.activations.batch_size, drop_last=False), self.activations.prefetch)
-        pin = self.activations.compute.device.type == "cuda"
-        return DataLoader(_Rows(self.activations), sampler=batches, batch_size=None, pin_memory=pin)
+        batching = self.activations.batching
+        batches = BatchSampler(order, batching.batch_size, drop_last=False)
+        ahead = _Prefetching(batches, self.activations.prefetch)
+        pin = batching.compute.device.type == "cuda"
+        return DataLoader(_BatchDataset(self.activations), sampler=ahead, batch_size=None, pin_memory=pin)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakValueDictionary, finalize
 
 import torch
@@ -24,6 +25,13 @@ from lit_recon.system.units import in_gb
 SUFFIX = ".states"  # of the files
 _CHUNK = 2**20  # bytes written at once where a file cannot be allocated by its size
 Rows = slice | Sequence[int]
+
+
+class Needed(NamedTuple):
+    """Bytes that the arrays of a run take."""
+
+    memory: int
+    disk: int
 
 
 class DiskStore:
@@ -79,6 +87,10 @@ class DiskStore:
         for first, last in _ranges(rows, len(array_STD)):
             start = (offset + first * sample) // mmap.PAGESIZE * mmap.PAGESIZE
             mapping.madvise(getattr(mmap, advice), start, offset + last * sample - start)
+
+    def needed(self, shape: Sequence[int], count: int) -> Needed:
+        """Bytes that `count` arrays of a shape take."""
+        return Needed(memory=0, disk=count * math.prod(shape) * self.dtype.itemsize)
 
     def close(self) -> None:
         """Remove all files; arrays that are still referred to stay readable."""

@@ -1,4 +1,4 @@
-"""The second moments of a matrix's inputs: all that its error depends on, whatever the number of samples.
+"""Gram matrices of a matrix's inputs: all that its squared error depends on, whatever the number of samples.
 
     || X W^T - Y ||^2 = tr(W G W^T) - 2 tr(W B^T) + ||Y||^2      G = X^T X      B = Y^T X
 
@@ -18,15 +18,15 @@ from lit_recon.model.windows import AnyWindow, MatrixWindow
 
 
 @dataclass
-class Sums:
-    """Running sums over rows of inputs, in float32: their products (I, I), themselves (I), their number."""
+class GramSums:
+    """Running sums over rows of inputs, in float32: of their products (I, I), of the rows (I), and their number."""
 
     gram_II: Tensor
     sum_I: Tensor
     count: int = 0
 
     @classmethod
-    def zero(cls, width: int, device: torch.device) -> "Sums":
+    def zero(cls, width: int, device: torch.device) -> "GramSums":
         """Of no rows."""
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
 
@@ -39,8 +39,8 @@ class Sums:
         self.count += len(rows_NI)
 
 
-class NormalEquations(NamedTuple):
-    """What the error of a matrix depends on, summed over the rows of some samples.
+class QuadraticError(NamedTuple):
+    """The squared error of a matrix as a quadratic function of its weights, summed over the rows of some samples.
 
     Attributes:
         gram_EII: G, of each expert.
@@ -68,11 +68,11 @@ class NormalEquations(NamedTuple):
 
 
 @dataclass
-class Moments:
+class NormalEquations:
     """The normal equations of one matrix, for calibration and for held-out samples."""
 
-    calibration: NormalEquations
-    held_out: NormalEquations
+    calibration: QuadraticError
+    held_out: QuadraticError
 
     trainer_settings: ClassVar[dict[str, Any]] = {
         "max_epochs": 1,
@@ -85,14 +85,16 @@ class Moments:
     }
 
     @classmethod
-    def of_products(cls, window: MatrixWindow, calibration: list[Sums], held_out: list[Sums]) -> "Moments":
+    def from_sums(
+        cls, window: MatrixWindow, calibration: list[GramSums], held_out: list[GramSums]
+    ) -> "NormalEquations":
         """Where the targets are the dense products: B = W G; `window` has its dense weight."""
         return cls(_of_products(window, calibration), _of_products(window, held_out))
 
     @classmethod
-    def of_activations(cls, activations: Activations) -> "Moments":
+    def from_activations(cls, activations: Activations) -> "NormalEquations":
         """Where targets are of other inputs; of a plain matrix."""
-        split = activations.num_samples
+        split = activations.batching.num_samples
         return cls(_of_activations(activations, slice(0, split)), _of_activations(activations, slice(split, None)))
 
     def variance(self) -> float:
@@ -107,25 +109,25 @@ class Moments:
         first, second = (one.error(weight_EOI).item() / variance for one in equations)
         return first, second
 
-    def data_module(self, seed: int) -> "MomentsDataModule":
+    def data_module(self, seed: int) -> "NormalEquationsDataModule":
         """Serves them to a Trainer."""
-        return MomentsDataModule(self)
+        return NormalEquationsDataModule(self)
 
 
-class MomentsDataModule(LightningDataModule):
+class NormalEquationsDataModule(LightningDataModule):
     """One batch: the normal equations of a matrix."""
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, equations: NormalEquations) -> None:
         super().__init__()
-        self.moments = moments
+        self.equations = equations
 
     def train_dataloader(self) -> DataLoader:
         """Of the calibration samples."""
-        return DataLoader([self.moments.calibration], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader([self.equations.calibration], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         """Of the held-out samples."""
-        return DataLoader([self.moments.held_out], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader([self.equations.held_out], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -133,7 +135,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 @torch.no_grad()
-def _of_products(window: MatrixWindow, sums: list[Sums]) -> NormalEquations:
+def _of_products(window: MatrixWindow, sums: list[GramSums]) -> QuadraticError:
     (matrix,) = window.matrices()
     weight_EOI = matrix.by_expert(matrix.weight).double()
     gram_EII = torch.stack([one.gram_II for one in sums]).double()
@@ -141,15 +143,15 @@ def _of_products(window: MatrixWindow, sums: list[Sums]) -> NormalEquations:
     mean_O = torch.einsum("eoi,ei->o", weight_EOI, torch.stack([one.sum_I for one in sums]).double())
     count = torch.tensor(max(1, sum(one.count for one in sums)), dtype=torch.float64, device=weight_EOI.device)
     square, mean_square = (cross_EOI * weight_EOI).sum(), (mean_O / count).square().sum()
-    return NormalEquations(gram_EII.float(), cross_EOI.float(), square, mean_square, count)
+    return QuadraticError(gram_EII.float(), cross_EOI.float(), square, mean_square, count)
 
 
 @torch.no_grad()
-def _of_activations(activations: Activations, samples: slice) -> NormalEquations:
+def _of_activations(activations: Activations, samples: slice) -> QuadraticError:
     inputs_NI, targets_NO = (
         activations.rows(tensor, samples) for tensor in (activations.inputs_STD, activations.targets_STD)
     )
-    device = activations.compute.device
+    device = activations.batching.compute.device
     gram_II = torch.zeros(inputs_NI.shape[1], inputs_NI.shape[1], device=device)
     cross_OI = torch.zeros(targets_NO.shape[1], inputs_NI.shape[1], device=device)
     for part_NI, part_NO in zip(inputs_NI.split(4096), targets_NO.split(4096), strict=True):
@@ -158,4 +160,4 @@ def _of_activations(activations: Activations, samples: slice) -> NormalEquations
         cross_OI.addmm_(rows_NO.T, rows_NI)
     count = torch.tensor(len(inputs_NI), dtype=torch.float64, device=device)
     square, mean_square = targets_NO.double().square().sum(), targets_NO.double().mean(0).square().sum()
-    return NormalEquations(gram_II[None], cross_OI[None], square.to(device), mean_square.to(device), count)
+    return QuadraticError(gram_II[None], cross_OI[None], square.to(device), mean_square.to(device), count)

@@ -1,69 +1,46 @@
-"""What single matrices are trained on: their inputs, observed in passes of their layer, which is still dense.
+"""Inputs of single matrices, observed in passes of their layer, which is still dense: what they are trained on.
 
-    Activations     inputs and products, kept: for modules that train by gradient
-    Moments         X^T X and Y^T X alone: for least squares, gathered in the same pass as the criterion's statistics
+    Activations      inputs and products, kept: for modules that train by gradient
+    NormalEquations  X^T X and Y^T X alone (gram.py): for least squares, summed in the same pass as the criterion's
+                     statistics
 
-Matrices with the same input, such as q, k and v, share its pass or its moments. The experts of a fused matrix have rows
+Matrices with the same input, such as q, k and v, share its pass or its sums. The experts of a fused matrix have rows
 of their own; as samples, rows are cut to the chain's number of positions, the last sample padded.
 
 Shapes: S samples, T positions, N rows, E experts, O outputs, I inputs.
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_recon.activations.chain import PARTS, Chain
+from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.gram import Moments, Sums
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.activations.passes import PARTS, Batching
+from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.model.decoder import LayerCall
-from lit_recon.model.matrices import Matrix, Product, observed
+from lit_recon.model.matrices import Matrix
+from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import MatrixWindow, Window
 
+_PIECE_BYTES = 2**26  # of rows that are kept together
 
-def check_regime(matrices: Sequence[Matrix], regime: Regime) -> None:
+
+def check_experts(matrices: Sequence[Matrix], propagation: Propagation) -> None:
     """Raise a ValueError for single matrices of experts whose inputs and targets would be of different tokens."""
     experts = [matrix.name for matrix in matrices if matrix.experts > 1]
-    if experts and regime.corrects:
+    if experts and propagation.corrects:
         raise ValueError(
-            f"chain.inputs={regime.inputs} with chain.targets=dense and windows=matrix: experts see other tokens in "
-            f"the sparse chain than in the dense one ({len(experts)} such matrices, for example {experts[0]}); use "
+            f"chain.inputs={propagation.inputs} with chain.targets=dense and windows=matrix: experts see other tokens "
+            f"in the sparse chain than in the dense one ({len(experts)} such matrices, for example {experts[0]}); use "
             "chain.targets=local, or larger windows."
         )
-
-
-_PIECE_BYTES = 2**26  # of rows that are kept together
-_REMEMBERED = 8  # inputs back that a matrix may share
-
-
-class Leaders:
-    """Which matrices have the same input: the first of them that is used leads the others."""
-
-    def __init__(self) -> None:
-        self._by_name: dict[str, str] = {}
-        self._recent: list[tuple[weakref.ref, str]] = []
-
-    def of(self, product: Product) -> str:
-        """Name of the matrix that leads the one of this product; its own where it leads."""
-        name = product.matrix.name
-        leader = next((other for inputs, other in self._recent if inputs() is product.inputs), name)
-        if leader == name and product.matrix.experts == 1:
-            self._recent = [*self._recent[-_REMEMBERED:], (weakref.ref(product.inputs), name)]
-        return self._by_name.setdefault(name, leader)
-
-    def led(self, leader: str) -> set[str]:
-        """Names of all matrices with the input of `leader`."""
-        return {name for name, other in self._by_name.items() if other == leader}
-
-    def __getitem__(self, name: str) -> str:
-        """Name of the matrix that leads another; its own where it leads or was never used."""
-        return self._by_name.get(name, name)
 
 
 class _Captured(NamedTuple):
@@ -75,21 +52,21 @@ class _Captured(NamedTuple):
     num_samples: int
 
 
-class MatrixData:
-    """Makes what the matrices of one layer are trained on.
+class MatrixInputs:
+    """Inputs of the matrices of one layer, and what each is trained on.
 
     Args:
-        layer: The window of the layer, brought in, dense.
+        layer: The window of the layer, dense, on the device.
         chain: The chain at the layer.
     """
 
     def __init__(self, layer: Window, chain: Chain) -> None:
         self.layer = layer
         self.chain = chain
-        self._leaders = Leaders()
+        self._shared = SharedInputs()
         self._names: set[str] = set()  # the matrices whose inputs are captured now
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
-        self._sums: dict[str, dict[str, list[Sums]]] = {part: {} for part in PARTS}
+        self._sums: dict[str, dict[str, list[GramSums]]] = {part: {} for part in PARTS}
 
     def activations(self, window: MatrixWindow) -> Activations | None:
         """The inputs and products of one matrix, in the layer run on the chain's inputs; None if it is not reached.
@@ -99,7 +76,7 @@ class MatrixData:
         if window.matrix.name not in self._names:
             self._captured = ()  # before the next ones are made
             states = [self.chain.inputs_STD]
-            if not self.chain.regime.one_source:
+            if not self.chain.propagation.one_source:
                 assert self.chain.dense
                 states.append(self.chain.dense.states_STD)
             captured = [self._capture(window, states_STD) for states_STD in states]
@@ -108,61 +85,43 @@ class MatrixData:
                 self._names = set()
                 return None
             self._captured = tuple(reached)
-            self._names = self._leaders.led(self._leaders[window.matrix.name])
+            self._names = self._shared.led(self._shared[window.matrix.name])
         inputs, sources = self._captured[0], self._captured[-1]
         calls = _calls(inputs.experts_ST) if window.matrix.experts > 1 else _no_calls
-        return Activations(
-            inputs.inputs_STI,
-            _products(window, sources.inputs_STI, calls, self.chain),
-            inputs.valid_ST,
-            calls,
-            inputs.num_samples,
-            self.chain.batch_size,
-            self.chain.compute,
-            self.chain.store,
+        batching = replace(
+            self.chain.passes.batching, num_samples=inputs.num_samples, calls=calls, valid_ST=inputs.valid_ST
         )
+        return Activations(inputs.inputs_STI, _products(window, sources.inputs_STI, batching), batching)
 
     def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
         """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
-        store = self.chain.store
-        rows = {part: _Rows(store) for part in PARTS}
-
-        @contextmanager
-        def watching(part: str) -> Iterator[None]:
-            def observe(product: Product) -> None:
-                self._leaders.of(product)
-                if product.matrix.name == window.matrix.name:
-                    rows[part].add(product.rows_NI, product.expert)
-
-            with observed(self.layer.matrices(), observe):
-                yield
-            rows[part].put_away()
-
-        self.chain.run(self.layer, states_STD, None, watching)
-        seen = all(one.count for one in rows.values())
-        return _as_samples(rows, self.chain.tokens_ST.shape[1], store) if seen else None
+        passes = self.chain.passes
+        capture = _Capture(window.matrix, self.layer.matrices(), self._shared, passes.store)
+        passes.run(self.layer, states_STD, None, [capture])
+        reached = all(rows.count for rows in capture.rows.values())
+        return _as_samples(capture.rows, passes.tokens_ST.shape[1], passes.store) if reached else None
 
     @contextmanager
-    def watching(self, part: str) -> Iterator[None]:
-        """Gather the moments of all matrices' inputs in a pass of the layer on the inputs that they are trained on."""
+    def observing(self, part: str) -> Iterator[None]:
+        """Sum up the Gram matrices of all inputs in a pass of the layer on the inputs that it is trained on."""
 
-        def observe(product: Product) -> None:
+        def note(product: Product) -> None:
             name, experts = product.matrix.name, product.matrix.experts
-            if self._leaders.of(product) == name:
+            if self._shared.of(product) == name:
                 width, device = product.inputs.shape[-1], product.inputs.device
-                sums = self._sums[part].setdefault(name, [Sums.zero(width, device) for _ in range(experts)])
+                sums = self._sums[part].setdefault(name, [GramSums.zero(width, device) for _ in range(experts)])
                 sums[product.expert].add(product.rows_NI)
 
-        with observed(self.layer.matrices(), observe):
+        with observing_products(self.layer.matrices(), note):
             yield
 
-    def moments(self, window: MatrixWindow) -> Moments | None:
-        """What least squares needs to know of one matrix, whose weight is still dense; None if it is not reached."""
-        if self.chain.regime.one_source:
-            calibration, held_out = (self._sums[part].get(self._leaders[window.matrix.name]) for part in PARTS)
-            return Moments.of_products(window, calibration, held_out) if calibration and held_out else None
+    def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:
+        """The normal equations of one matrix, whose weight is still dense; None if no token reaches it."""
+        if self.chain.propagation.one_source:
+            calibration, held_out = (self._sums[part].get(self._shared[window.matrix.name]) for part in PARTS)
+            return NormalEquations.from_sums(window, calibration, held_out) if calibration and held_out else None
         activations = self.activations(window)
-        return Moments.of_activations(activations) if activations else None
+        return NormalEquations.from_activations(activations) if activations else None
 
 
 def _no_calls(rows_B: Tensor) -> list[LayerCall]:
@@ -173,11 +132,36 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
-class _Rows:
-    """Rows of one matrix as they come, kept in pieces: an array of a store may be a file, and each product gives few.
+class _Capture:
+    """Observes a pass for the inputs of one matrix, and for which matrices share an input.
 
     Attributes:
-        count: How many there are.
+        rows: The matrix's inputs, by part of the samples.
+    """
+
+    def __init__(self, matrix: Matrix, all_matrices: Sequence[Matrix], shared: SharedInputs, store: Store) -> None:
+        self.matrix, self.all_matrices, self.shared = matrix, all_matrices, shared
+        self.rows = {part: _RowPieces(store) for part in PARTS}
+
+    @contextmanager
+    def observing(self, part: str) -> Iterator[None]:
+        """Keep the rows of a part."""
+
+        def note(product: Product) -> None:
+            self.shared.of(product)
+            if product.matrix.name == self.matrix.name:
+                self.rows[part].add(product.rows_NI, product.expert)
+
+        with observing_products(self.all_matrices, note):
+            yield
+        self.rows[part].put_away()
+
+
+class _RowPieces:
+    """Rows of one matrix's inputs as they come, in pieces: an array of a store may be a file, and products are small.
+
+    Attributes:
+        count: How many rows there are.
         width: Their length; 0 before the first.
     """
 
@@ -200,7 +184,7 @@ class _Rows:
             self.put_away()
 
     def put_away(self) -> None:
-        """Have all of them in the store."""
+        """Move all of them to the store."""
         if not self._new:
             return
         piece_NI = self._store.zeros((sum(len(new_NI) for new_NI, _ in self._new), self.width))
@@ -209,14 +193,14 @@ class _Rows:
         self._new, self._new_bytes = [], 0
         self._store.release(piece_NI, slice(None))
 
-    def taken(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pieces in order, each of them gone when the next one comes."""
+    def pop_all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces in order; each is released when the next is taken."""
         while self._pieces:
             yield self._pieces.pop(0)
 
 
-def _as_samples(rows: dict[str, _Rows], length: int, store: Store) -> _Captured:
-    """Rows as samples of `length` positions; the last of each part is padded. Of `rows` nothing is left."""
+def _as_samples(rows: dict[str, _RowPieces], length: int, store: Store) -> _Captured:
+    """Rows as samples of `length` positions; the last of each part is padded. `rows` is empty afterwards."""
     samples = {part: -(-one.count // length) for part, one in rows.items()}
     width = max(one.width for one in rows.values())
     total = sum(samples.values()) * length
@@ -225,7 +209,7 @@ def _as_samples(rows: dict[str, _Rows], length: int, store: Store) -> _Captured:
     end = 0
     for part, one in rows.items():
         start, end = end, end + samples[part] * length
-        for piece_NI, expert_N in one.taken():
+        for piece_NI, expert_N in one.pop_all():
             here = slice(start, start + len(piece_NI))
             inputs_NI[here], experts_N[here], valid_N[here] = piece_NI, expert_N, True
             store.release(inputs_NI, here)
@@ -235,18 +219,15 @@ def _as_samples(rows: dict[str, _Rows], length: int, store: Store) -> _Captured:
 
 
 @torch.no_grad()
-def _products(
-    window: MatrixWindow, inputs_STI: Tensor, calls: Callable[[Tensor], list[LayerCall]], chain: Chain
-) -> Tensor:
+def _products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> Tensor:
     """The matrix's products with these inputs, (S, T, O)."""
     (matrix,) = window.matrices()
     outputs = matrix.by_expert(matrix.weight).shape[1]
-    products_STO = chain.store.zeros((*inputs_STI.shape[:2], outputs))
-    for rows_B in torch.arange(len(inputs_STI)).split(chain.batch_size):
-        here = slice(int(rows_B[0]), int(rows_B[-1]) + 1)
-        inputs_BTI = inputs_STI[here].to(chain.compute.device).float()
-        with chain.compute.autocast():
-            products_STO[here] = window(inputs_BTI, calls(rows_B))
-        chain.store.release(inputs_STI, here)
-        chain.store.release(products_STO, here)
+    products_STO = batching.store.zeros((*inputs_STI.shape[:2], outputs))
+    for rows in batching.batches(0, len(inputs_STI)):
+        inputs_BTI = inputs_STI[rows].to(batching.compute.device).float()
+        with batching.compute.autocast():
+            products_STO[rows] = window(inputs_BTI, batching.calls(torch.arange(rows.start, rows.stop)))
+        batching.store.release(inputs_STI, rows)
+        batching.store.release(products_STO, rows)
     return products_STO

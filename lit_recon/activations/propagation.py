@@ -1,8 +1,8 @@
 """What windows are trained on, towards what, and what the pruning criterion looks at.
 
 Two chains may be kept: the dense one, through the dense model all the way, and the sparse one, through the windows that
-are done. Which are needed follows from three choices (`Regime`); the paper's code (arXiv 2510.14444) has switches for
-the same, in the last column:
+are done. Which are needed follows from three choices; the paper's code (arXiv 2510.14444) has switches for the same,
+in the last column:
 
     inputs  targets  statistics  memory  passes  the paper's code
     dense   dense    dense       2       1       propagate_sparse_activations_prune=False (its published sweep)
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regime:
+class Propagation:
     """What windows are trained on, towards what, and what the criterion looks at.
 
     Attributes:

@@ -3,7 +3,7 @@
     memory   float32 in CPU memory
     disk     bfloat16 in one file per array, written and read batch after batch; the system keeps of them in memory what
              it has room for. Two arrays per chain serve in turn as input and output, so a file is never copied.
-    auto     memory if the arrays fit into a share of what is free, else disk
+    auto     memory if the arrays fit into half of what is free, else disk
 
 Shapes: S samples, T tokens, D hidden size.
 """
@@ -13,19 +13,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
-from lit_recon.activations.disk_store import SUFFIX, DiskStore, Rows, free_space
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.disk_store import SUFFIX, DiskStore, Needed, Rows, free_space
+from lit_recon.activations.propagation import Propagation
+from lit_recon.model.windows import WindowKind
 from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARE = 0.5  # of the free memory: what "auto" may take
 
 
 class Store(Protocol):
@@ -41,6 +43,9 @@ class Store(Protocol):
 
     def release(self, array_STD: Tensor, rows: Rows) -> None:
         """Tell that some samples, whose values stay, will not be read or written soon."""
+
+    def needed(self, shape: Sequence[int], count: int) -> Needed:
+        """Bytes that `count` arrays of a shape take."""
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -72,6 +77,10 @@ class MemoryStore:
     def release(self, array_STD: Tensor, rows: Rows) -> None:
         """Nothing to do."""
 
+    def needed(self, shape: Sequence[int], count: int) -> Needed:
+        """Bytes that `count` arrays of a shape take."""
+        return Needed(memory=count * math.prod(shape) * self.dtype.itemsize, disk=0)
+
     def close(self) -> None:
         """Nothing to do."""
 
@@ -94,53 +103,44 @@ def on_device(rows: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True).float()  # moved before they grow
 
 
-_LARGER = {"half": ("block", "blocks", "model"), "block": ("blocks", "model")}  # kinds of windows, by units
-
-
 def count_arrays(
-    regime: Regime,
+    propagation: Propagation,
     targets: str,
     *,
-    kind: str = "block",
+    kind: str = WindowKind.BLOCK,
     parallel: bool = False,
     overlapping: bool = False,
-    units: str = "window",
+    prune_by: str = "window",
 ) -> int:
     """How many arrays of all samples' hidden states are there at most.
 
     Args:
-        regime: Which chains are kept.
+        propagation: Which chains are kept.
         targets: "keep" or "recompute".
         kind: What kind of windows there are.
         parallel: Whether halves stand side by side. They need one array more for each chain, and one for targets of
             their own where windows correct the sparse chain.
         overlapping: Whether windows overlap: targets are then not the dense chain's next value.
-        units: What is pruned at once. Units smaller than a window are walked over in the sparse chain before it.
+        prune_by: What is pruned at once. Of pruning windows smaller than a window, the sparse chain steps over each.
     """
-    chains = regime.needs_dense + regime.needs_sparse
+    chains = propagation.needs_dense + propagation.needs_sparse
     aside = chains if parallel else 0
-    if regime.statistics == "sparse" and kind in _LARGER.get(units, ()):
-        aside += 2 if units == "half" else 1
+    is_smaller = prune_by != "window" and WindowKind(prune_by) in WindowKind(kind).smaller
+    if propagation.statistics == "sparse" and is_smaller:
+        aside += 2 if prune_by == WindowKind.HALF else 1
     if targets == "recompute":
-        return chains + (regime.inputs == "mix") + aside
-    own = regime.corrects if parallel else overlapping and regime.targets == "dense"
-    return regime.num_arrays + aside + own
+        return chains + (propagation.inputs == "mix") + aside
+    own = propagation.corrects if parallel else overlapping and propagation.targets == "dense"
+    return propagation.num_arrays + aside + own
 
 
 def check_targets(kind: str, targets: str) -> None:
     """Raise a ValueError for windows whose targets cannot be recomputed."""
-    if targets == "recompute" and kind == "matrix":
+    if targets == "recompute" and kind == WindowKind.MATRIX:
         raise ValueError(
             "store.targets=recompute with windows=matrix: a single matrix's targets are made once from what its layer "
             "shows; use store.targets=keep, or larger windows."
         )
-
-
-class Needed(NamedTuple):
-    """Bytes that the arrays of a run take."""
-
-    memory: int
-    disk: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +151,11 @@ class StoreSettings:
         kind: "memory", "disk" or "auto".
         targets: "keep", or "recompute": targets are made per batch from their inputs by a copy of the dense window.
         dtype: "bfloat16" or "float32"; None: float32 in memory, bfloat16 on disk.
-        share: Of the memory that is free: what "auto" may take.
     """
 
     kind: str = "memory"
     targets: str = "keep"
     dtype: str | None = None
-    share: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the settings; all problems in one message."""
@@ -167,11 +165,6 @@ class StoreSettings:
             for name, choices in allowed.items()
             if getattr(self, name) not in choices
         ]
-        if not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            problems.append(
-                f"store.share={self.share!r}: expected a share of the free memory, above 0 and at most 1; to keep "
-                "nothing in memory use store=disk."
-            )
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -185,7 +178,7 @@ class StoreSettings:
         size = count * math.prod(shape)
         in_memory = size * self._dtype("memory").itemsize
         if self.kind == "memory" or (
-            self.kind == "auto" and in_memory <= self.share * min(_available(), limit or _available())
+            self.kind == "auto" and in_memory <= SHARE * min(_available(), limit or _available())
         ):
             return Needed(in_memory, 0)
         return Needed(0, size * self._dtype("disk").itemsize)

@@ -1,6 +1,6 @@
-"""Targets that are recomputed for each batch: the window as it was when it was dense, beside the one that is trained.
+"""The teacher: a window with its dense weights, which recomputes targets for each batch.
 
-Its weights are kept once, on the device, and stand in the window's place while targets are made.
+Its weights are kept once, on the device, and stand in the place of those that are trained while targets are made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.propagation import Propagation
 from lit_recon.model.decoder import LayerCall
-from lit_recon.model.windows import AnyWindow, Window, side_by_side
+from lit_recon.model.windows import AnyWindow, Window, has_parallel_halves
 from lit_recon.system.device import Compute
 
 
-class DenseWindow:
+class TeacherWindow:
     """A window with its dense weights.
 
     Args:
@@ -29,7 +29,7 @@ class DenseWindow:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the window dense; its weights of now come back afterwards, with their gradients and optimizer states."""
+        """A context in which the window is dense; what it has learnt, with gradients, returns afterwards."""
         now = [parameter.data for parameter, _ in self._weights]
         for parameter, dense in self._weights:
             parameter.data = dense
@@ -46,11 +46,11 @@ class DenseWindow:
             return self.window(hidden_BTD, calls).float()
 
 
-def check_halves(windows: Sequence[AnyWindow], regime: Regime, *, recompute: bool) -> None:
+def check_halves(windows: Sequence[AnyWindow], propagation: Propagation, *, recompute: bool) -> None:
     """Raise a ValueError for halves of parallel layers of which targets, made anew for each batch, would be others."""
-    if recompute and regime.corrects and side_by_side(windows):
+    if recompute and propagation.corrects and has_parallel_halves(windows):
         raise ValueError(
-            f"store.targets=recompute with windows=half and chain.inputs={regime.inputs}: the halves of these layers "
-            "stand side by side, and targets of the second depend on what the first has learnt; use "
+            f"store.targets=recompute with windows=half and chain.inputs={propagation.inputs}: the halves of these "
+            "layers stand side by side, and targets of the second depend on what the first has learnt; use "
             "store.targets=keep, or windows=block."
         )

@@ -1,7 +1,7 @@
-"""The user's own text: .txt, .jsonl and .parquet files, read by `datasets` where they lie, without a copy.
+"""Files: text of the user's own in .txt, .jsonl and .parquet files, read by `datasets` in place, without a copy.
 
 A row of a .jsonl or .parquet file is a document. A .txt file is one document in each part, cut between paragraphs.
-The text is cut in its order: the first 70% of the characters for calibration, the next 10% held out, the last 20%
+The text is divided in its order: the first 70% of the characters for calibration, the next 10% held out, the last 20%
 for evaluation; or 90% and 10% where evaluation has files of its own.
 """
 
@@ -33,7 +33,7 @@ LONGEST_PARAGRAPH = 2000
 
 @dataclass(kw_only=True)
 class Files(TextSource):
-    """Files of text on this machine.
+    """Text files on this machine.
 
     Attributes:
         paths: Files, or patterns such as `notes/*.txt`. Their order is the order of the text.
@@ -46,7 +46,7 @@ class Files(TextSource):
     evaluation_paths: str | Sequence[str] | None = None
 
     def documents(self, part: Part) -> Iterator[str]:
-        """Rows, and of each .txt file what lies in the part."""
+        """Documents of a part: rows, and the paragraphs of each .txt file that are in the part."""
         if part == "evaluation" and self.evaluation_paths is not None:
             pieces: Iterable[tuple[Path, str]] = self._pieces(self.evaluation_paths)
         else:
@@ -56,7 +56,7 @@ class Files(TextSource):
             yield from joined(texts, "") if path.suffix == ".txt" else texts
 
     def describe(self, part: Part) -> str:
-        """The name of the file, or of the first and how many more there are."""
+        """Name of the file; with several files, the first name and the number of the others."""
         own = self.evaluation_paths if part == "evaluation" else None
         names = [path.name for path in _found(self.paths if own is None else own)]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -80,7 +80,7 @@ class Files(TextSource):
         return problems
 
     def _pieces(self, given: str | Sequence[str]) -> Iterator[tuple[Path, str]]:
-        """The rows and paragraphs of all files, in order, each with its file."""
+        """Rows and paragraphs of all files, in order, each with its file."""
         for path in _found(given):
             rows = _rows(path, self.field)
             for text in _paragraphs(rows) if path.suffix == ".txt" else filter(str.strip, rows):
@@ -88,7 +88,10 @@ class Files(TextSource):
 
     @cached_property
     def _parts(self) -> list[Part | None]:
-        """The part of each of the pieces of `paths`; None for a passage that another part has too."""
+        """Part of each piece of `paths`; None for a passage that another part has too.
+
+        Evaluation keeps what it shares with another part, then held-out.
+        """
         pieces = [(len(text), _passage(path, text)) for path, text in self._pieces(self.paths)]
         parts: list[Part | None] = [*_cut([size for size, _ in pieces], self._ends())]
         taken: set[int | None] = set()
@@ -105,14 +108,14 @@ class Files(TextSource):
         return parts
 
     def _ends(self) -> dict[Part, float]:
-        """Where each part of `paths` ends, as a share of the characters."""
+        """End of each part of `paths`, as a share of the characters."""
         if self.evaluation_paths is None:
             return {"calibration": 0.7, "held_out": 0.8, "evaluation": 1.0}
         return {"calibration": 0.9, "held_out": 1.0}
 
 
 def _cut(sizes: Sequence[int], ends: dict[Part, float]) -> Iterator[Part]:
-    """The part of each piece, by where it starts."""
+    """Part of each piece, by the position of its first character."""
     total, start = sum(sizes), 0
     for size in sizes:
         yield next(part for part, end in ends.items() if start < end * total)
@@ -120,12 +123,12 @@ def _cut(sizes: Sequence[int], ends: dict[Part, float]) -> Iterator[Part]:
 
 
 def _passage(path: Path, text: str) -> int | None:
-    """What a paragraph of a .txt file is compared by; None for short ones, and for rows, which TextSource compares."""
+    """Hash by which paragraphs of .txt files are compared; None for short paragraphs, and for rows (see TextSource)."""
     return hash(text) if path.suffix == ".txt" and len(text) >= PASSAGE else None
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of lines that together are the whole text, line ends included.
+    """Paragraphs: runs of lines that together are the whole text, line ends included.
 
     A run ends with a blank line, or with a line of PASSAGE characters, which is a paragraph of a text without blank
     lines, or when it has LONGEST_PARAGRAPH characters.
@@ -141,16 +144,17 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:
-    """The texts of a file's rows, or the lines of a .txt file."""
+    """Texts of a file's rows, or the lines of a .txt file."""
 
     def load() -> Iterable[dict]:
-        # Its paths are patterns. Without streaming it would keep a copy of the file.
+        # from_text and the others read paths as patterns; without streaming they would keep a copy of the file.
         return FORMATS[path.suffix](glob.escape(str(path)), split="train", streaming=True)
 
     return read_rows(load, "text" if path.suffix == ".txt" else field, origin=str(path))
 
 
 def _found(given: str | Sequence[str]) -> list[Path]:
+    """Files that paths and patterns match; a ValueError with what is wrong."""
     files, problems = _find(given)
     if problems:
         raise ValueError("; ".join(problems))
@@ -158,7 +162,7 @@ def _found(given: str | Sequence[str]) -> list[Path]:
 
 
 def _find(given: str | Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files that paths and patterns lead to, each once, and what is wrong with the others."""
+    """Files that paths and patterns match, each once, and what is wrong with the other paths."""
     files: dict[Path, None] = {}
     problems = []
     patterns = [given] if isinstance(given, str) else list(given)

@@ -1,7 +1,7 @@
-"""Text of the Hugging Face Hub, or of a data set folder in the Hub's layout, read by `datasets`.
+"""Hub: data sets of the Hugging Face Hub, or folders in the Hub's layout, read by `datasets`.
 
-By default a split is streamed: only its start travels, as far as samples need it. All parts may come from one split,
-whose documents are then dealt out in turn, or evaluation has a split or a data set of its own.
+By default a split is streamed: only its start is downloaded, as far as samples need it. All parts may come from one
+split, whose documents are then dealt out in turn, or evaluation has a split or a data set of its own.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from lit_recon.data.source import Part, TextSource
 
-# Its readers log an error before they raise it; users get the exception's text alone.
+# The readers of `datasets` log an error before they raise it; the exception's text is enough.
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 DOCUMENT_CHARACTERS = 1 << 21  # the longest document that rows are joined to: a tokenizer holds one at a time
 BLOCK_CHARACTERS = 20_000  # joined rows that go to one part together: enough for context, few enough for fair shares
-# Whose turn it is, over and over, when one split serves all parts; spread, so that short splits serve them too.
+# The part that gets each next document, over and over, when one split serves all parts; spread, for short splits.
 TURNS: tuple[Part, ...] = (
     *("calibration", "calibration", "calibration", "evaluation", "calibration"),
     *("calibration", "held_out", "calibration", "evaluation", "calibration"),
@@ -38,7 +38,7 @@ ALTERNATIVE = "or use text on this machine: data=files data.paths=[...]"
 
 @dataclass(kw_only=True)
 class Hub(TextSource):
-    """A data set of the Hub, or a folder laid out like one.
+    """A data set of the Hub, or a folder with the same layout.
 
     One split may serve all parts: of every ten documents seven are for calibration, one is held out and two are for
     evaluation. With `evaluation`, all nine others are for calibration.
@@ -67,7 +67,7 @@ class Hub(TextSource):
     evaluation: Mapping[str, Any] | None = None
 
     def documents(self, part: Part) -> Iterator[str]:
-        """The documents whose turn is the part's, or all of the split that evaluation has for itself."""
+        """Documents of a part: those dealt out to it, or the whole split that evaluation has for itself."""
         if part == "evaluation" and self.evaluation:
             return self._evaluation.all_documents(DOCUMENT_CHARACTERS)
         turns = TURNS
@@ -77,7 +77,11 @@ class Hub(TextSource):
         return (text for turn, text in zip(itertools.cycle(turns), documents, strict=False) if turn == part)
 
     def all_documents(self, at_most: int) -> Iterator[str]:
-        """Rows that are not blank; with a separator all rows, joined to documents of about `at_most` characters."""
+        """All documents of the split: rows that are not blank, or with a separator all rows, joined.
+
+        Args:
+            at_most: Characters, about, of a document that rows are joined to.
+        """
         if self.separator is None:
             return (text for text in self._rows() if text.strip())
         return joined(self._rows(), self.separator, at_most=at_most)
@@ -128,13 +132,13 @@ class Hub(TextSource):
             arguments["verification_mode"] = "no_checks"  # the sizes it would check are those of all files
         if folder.is_dir():
             return load_dataset(str(folder), self.config, **arguments)
-        if self.streaming:  # says at once what load_dataset says after half a minute of attempts
+        if self.streaming:  # fails at once where load_dataset fails after half a minute of attempts
             HfApi().repo_info(self.name, repo_type="dataset", timeout=10)
         return load_dataset(self.name, self.config, **arguments)
 
 
 def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, origin: str) -> Iterator[str]:
-    """The text of each row of a data set; empty where a row has none.
+    """Text of each row of a data set; empty where a row has none.
 
     Args:
         load: Opens the data set.
@@ -157,7 +161,7 @@ def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, or
 
 
 def joined(texts: Iterable[str], separator: str, *, at_most: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Consecutive texts joined to documents that end with the text that makes them longer than `at_most` characters."""
+    """Documents made of consecutive texts; each ends with the text that makes it longer than `at_most` characters."""
     run: list[str] = []
     size = 0
     for text in texts:
@@ -171,8 +175,8 @@ def joined(texts: Iterable[str], separator: str, *, at_most: int = DOCUMENT_CHAR
 
 
 def _explanation(error: Exception) -> str:
-    """What `datasets` or the Hub means, on one line."""
-    said = textwrap.shorten(str(error), 500)
+    """Message for an error of `datasets` or the Hub, on one line."""
+    text = textwrap.shorten(str(error), 500)
     if isinstance(error, (hub_errors.RepositoryNotFoundError, DatasetNotFoundError)):
         return (
             "neither a folder here nor a data set that the Hub shows you; if it is private or needs approval, log in "
@@ -180,5 +184,5 @@ def _explanation(error: Exception) -> str:
         )
     answered = isinstance(error, hub_errors.HfHubHTTPError)
     if isinstance(error, (ConnectionError, hub_errors.HTTPError)) and not answered:
-        return f"the Hub cannot be reached ({said}); check the network, HF_HUB_OFFLINE and HF_ENDPOINT, {ALTERNATIVE}"
-    return said
+        return f"the Hub cannot be reached ({text}); check the network, HF_HUB_OFFLINE and HF_ENDPOINT, {ALTERNATIVE}"
+    return text

@@ -1,7 +1,7 @@
-"""Packing: documents become token sequences of one length, without truncation.
+"""Packing of documents into token sequences of one length, without truncation.
 
 `fixed` concatenates the tokens of all documents, the tokenizer's end-of-text token between two, and cuts them into
-pieces of exactly `length` tokens. `documents` cuts each document by itself, the end-of-text token behind it, and pads
+pieces of exactly `length` tokens. `documents` cuts each document by itself, the end-of-text token after it, and pads
 the rest. A tokenizer that opens a text with a token of its own (BOS) gets that token at the start of every piece,
 since the model expects it there. The pieces are cached on disk.
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 Packing = Literal["fixed", "documents"]
 
 PADDING = -100  # token id of a position that holds no text; -100 is torch's ignore_index
-LEAST_TOKENS = 2  # of a padded piece, beside BOS: one to see and one to predict
+LEAST_TOKENS = 2  # of a padded piece, besides BOS: one to see and one to predict
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which needs some hundred bytes of memory for each
-CACHE_VERSION = 1  # of what the cached pieces depend on beside their key: the code below
+CACHE_VERSION = 1  # raised when the code below changes the pieces: the key does not cover it
 
 
 def pack(
@@ -42,7 +42,7 @@ def pack(
     cache: Path,
     packing: Packing = "fixed",
 ) -> Tensor:
-    """All pieces that the documents give, in their order.
+    """Cut documents into pieces of `length` tokens, in their order, or read the pieces from the cache.
 
     Args:
         documents: Texts without a common context.
@@ -69,7 +69,7 @@ def pack(
 
 
 def draw(pieces_PT: Tensor, number: int, *, seed: int) -> Tensor:
-    """`number` of the pieces without replacement: int64, (S, T). The seed alone decides which, and in which order."""
+    """Draw `number` of the pieces without replacement: int64, (S, T). The seed alone decides which, and their order."""
     assert number <= len(pieces_PT), f"{number} of {len(pieces_PT)} pieces"
     generator = torch.Generator().manual_seed(seed)
     return pieces_PT[torch.randperm(len(pieces_PT), generator=generator)[:number]].long()
@@ -82,7 +82,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _runs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: Packing) -> list[list[int]]:
-    """The tokens that pieces may share: of each document, or of all; end-of-text is behind or between documents."""
+    """Runs of tokens to cut: one per document, end-of-text after it, or one of all documents, end-of-text between."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     runs = [tokens + end for tokens in _tokens(documents, tokenizer)]
     if packing == "documents":
@@ -92,18 +92,18 @@ def _runs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing:
 
 
 def _cut(runs: Sequence[list[int]], *, opening: list[int], stride: int, least: int) -> Tensor:
-    """Each run in pieces of `stride` tokens behind the opening; of a rest, padded pieces of `least` tokens or more."""
+    """Pieces: opening, then `stride` tokens of a run; a rest is padded, or dropped if it is below `least` tokens."""
     texts = [run[start : start + stride] for run in runs for start in range(0, len(run), stride)]
     rows = [opening + text + [PADDING] * (stride - len(text)) for text in texts if len(text) >= least]
     return torch.tensor(rows, dtype=torch.int32).view(len(rows), len(opening) + stride)
 
 
 def _tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each document."""
+    """Tokens of each document."""
     tokens: list[list[int]] = []
     with _no_parallelism():
         for batch in _batches(documents):
-            # verbose=False: no warning that a document is longer than the model's context; it is cut into pieces.
+            # verbose=False: no warning that a document is longer than the model's context, since it is cut into pieces.
             tokens += tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens
 
@@ -126,7 +126,7 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
 def _no_parallelism() -> Iterator[None]:
     """Keep a fast tokenizer to one thread, unless the user has decided.
 
-    Its threads do not survive a fork: it would warn at each later one, of a DataLoader's workers for example. They
+    Its threads do not survive a fork: it would warn at each later fork, of a DataLoader's workers for example. They
     would save a third of the time on two cores, once per text, since tokens are cached.
     """
     name = "TOKENIZERS_PARALLELISM"
@@ -168,7 +168,7 @@ def _checksum(key: str, pieces_PT: Tensor) -> str:
 
 
 def _read(path: Path, key: str, length: int) -> Tensor | None:
-    """The cached pieces; None if they are not there, or not as they were written."""
+    """Cached pieces; None if they are absent or damaged."""
     if not path.is_file():
         return None
     try:

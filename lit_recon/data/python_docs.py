@@ -1,7 +1,7 @@
-"""The reference of the Python language, which comes with every Python: no download, no account.
+"""PythonDocs: the reference of the Python language, which comes with every Python: no download, no account.
 
-`pydoc_data.topics` holds what `help("TOPIC")` shows: eighty texts, half a megabyte. They are split by topic. Many
-are excerpts of others (`try` is a section of `compound`), so that excerpts are left out, and topics that share text
+`pydoc_data.topics` holds what `help("TOPIC")` shows: eighty texts, half a megabyte. Each topic belongs to one part.
+Many topics are excerpts of others (`try` is a section of `compound`): excerpts are left out, and topics that share text
 go to the same part.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lit_recon.data.source import Part, TextSource
 
 SHARES: dict[Part, float] = {"calibration": 0.6, "held_out": 0.1, "evaluation": 0.3}
-LONG_LINE = 60  # characters; the texts are wrapped at 70 to 80, and a shorter line may well stand in two by chance
+LONG_LINE = 60  # characters; the texts are wrapped at 70 to 80, and two texts may share a shorter line by chance
 
 
 @dataclass(kw_only=True)
@@ -20,12 +20,12 @@ class PythonDocs(TextSource):
     """Help texts of the running Python; they differ a little from version to version."""
 
     def documents(self, part: Part) -> Iterable[str]:
-        """The texts of the part's topics, in alphabetical order of the topics."""
+        """Texts of the part's topics, in alphabetical order of the topics."""
         topics = _topics()
         return [topics[name] for name in sorted(divide(topics)[part])]
 
     def describe(self, part: Part) -> str:
-        """With Python's version, on which the texts depend."""
+        """Name with the version of Python, on which the texts depend."""
         return f"python_docs {sys.version_info.major}.{sys.version_info.minor}"
 
     def _problems(self) -> list[str]:
@@ -38,10 +38,10 @@ class PythonDocs(TextSource):
 
 
 def divide(topics: Mapping[str, str]) -> dict[Part, list[str]]:
-    """Deal the topics out to the parts, as near to SHARES of the text as goes.
+    """Deal the topics out to the parts, as near to SHARES of the text as possible.
 
-    1. Leave out each topic all of whose long lines stand in larger topics.
-    2. Join the topics that have a long line in common to groups.
+    1. Leave out each topic if larger topics contain all its long lines.
+    2. Join topics that have a long line in common into groups.
     3. Give each group, the largest first, to the part that still lacks most.
 
     Args:
@@ -62,7 +62,7 @@ def divide(topics: Mapping[str, str]) -> dict[Part, list[str]]:
 
 
 def _groups(topics: Mapping[str, str]) -> list[list[str]]:
-    """Topics that share long lines, together; excerpts of others left out."""
+    """Groups of topics that share long lines, without excerpts of others."""
     groups: list[tuple[list[str], set[str]]] = []  # the names, and the long lines of all of them
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         lines = {line.strip() for line in topics[name].splitlines() if len(line.strip()) >= LONG_LINE}
@@ -80,6 +80,7 @@ def _groups(topics: Mapping[str, str]) -> list[list[str]]:
 
 
 def _topics() -> dict[str, str]:
-    from pydoc_data.topics import topics  # here, since it may be missing
+    """Text of each topic; an ImportError where Python lacks them."""
+    from pydoc_data.topics import topics  # not at the top: it may be missing
 
     return topics

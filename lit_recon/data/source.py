@@ -1,4 +1,4 @@
-"""TextSource: what all sources of text share. A source names its documents; here they become samples of tokens.
+"""TextSource, the base of all sources of text. A source names its documents; here they become samples of tokens.
 
 Three parts share no text: calibration samples train the windows, held-out samples decide whether a window's training
 is accepted, evaluation samples give the perplexity. The seed draws calibration and held-out samples; the evaluation
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_recon.data.packing import PADDING, Packing, draw, pack
+from lit_recon.system.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ AT_LEAST_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokens, int64, and where they are from.
+    """Samples of tokens, int64, of the three parts, and the name of the data set.
 
     Rows of calibration_ST and held_out_ST may end with PADDING (lit_recon.data.packing), which is no token of any
     vocabulary: replace it before tokens are embedded. Rows of evaluation_ST are full.
@@ -48,13 +49,13 @@ class Samples:
     description: str
 
     def shape(self, width: int) -> tuple[int, int, int]:
-        """Of an array of `width` numbers for each token of the calibration and the held-out samples."""
+        """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
         num_samples, length = self.calibration_ST.shape
         return num_samples + len(self.held_out_ST), length, width
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the calibration samples, without padding."""
+        """Number of tokens of the calibration samples, without padding."""
         return int((self.calibration_ST != PADDING).sum())
 
 
@@ -97,14 +98,14 @@ class TextSource(ABC):
 
     @abstractmethod
     def documents(self, part: Part) -> Iterable[str]:
-        """The texts of a part, in an order that does not depend on a seed; read only as far as needed.
+        """Documents of a part, in an order that does not depend on a seed; read only as far as needed.
 
         Raises:
             ValueError: They cannot be read.
         """
 
     def describe(self, part: Part) -> str:
-        """The data set that a part is taken from, for people."""
+        """Name of the data set that a part is taken from, for plan, protocol and model card."""
         return type(self).__name__
 
     def check(self) -> None:
@@ -117,17 +118,18 @@ class TextSource(ABC):
         if problems:
             raise ValueError("\n".join(problems))
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache: Path) -> Samples:
+    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, cache: Path | None = None) -> Samples:
         """Read, tokenize and pack the three parts, and draw the samples.
 
         Args:
             tokenizer: Of the model that will see the samples.
             seed: Chooses among calibration and held-out text.
-            cache: Folder in which `tokens/` keeps what was tokenized before.
+            cache: Folder in which `tokens/` keeps what was tokenized before; None: the cache folder.
 
         Raises:
             ValueError: The text cannot be read, or there is too little of it.
         """
+        cache = cache or cache_folder()
         taken: set[str] = set()
         evaluation_PT = self._packed("evaluation", taken, tokenizer, cache)
         held_out_PT = self._packed("held_out", taken, tokenizer, cache)
@@ -148,7 +150,7 @@ class TextSource(ABC):
         )
 
     def _problems(self) -> list[str]:
-        """What is wrong with the settings; a source with settings of its own adds to it."""
+        """Problems of the settings; a source with settings of its own extends the list."""
         smallest = {"num_samples": 1, "length": 2, "batch_size": 1, "num_held_out": 1, "evaluation_length": 2}
         if self.evaluation_samples is not None:
             smallest["evaluation_samples"] = 1
@@ -162,7 +164,7 @@ class TextSource(ABC):
         return problems
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
-        """Setting and value: how many samples of a part, and of how many tokens."""
+        """Settings of a part with their values: how many samples, and of how many tokens."""
         if part == "evaluation":
             return "evaluation_samples", self.evaluation_samples, "evaluation_length", self.evaluation_length
         if part == "held_out":

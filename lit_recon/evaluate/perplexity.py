@@ -5,7 +5,6 @@ sequences step through the layers together, so that a device needs one layer and
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +13,16 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
-from lit_recon.model.decoder import Decoder, call_layer, float32_on
-from lit_recon.pruning.masks import PackedMasks
+from lit_recon.model.decoder import Decoder
+from lit_recon.model.head import Head
+from lit_recon.model.layerwise import LayerContext, final_states, unchanged
 from lit_recon.system.device import Compute
 
 LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How perplexity is measured; printed and stored with every number.
 
     Attributes:
@@ -42,7 +42,7 @@ class Protocol:
     precision: str
 
     @classmethod
-    def of(cls, tokens_ST: Tensor, *, dataset: str, precision: str) -> "Protocol":
+    def from_tokens(cls, tokens_ST: Tensor, *, dataset: str, precision: str) -> "EvaluationProtocol":
         """The protocol of an evaluation part."""
         windows, context = tokens_ST.shape
         return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision)
@@ -55,32 +55,6 @@ class Protocol:
         )
 
 
-@torch.no_grad()
-def final_states(
-    decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute, masks: PackedMasks | None = None
-) -> Tensor:
-    """Hidden states behind the last layer, (S, T, D) in float32 on the CPU; one layer at a time is on the device.
-
-    Args:
-        decoder: The model, in memory or mapped.
-        tokens_ST: Token ids, PADDING where a sample holds no text.
-        batch_size: Sequences per pass.
-        compute: Device and precision.
-        masks: Prune each layer by these while it is there.
-    """
-    batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
-    hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0].cpu() for rows in batches])
-    for index, layer in enumerate(decoder.layers):
-        pruned = masks.applied(layer, f"{decoder.prefix}.{index}") if masks else nullcontext()
-        with float32_on(layer, compute.device), pruned:
-            for rows in batches:
-                call = decoder.calls(tokens_ST[rows])[index]
-                inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
-                with compute.autocast():
-                    hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
-    return hidden_STD
-
-
 def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> float:
     """Mean squared error of hidden states over the variance of the dense model's, where samples hold text."""
     states_ND, dense_ND = states_STD[tokens_ST != PADDING], dense_STD[tokens_ST != PADDING]
@@ -89,7 +63,12 @@ def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> 
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, tokens_ST: Tensor, *, batch_size: int, compute: Compute, masks: PackedMasks | None = None
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    *,
+    batch_size: int = 1,
+    compute: Compute | None = None,
+    around: LayerContext = unchanged,
 ) -> float:
     """Perplexity of `model`, in memory or mapped, on S sequences of T tokens.
 
@@ -97,11 +76,12 @@ def perplexity(
         model: The model; its layers visit the device one at a time.
         tokens_ST: Token ids.
         batch_size: Sequences per pass.
-        compute: Device and precision.
-        masks: Prune the model's layers by these meanwhile.
+        compute: Device and precision; None: those that a run would choose.
+        around: Makes a context for each layer while it is on the device, such as one in which it is pruned.
     """
+    compute = compute or Compute.default()
     decoder = Decoder(model, compute.device)
-    hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, masks=masks)
+    hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, around=around)
     metric = Perplexity().to(compute.device)
     for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
         metric.update(logits_BCV, targets_BC)
@@ -114,10 +94,11 @@ def _slices(
     """Logits (1, C, V) and the tokens (1, C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
     vocabulary = decoder.model.config.get_text_config().vocab_size
     width = max(1, LOGITS_BYTES // (4 * vocabulary))
-    with decoder.ends_on(compute.device):
+    head = Head(decoder)
+    with head.on(compute.device):
         for hidden_TD, tokens_T in zip(hidden_STD, tokens_ST, strict=True):
             for start in range(0, len(tokens_T) - 1, width):
                 stop = min(start + width, len(tokens_T) - 1)
                 with compute.autocast():
-                    logits_BCV = decoder.logits(hidden_TD[None, start:stop].to(compute.device)).float()
+                    logits_BCV = head(hidden_TD[None, start:stop].to(compute.device)).float()
                 yield logits_BCV, tokens_T[None, start + 1 : stop + 1].to(compute.device)

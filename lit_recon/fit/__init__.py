@@ -1,1 +1,16 @@
-"""The command `python -m lit_recon.fit`: prune a language model and reconstruct it window by window."""
+"""The command `python -m lit_recon.fit`, and the library: a run from its settings to its results.
+
+__main__.py        Hydra in, exit status out
+configure.py       from the configuration to a Job; alone sees the configuration
+checks.py          rules between settings, and between settings and a model
+job.py             a run as objects: Method, Execution, Output
+run.py             load, plan, walk, read back, measure, report
+session.py         a loaded model and the objects that walk over it; `reconstruct`
+library.py         load, prune_and_reconstruct: the same for a model object, in place
+sweep.py           the runs of a sweep, a process each
+signature.py       what a resumed run must share with the one before
+resume_point.py    what a commit of a walk holds
+walk_callbacks.py  progress bar, growing checkpoint
+plan/              what a run will take
+output/            the output folder
+"""

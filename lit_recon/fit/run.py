@@ -1,9 +1,10 @@
-"""The course of a run: load, plan, measure the dense model, walk, read the checkpoint back, measure, report.
+"""A run: load, plan, measure the dense model, walk, read the checkpoint back, measure, report.
 
-A run writes its configuration first and a commit after each window, so that it can be taken up whatever ends it. What
+A run writes its configuration first and a commit after each window, so that it can be resumed whatever ends it. What
 is only needed for that is removed once results.json is there.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,24 +18,29 @@ from rich.console import Console
 from rich.markup import escape
 
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
-from lit_recon.evaluate.evaluator import Judge, Saved, read_back
-from lit_recon.evaluate.perplexity import Protocol
-from lit_recon.fit.job import ACTIVATIONS, Job, load
-from lit_recon.fit.output.folder import begin_output, begun, check_disk, draw_report, left_behind
-from lit_recon.fit.output.results import Results, sparsity, table
-from lit_recon.fit.plan.estimate import Plan
-from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_of
+from lit_recon.evaluate.evaluator import Evaluator
+from lit_recon.evaluate.perplexity import EvaluationProtocol
+from lit_recon.fit.job import Job
+from lit_recon.fit.output.folder import ACTIVATIONS, begin_output, begun, check_disk, draw_report, left_behind
+from lit_recon.fit.output.read_back import Saved, read_back
+from lit_recon.fit.output.results import Results, model_card, sparsity, table
+from lit_recon.fit.plan.estimate import Plan, describe_plan
+from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
+from lit_recon.fit.resume_point import ResumePoint
+from lit_recon.fit.session import Session, open_session, reconstruct
 from lit_recon.fit.signature import changes, signature
-from lit_recon.fit.walk_callbacks import Course, Setting
-from lit_recon.model.windows import AnyWindow, HalfWindow
+from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
+from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.clock import Clock
+from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.system.signals import protected, stoppable
-from lit_recon.system.units import duration, in_gb
+from lit_recon.system.units import duration
+
+log = logging.getLogger(__name__)
 
 PRUNED_STATES = ("pruned", "reconstructed")
 
@@ -43,59 +49,93 @@ def run(job: Job, console: Console) -> None:
     """Do it all, and leave behind the files of a run.
 
     Raises:
-        Refusal: What only the model's weights or an earlier run's commits can tell; nothing has been written then.
-        CommitError: The disk is full or read-only; the message says how to go on.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept, and the message says how to go on.
+        Refusal: What only the model's weights or an earlier run's commits show; nothing has been written then.
+        CommitError: The disk is full or read-only; the message says how to resume.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept, and the message says how to resume.
     """
-    clock = Clock()
-    if job.plan_only:
-        with TemporaryDirectory(dir=nearest(job.output)) as scratch:
-            commits = Commits(job.output / "commits")
-            _open(job, commits, clock, console, activations=Path(scratch))[0].loaded.chain.store.close()
+    clock, folder = Clock(), job.output.folder
+    if job.output.plan_only:
+        with TemporaryDirectory(dir=nearest(folder)) as scratch:
+            opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
+            opened.session.chain.passes.store.close()
         return
-    commits = Commits(job.output / "commits", resumed=job.resume)
-    # Errors of what is written beside the commits are told like theirs.
-    with commits.writing(job.output), stoppable(), begun(job.output, _config(job), resumed=job.resume):
+    commits = Commits(folder / "commits", resumed=job.output.resume)
+    # Errors of what is written besides the commits are explained like theirs.
+    with commits.writing(folder), stoppable(), begun(folder, _config(job), resumed=job.output.resume):
         walked = _walk(job, commits, clock, console)
         if walked is not None:
             release_memory()  # the model that was saved, before it is read back
-            console.print(table(_conclude(walked, clock), job.output))
+            console.print(table(_conclude(walked, clock), folder))
 
 
-def _open(
-    job: Job, commits: Commits, clock: Clock, console: Console, *, activations: Path
-) -> tuple[Setting, dict[str, Any], Commit | None]:
-    """Load and plan a run, find where it is taken up, and show what will be done.
+@dataclass(frozen=True)
+class _Opened:
+    """A run whose model is loaded, and where it is resumed.
+
+    Attributes:
+        job: The run, with what its memory limit chose.
+        session: The model and what walks over it.
+        plan: What it will take.
+        facts: What each of its commits says besides its own.
+        commit: The commit from which it is resumed.
+    """
+
+    job: Job
+    session: Session
+    plan: Plan
+    facts: dict[str, Any]
+    commit: Commit | None
+
+
+def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activations: Path) -> _Opened:
+    """Load and plan a run, find where it is resumed, and show what will be done.
 
     Raises:
-        Refusal: What `load` finds, or the run cannot be taken up: its commits are damaged, or something has changed.
+        Refusal: What loading finds, or the run cannot be resumed: its commits are damaged, or something has changed.
     """
+    folder, limited = job.output.folder, job.execution.memory_limit is not None
     try:
         with clock.phase("load"):
-            commit = commits.newest() if job.resume else None
+            commit = commits.newest() if job.output.resume else None
             if commit:  # what "auto" has chosen
-                job = replace(job, store=replace(job.store, kind=commit.state["store"]))
-            loaded = load(job, activations)
+                store = replace(job.execution.store, kind=commit.state["store"])
+                job = replace(job, execution=replace(job.execution, store=store))
+            session = load(job, activations, clock)
             facts: dict[str, Any] = {"signature": signature(job)}
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
-                raise ValueError(f"resume={job.output}: {'; '.join(changed)}. Undo that, or start a new run.")
-            if job.memory_limit is not None or commit:
-                choice = Choice(**commit.state["choice"]) if commit else choose(job, loaded)
-                job, loaded = adopt(choice, job, loaded)
-            plan = plan_of(job, loaded)
-            if commit and job.memory_limit is not None:
+                raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
+            if limited or commit:
+                choice = Choice(**commit.state["choice"]) if commit else choose(job, session)
+                job, session = adopt(choice, job, session)
+            plan = plan_job(job, session)
+            if commit and limited:
                 check_limit(plan, job)
-            if not job.plan_only:
-                there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(job.output)
-                check_disk(job.output, plan.disk_bytes - there)
+            if not job.output.plan_only:
+                there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(folder)
+                check_disk(folder, plan.disk_bytes - there)
     except ValueError as error:
         shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
-    for name, text in _lines(job, plan, commit, loaded.windows).items():
+    done = len(commit.state["windows"]) if commit else 0
+    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
-    facts["choice"] = asdict(Choice(job.windows.by, job.batch_size))
-    facts["store"] = "disk" if isinstance(loaded.chain.store, DiskStore) else "memory"
-    return Setting(job, loaded, plan, commits, console, clock), facts, commit
+    facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
+    facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"
+    return _Opened(job, session, plan, facts, commit)
+
+
+def load(job: Job, activations: Path, clock: Clock) -> Session:
+    """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
+    model = job.model.load()
+    found = DenseFiles.from_model(model, job.model.files())
+    files = found if isinstance(found, DenseFiles) else None
+    if files is None:
+        log.info("the model is in memory as a whole: %s", found)
+        for tensor in (*model.parameters(), *model.buffers()):  # what is mapped of it is read
+            tensor.data = tensor.data.clone()
+    return open_session(
+        model, job.samples, job.method, job.execution, activations=activations, files=files, clock=clock
+    )
 
 
 @dataclass(frozen=True)
@@ -103,9 +143,9 @@ class _Walked:
     """What is left of a walk once the model has been saved."""
 
     job: Job
+    plan: Plan
     saved: Saved
     windows: list[WindowResult]
-    plan: Plan
     logger: RunLogger
     dense_perplexity: float
     by_magnitude: list[str]
@@ -115,54 +155,113 @@ class _Walked:
 
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
-    setting, facts, commit = _open(job, commits, clock, console, activations=job.output / ACTIVATIONS)
+    activations = job.output.folder / ACTIVATIONS
+    opened = _open(job, commits, clock, console, activations=activations)
     try:
-        with setting.loaded.chain.store:
-            return _walk_over(setting, facts, commit)
+        with opened.session.chain.passes.store:
+            return _walk_over(opened, commits, console)
     finally:
-        shutil.rmtree(job.output / ACTIVATIONS, ignore_errors=True)
+        shutil.rmtree(activations, ignore_errors=True)
 
 
-def _walk_over(setting: Setting, facts: dict[str, Any], commit: Commit | None) -> _Walked | None:
-    job, loaded, clock = setting.job, setting.loaded, setting.clock
-    device, judge = job.compute.device, _judge(job, clock)
+def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked | None:
+    job, session, commit, facts = opened.job, opened.session, opened.commit, opened.facts
+    device, evaluator = job.execution.compute.device, _evaluator(job, session.clock)
     if commit is None:
         with protected():
-            begin_output(job.output, _config(job))
-        facts["dense_perplexity"] = judge.perplexity(loaded.model)
+            begin_output(job.output.folder, _config(job))
+        facts["dense_perplexity"] = evaluator.perplexity(session.model)
     else:
         facts["dense_perplexity"] = commit.state["dense_perplexity"]
-    loaded.checkpoint.unmap()
+    session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
     reset_peak_memory(device)
-    course = Course(setting, facts=facts, commit=commit)
-    windows = course.run()
+    resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
-    if len(windows) < len(loaded.windows):
-        setting.console.print(course.stopped(), highlight=False, soft_wrap=True)
+    if len(resume_point.done) < len(session.windows):
+        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True)
         return None
-    chain, dense_STD = loaded.chain, None
+    chain, dense_STD = session.chain, None
     if chain.dense and chain.dense.states_STD.dtype == torch.float32:
-        dense_STD = chain.dense.states_STD[chain.num_samples :].clone()
-    saved = Saved(job.output / "checkpoint", loaded.checkpoint.masks, judge.logits(loaded.model), dense_STD)
+        dense_STD = chain.dense.states_STD[chain.passes.batching.num_samples :].clone()
+    logits_BTV = evaluator.logits(session.model)
     return _Walked(
-        job,
-        saved,
-        windows,
-        setting.plan,
-        course.logger,
-        facts["dense_perplexity"],
-        course.pruner.by_magnitude,
-        max(before, walk_peak),
-        walk_peak,
+        job=job,
+        plan=opened.plan,
+        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, dense_STD),
+        windows=resume_point.done,
+        logger=resume_point.logger,
+        dense_perplexity=facts["dense_perplexity"],
+        by_magnitude=session.pruner.labels(),
+        peak_bytes=max(before, walk_peak),
+        walk_peak_bytes=walk_peak,
     )
+
+
+def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumePoint:
+    """Walk from a commit, or from the start, to the end or to where it is to stop.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
+    """
+    job, session, commit, folder = opened.job, opened.session, opened.commit, opened.job.output.folder
+    logger = RunLogger(folder, last_step=commit.state["step"] if commit else None)
+    resume_point = ResumePoint(commits, session, logger, opened.facts)
+    if commit:
+        resume_point.restore(commit)
+    checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
+    progress = ProgressBar(console, len(session.windows), done=resume_point.done)
+    with session.clock.phase("commit"):
+        checkpoint.open()
+    try:
+        with progress:
+            reconstruct(
+                session,
+                job.method,
+                job.execution,
+                callbacks=[progress, resume_point, checkpoint],
+                trainer_callbacks=[progress],
+                logger=logger,
+                done=resume_point.done,
+            )
+    except KeyboardInterrupt as stop:
+        session.weights.discard()
+        _leave(checkpoint, logger)
+        raise type(stop)(_stopped(resume_point, folder)) from stop
+    _leave(checkpoint, logger)
+    return resume_point
+
+
+def _leave(checkpoint: CheckpointWriter, logger: RunLogger) -> None:
+    """Write what is left to write of a walk, as far as it came."""
+    logger.experiment.flush()
+    with protected():
+        checkpoint.close()
+
+
+def _stopped(resume_point: ResumePoint, folder: Path) -> str:
+    """What is kept of a walk that did not come to its end, and how to resume it."""
+    done, session = resume_point.done, resume_point.session
+    if not done:
+        return f"no window was done yet; start again with resume={folder}"
+    total = len(session.windows)
+    seconds = sum(session.clock.seconds[name] for name in WALK) / len(done) * (total - len(done))
+    return (
+        f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {folder}/checkpoint holds "
+        f"them and is dense from there. Resume with: python -m lit_recon.fit resume={folder}"
+        f" (about {duration(seconds)} more)"
+    )
+
+
+def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:
     """Read the checkpoint back, measure it, and write results and report."""
-    job, plan, saved = walked.job, walked.plan, walked.saved
-    perplexities, errors = read_back(saved, job.model, _judge(job, clock))
+    job, plan, saved, folder = walked.job, walked.plan, walked.saved, walked.job.output.folder
+    perplexities, errors = read_back(saved, job.model, _evaluator(job, clock))
     results = Results(
         perplexity={"dense": walked.dense_perplexity} | {state: perplexities[state] for state in PRUNED_STATES},
         relative_error={state: errors[state] for state in PRUNED_STATES},
@@ -177,7 +276,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         sparsity=sparsity(saved.masks, plan) | {"by_magnitude": walked.by_magnitude},
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
-        peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.compute.device)),
+        peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
         predicted={
             "seconds": round(plan.seconds, 1),
@@ -185,51 +284,26 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "walk_peak_memory_bytes": plan.walk_peak_bytes,
         },
         tokens={"calibration": job.samples.num_tokens},
-        seed=job.seed,
+        seed=job.execution.seed,
     )
     walked.logger.log_results(results.as_dict())
     walked.logger.close()
-    results.save(job.output / "results.json")
-    draw_report(job.output)
+    results.save(folder / "results.json")
+    draw_report(folder)
     return results
 
 
 def _config(job: Job) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(job.config))
+    return OmegaConf.to_yaml(OmegaConf.create(job.output.config))
 
 
-def _judge(job: Job, clock: Clock) -> Judge:
-    return Judge(job.samples, job.batch_size * job.source.length, job.compute, clock)
+def _evaluator(job: Job, clock: Clock) -> Evaluator:
+    return Evaluator(job.samples, job.execution.batch_size * job.source.length, job.execution.compute, clock)
 
 
-def _protocol(job: Job) -> Protocol:
-    described = job.source.describe("evaluation")
-    return Protocol.of(job.samples.evaluation_ST, dataset=described, precision=job.compute.precision)
-
-
-def _lines(job: Job, plan: Plan, commit: Commit | None, windows: Sequence[AnyWindow]) -> dict[str, str]:
-    """What will be done, and what it takes."""
-    tokens = job.samples.num_tokens
-    shared = sorted({name for window in windows if isinstance(window, HalfWindow) for name in window.split.shared})
-    lines = {
-        "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
-        "prune": f"{plan.prunable * job.pattern.sparsity / plan.parameters:.1%} of the parameters: "
-        f"{job.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of them"
-        + (f"; {plan.unscored} matrices stay dense" if plan.unscored else "")
-        + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
-        "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
-        + ("solved exactly, " if job.workload.uses_moments else f"{plan.steps} steps each, ")
-        + f"on {tokens} tokens of {job.samples.description}"
-        + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
-        "compute": f"{job.compute.device.type}, {job.compute.precision}, masters in float32",
-        "evaluate": _protocol(job).describe(),
-        "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
-        + (f" (up to {in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
-        + f", disk {in_gb(plan.disk_bytes)}",
-        "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
-        "output": str(job.output),
-    }
-    if job.resume:
-        done = len(commit.state["windows"]) if commit else 0
-        lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
-    return lines
+def _protocol(job: Job) -> EvaluationProtocol:
+    return EvaluationProtocol.from_tokens(
+        job.samples.evaluation_ST,
+        dataset=job.source.describe("evaluation"),
+        precision=job.execution.compute.precision,
+    )

@@ -1,4 +1,4 @@
-"""What a run must have in common with the one that it takes up: configuration, model, data, code."""
+"""Signature of a run: what a resumed run must share with it, configuration, model, data and code."""
 
 import hashlib
 import inspect
@@ -14,11 +14,11 @@ from hydra.utils import get_object
 
 from lit_recon import __version__
 from lit_recon.fit.job import Job
-from lit_recon.model.mapped_files import fingerprint
+from lit_recon.model.mapped_files import sampled_hash
 
-# Settings of how a run is carried out, which may be others when it is taken up.
-OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not taken over from the call before
-OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit", "stream")
+# Settings of how a run is carried out, which may differ when it is resumed.
+OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not kept from the call before
+OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit")
 _LIBRARIES = ("torch", "lightning", "transformers")
 
 
@@ -29,12 +29,12 @@ def signature(job: Job) -> dict[str, Any]:
     for tokens_ST in (samples.calibration_ST, samples.held_out_ST, samples.evaluation_ST):
         tokens.update(str(tuple(tokens_ST.shape)).encode() + tokens_ST.to(torch.int64).numpy().tobytes())
     return {
-        "config": {key: value for key, value in job.config.items() if key not in OF_THE_CALL},
-        "model": fingerprint(job.model.files()),
+        "config": {key: value for key, value in job.output.config.items() if key not in OF_THE_CALL},
+        "model": sampled_hash(job.model.files()),
         "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
-        "compute": {"device": job.compute.device.type, "precision": job.compute.precision},
-        "code": _code(job.config),
+        "compute": {"device": job.execution.compute.device.type, "precision": job.execution.compute.precision},
+        "code": _code(job.output.config),
         "versions": {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
@@ -66,7 +66,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _code(config: Mapping[str, Any]) -> dict[str, str]:
-    """The classes that a configuration names beside those of installed packages, with a hash of their files."""
+    """The classes that a configuration names, except those of installed packages, with a hash of their files."""
     found: dict[str, str] = {}
     for key, value in config.items():
         for node in value if isinstance(value, (list, tuple)) else [value]:

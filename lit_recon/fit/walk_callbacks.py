@@ -1,167 +1,162 @@
-"""A walk with all that keeps it: its commits, the checkpoint that grows with it, its curves, its progress, its end."""
+"""Callbacks of the walk: its progress bar, and the checkpoint that grows with it (its commits: resume_point.py)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from lit_recon.fit.job import Job, Loaded
-from lit_recon.fit.output.checkpoint import ShardedFolder
-from lit_recon.fit.output.results import model_card
-from lit_recon.fit.plan.estimate import Plan
-from lit_recon.fit.progress import WalkProgress
-from lit_recon.fit.resume_point import Journal
-from lit_recon.model.windows import AnyWindow
-from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
-from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult
-from lit_recon.system.clock import WALK, Clock
-from lit_recon.system.commits import Commit, Commits
-from lit_recon.system.signals import protected
+from lit_recon.fit.output.checkpoint import ShardedFolder, save_whole
+from lit_recon.fit.resume_point import ResumePoint
+from lit_recon.model.windows import Window
+from lit_recon.reconstruction.driver import WalkCallback
+from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.units import duration
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What a course has beside its job: the loaded model, what was planned, where it is kept, shown and counted."""
-
-    job: Job
-    loaded: Loaded
-    plan: Plan
-    commits: Commits
-    console: Console
-    clock: Clock
+log = logging.getLogger(__name__)
 
 
-class Course:
-    """A walk from a commit, or from the start, to the end or to where it is stopped.
+class ProgressBar(WalkCallback, Callback):
+    """One bar over all windows with the time left, or a line per window in a log file.
+
+    As a Lightning callback of each Trainer it also moves within a window.
 
     Args:
-        setting: The run.
-        facts: What each of its commits says beside its own.
-        commit: Where an earlier run is taken up.
+        console: Where to show it.
+        num_windows: Windows of the walk.
+        done: Results of those that an earlier run has done.
+        shown: Whether anything is shown.
     """
 
-    def __init__(self, setting: Setting, *, facts: Mapping[str, Any], commit: Commit | None) -> None:
-        job, loaded = setting.job, setting.loaded
-        self.setting = setting
-        self.logger = RunLogger(job.output, last_step=commit.state["step"] if commit else None)
-        self.pruner = Pruner(job.criterion, job.pattern, loaded.chain, units=loaded.units)
-        self.journal = Journal(
-            setting.commits,
-            chain=loaded.chain,
-            pruner=self.pruner,
-            checkpoint=loaded.checkpoint,
-            logger=self.logger,
-            clock=setting.clock,
-            facts=facts,
-            published=self._publish,
+    def __init__(
+        self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = (), shown: bool = True
+    ) -> None:
+        self.done: list[WindowResult] = list(done)
+        self._before = len(done)
+        self._num_windows, self._shown, self._console = num_windows, shown, console
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[windows]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not shown or not (console.is_terminal or _has_widgets(console)),
         )
-        files = loaded.checkpoint.files
-        self.shards = ShardedFolder(job.output / "checkpoint", loaded.model, files) if files else None
-        if commit:
-            self.journal.restore(commit)
-        self.progress = WalkProgress(setting.console, len(loaded.windows), done=self.journal.done)
+        self._task = self._progress.add_task("reconstructing", total=num_windows, windows="", left="")
+        self._progress.update(self._task, completed=len(done))
 
-    def run(self) -> list[WindowResult]:
-        """Walk; the results of all windows that are done.
+    def __enter__(self) -> "ProgressBar":
+        """Start the display and the clock."""
+        self._start = time.perf_counter()
+        self._progress.start()
+        return self
 
-        Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
-        """
-        job, loaded, clock = self.setting.job, self.setting.loaded, self.setting.clock
-        reconstructor = Reconstructor(
-            job.module,
-            job.trainer,
-            logger=self.logger,
-            device=job.compute.device,
-            seed=job.seed,
-            callbacks=[self.progress],
-        )
-        with clock.phase("commit"):
-            self._open_checkpoint()
-        done = list(self.journal.done)
-        try:
-            with self.progress:
-                walk(
-                    self._left(len(done)),
-                    chain=loaded.chain,
-                    pruner=self.pruner,
-                    reconstructor=reconstructor,
-                    checkpoint=loaded.checkpoint,
-                    clock=clock,
-                    listeners=[self.progress],
-                    done=done,
-                    commit=self.journal.commit,
-                )
-        except KeyboardInterrupt as stop:
-            loaded.checkpoint.put_back()
-            self._leave()
-            raise type(stop)(f"{self.stopped()}") from stop
-        self._leave()
-        return self.journal.done
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the display down, also after an error."""
+        self._progress.stop()
 
-    def stopped(self) -> str:
-        """What is kept of a walk that did not come to its end, and how to go on."""
-        done, output = self.journal.done, self.setting.job.output
-        if not done:
-            return f"no window was done yet; start again with resume={output}"
-        total = len(self.setting.loaded.windows)
-        phases = self.setting.clock.seconds
-        seconds = sum(phases[name] for name in WALK) / len(done) * (total - len(done))
-        return (
-            f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {output}/checkpoint holds "
-            f"them and is dense from there. Go on with: python -m lit_recon.fit resume={output}"
-            f" (about {duration(seconds)} more)"
-        )
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move within the window, never quite to its end: what is measured after the fit takes time too."""
+        share = min(0.99, (trainer.fit_loop.total_batch_idx + 1) / max(1, self._total_batches(trainer)))
+        self._progress.update(self._task, completed=len(self.done) + share)
 
-    def _left(self, done: int) -> Sequence[AnyWindow]:
-        """The windows to walk over: up to `stop_after`, but all that the chain steps over at once."""
-        windows, stop = self.setting.loaded.windows, self.setting.job.stop_after
-        end = 0
-        for _, group in groupby(windows, key=lambda window: window.span):
-            if stop is not None and end >= stop:
-                break
-            end += len(list(group))
-        return windows[done : max(done, end)]
+    def on_window_fit(self, result: WindowResult) -> None:
+        """One more window: its errors, and the time left."""
+        self.done.append(result)
+        number, left = len(self.done), self._left()
+        windows = f"{number}/{self._num_windows}"
+        self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
+        if self._shown and self._progress.disable:
+            change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
+            line = f"{windows} {result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}"
+            if self._console.is_jupyter:
+                self._console.print(line, highlight=False, markup=False)
+            else:
+                log.info("%s", line)
 
-    def _open_checkpoint(self) -> None:
-        """Have checkpoint/ hold what is committed, and dense weights else."""
-        if self.shards is None:
+    def _left(self) -> str:
+        """Time left, from the mean of this run's windows so far."""
+        mean = (time.perf_counter() - self._start) / (len(self.done) - self._before)
+        return f"{duration(mean * (self._num_windows - len(self.done)))} left"
+
+    @staticmethod
+    def _total_batches(trainer: Trainer) -> float:
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+        return epochs * trainer.num_training_batches
+
+
+def _has_widgets(console: Console) -> bool:
+    """Whether a notebook can show a bar that moves."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
+
+
+class CheckpointWriter(WalkCallback):
+    """Writes checkpoint/: after each window where the model is streamed, else when the walk ends.
+
+    Args:
+        folder: The run's folder.
+        tokenizer: The model's tokenizer.
+        resume_point: Commits the windows, before this is called; the layers' files are its files.
+        card: Makes the model card from the results so far.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        resume_point: ResumePoint,
+        card: Callable[[Sequence[WindowResult]], str],
+    ) -> None:
+        self.folder, self.tokenizer, self.resume_point, self.card = folder, tokenizer, resume_point, card
+        self.session = resume_point.session
+        files = self.session.weights.files
+        self._shards = ShardedFolder(folder / "checkpoint", self.session.model, files) if files else None
+
+    def open(self) -> None:
+        """Bring a growing checkpoint to what is committed, and to dense weights elsewhere."""
+        if self._shards is None:
             return
-        done = self.journal.done
-        if not done or not self.shards.is_there():
-            self.shards.start(self.setting.job.tokenizer, self._card(done))
-        for index, path in self.journal.layer_files().items():
-            self.shards.put(index, path)
-        if done and len(done) < len(self.setting.loaded.windows):  # a window of which the commit was damaged
-            for index in self.setting.loaded.windows[len(done)].indices:
-                if index not in self.journal.layer_files():
-                    self.shards.put_back(index)
-        self.shards.describe(self._card(done))
+        done, windows = self.resume_point.done, self.session.windows
+        if not done or not self._shards.is_there():
+            self._shards.start(self.tokenizer, self.card(done))
+        files = self.resume_point.layer_files()
+        for index, path in files.items():
+            self._shards.put(index, path)
+        if done and len(done) < len(windows):  # a window of which the commit was damaged
+            for index in windows[len(done)].indices:
+                if index not in files:
+                    self._shards.put_back(index)
+        self._shards.describe(self.card(done))
 
-    def _publish(self, indices: Sequence[int], results: Sequence[WindowResult]) -> None:
-        """A commit is whole: have its layers in the checkpoint."""
-        if self.shards is not None:
-            files = self.journal.layer_files()
-            for index in indices:
-                self.shards.put(index, files[index])
-            self.shards.describe(self._card(results))
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
+        """Put the layers of a commit that is whole into a growing checkpoint."""
+        if self._shards is not None:
+            with self.session.clock.phase("commit"):
+                files = self.resume_point.layer_files()
+                for index in window.indices[: window.num_kept]:
+                    self._shards.put(index, files[index])
+                self._shards.describe(self.card(results))
 
-    def _leave(self) -> None:
+    def close(self) -> None:
         """Write what belongs to the checkpoint as far as the walk came."""
-        done, output = self.journal.done, self.setting.job.output
-        self.logger.experiment.flush()
+        done = self.resume_point.done
         if not done:
             return
-        with protected(), self.setting.clock.phase("commit"):
-            self.setting.loaded.checkpoint.masks.save(output / "masks.safetensors")
-            if self.shards is None:
-                self.setting.loaded.checkpoint.save(output / "checkpoint", self.setting.job.tokenizer, self._card(done))
-
-    def _card(self, results: Sequence[WindowResult]) -> str:
-        job, plan = self.setting.job, self.setting.plan
-        return model_card(job.model.describe(), job.recipe, plan, results)
+        with self.session.clock.phase("commit"):
+            self.resume_point.masks.save(self.folder / "masks.safetensors")
+            if self._shards is None:
+                save_whole(self.folder / "checkpoint", self.session.model, self.tokenizer, self.card(done))

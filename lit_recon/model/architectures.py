@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_recon.model.decoder import Decoder, LayerCall
-from lit_recon.model.matrices import Product, observed, routers
-from lit_recon.model.partition import KINDS, layer_windows, partition
-from lit_recon.model.verify import examine
-from lit_recon.model.windows import HalfWindow, MatrixWindow
+from lit_recon.model.head import Head
+from lit_recon.model.matrices import LayerMatrices, routers
+from lit_recon.model.partition import Partition, layer_windows
+from lit_recon.model.products import Product, observing_products
+from lit_recon.model.verify import verify
+from lit_recon.model.windows import HalfWindow, MatrixWindow, WindowKind
 
 VOCABULARY = 64
-COLUMNS = ("architecture", "halves", *KINDS, "covered", "remarks")
+COLUMNS = ("architecture", "halves", *map(str, WindowKind), "covered", "remarks")
 TESTED = "Tested with transformers "
 COMPOSED = 1e-5  # largest difference between a model and its windows, relative to the largest output
 
@@ -134,18 +136,19 @@ def compose(model: PreTrainedModel, tokens_BT: Tensor, **settings: Any) -> Tenso
     hidden_BTD, calls = decoder.embed(tokens_BT)
     added_BTD: Tensor | None = None
     for window in layer_windows(model, **settings):
-        outputs_BTD = window(hidden_BTD, calls, slice(0, window.kept))
-        if window.branch == "first":
+        outputs_BTD = window(hidden_BTD, calls, slice(0, window.num_kept))
+        if window.parallel_half == "first":
             added_BTD = outputs_BTD - hidden_BTD
         else:
-            hidden_BTD = outputs_BTD if window.branch is None or added_BTD is None else outputs_BTD + added_BTD
-    return decoder.logits(hidden_BTD)
+            hidden_BTD = outputs_BTD if window.parallel_half is None or added_BTD is None else outputs_BTD + added_BTD
+    return Head(decoder)(hidden_BTD)
 
 
 @torch.no_grad()
-def multiply(model: PreTrainedModel, tokens_BT: Tensor) -> float:
+def multiply(model: PreTrainedModel, matrices: LayerMatrices, tokens_BT: Tensor) -> float:
     """How far the products of matrix windows are from those that the model makes, relative to the largest of each."""
-    windows = [window for window in partition(model, by="matrix") if isinstance(window, MatrixWindow)]
+    cut = Partition(by=WindowKind.MATRIX).cut(model, matrices)
+    windows = [window for window in cut if isinstance(window, MatrixWindow)]
     by_name = {window.matrix.name: window for window in windows}
     worst = [0.0]
 
@@ -160,7 +163,7 @@ def multiply(model: PreTrainedModel, tokens_BT: Tensor) -> float:
         apart_NO = by_name[product.matrix.name](rows_NI[None], calls)[0] - expected_NO
         worst.append((apart_NO.abs().max() / expected_NO.abs().max().clamp(min=1e-30)).item())
 
-    with observed([window.matrix for window in windows], compare):
+    with observing_products([window.matrix for window in windows], compare):
         model(tokens_BT, use_cache=False)
     return max(worst)
 
@@ -169,25 +172,25 @@ def support(name: str) -> dict[str, str]:
     """What works on a tiny model of a shape, by column of the table."""
     model = tiny_model(name)
     tokens_BT = torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
-    examine(model, tokens_BT)
+    matrices = verify(model, tokens_BT)
     expected_BTV = model(tokens_BT, use_cache=False).logits
     row, remarks = dict.fromkeys(COLUMNS, ""), []
-    layers = layer_windows(model)
+    layers = layer_windows(model, matrices)
     found = [matrix for layer in layers for matrix in layer.matrices()]
     row["matrix"] = "yes" if all(matrix.input_dim is not None for matrix in found) else "in part"
-    worst = multiply(model, tokens_BT)
+    worst = multiply(model, matrices, tokens_BT)
     row["matrix"] = row["matrix"] if worst <= COMPOSED else f"no: off by {worst:.0e}"
-    for kind in KINDS[1:]:
+    for kind in list(WindowKind)[1:]:
         try:
-            logits_BTV = compose(model, tokens_BT, by=kind, size=2 if kind == "blocks" else 1)
+            logits_BTV = compose(model, tokens_BT, by=kind, size=2 if kind == WindowKind.BLOCKS else 1)
             worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
-            row[kind] = "yes" if worst <= COMPOSED else f"no: off by {worst:.0e}"
+            row[str(kind)] = "yes" if worst <= COMPOSED else f"no: off by {worst:.0e}"
         except ValueError as error:
-            row[kind] = "refused"
+            row[str(kind)] = "refused"
             remarks.append(str(error).partition(";")[0])
     halves = layer_windows(model, by="half") if row["half"] == "yes" else []
     if halves:
-        row["halves"] = "sequential" if halves[0].branch is None else "parallel"
+        row["halves"] = "sequential" if halves[0].parallel_half is None else "parallel"
     shared = sorted({name for half in halves if isinstance(half, HalfWindow) for name in half.split.shared})
     if shared:
         remarks.append(f"{', '.join(shared)}: of both halves, trained in the attention half")

@@ -1,4 +1,4 @@
-"""All knowledge of how Hugging Face decoders are built: layers, their calls, the head.
+"""A Hugging Face decoder as embeddings and layers with recorded calls (its head: head.py).
 
 Facts instead of family names: the layers are found by their count, their arguments by recording one cheap pass in which
 every layer is replaced by a recorder that returns its hidden states unchanged. A layer replayed with its own recorded
@@ -6,7 +6,7 @@ arguments computes exactly what it computes inside the model, also where layers 
 
 Positions that hold no text (PADDING, at the end of a sample) are masked out, as the model does it itself.
 
-Shapes: B samples, T tokens, D hidden size, V vocabulary.
+Shapes: B samples, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -103,26 +103,8 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = earlier
 
 
-@contextmanager
-def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a module on `device` with float32 parameters, and its own, which may be mapped from a file, back after.
-
-    Buffers keep their dtype: the rotary frequencies of a bf16 model are float32 and would not survive the way back.
-    """
-    homes = [(parameter, parameter.data) for parameter in module.parameters()]
-    try:
-        for parameter, home in homes:
-            parameter.data = home.to(device, torch.float32)
-        module.to(device)  # buffers
-        yield
-    finally:
-        for parameter, home in homes:
-            parameter.data = home
-        module.to("cpu")
-
-
 class Decoder:
-    """A Hugging Face decoder, seen as embeddings, layers with recorded calls, and a head.
+    """A Hugging Face decoder, seen as embeddings and layers with recorded calls.
 
     Args:
         model: The model; its embeddings and head stay on the device that they are on.
@@ -154,7 +136,7 @@ class Decoder:
                 if type(layer) not in self._returns_tuple:  # a tuple where the model expects one, or it unpacks samples
                     output = original(hidden_BTD, *args, **kwargs)
                     self._returns_tuple[type(layer)] = not isinstance(output, Tensor)
-                return self._like(layer, hidden_BTD)
+                return self.answer(layer, hidden_BTD)
 
             return forward
 
@@ -187,41 +169,12 @@ class Decoder:
             self._calls[shape] = calls
         return self._calls[shape]
 
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """The model's logits, (B, T, V), from the last layer's output: its own final norm, head and scaling."""
-        tokens_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)  # not looked at
-        if not self._returns_tuple:
-            self.embed(tokens_BT[:1, :1])
-        with ExitStack() as stack:
-            for layer in self.layers:
-                answer = self._like(layer, hidden_BTD.to(self.model.dtype))
-                stack.enter_context(patched_forward(layer, lambda *_, _answer=answer, **__: _answer))
-            return self.model(input_ids=tokens_BT, use_cache=False).logits
-
     @property
     def _embedding_device(self) -> torch.device:
         return next(self.model.get_input_embeddings().parameters()).device
 
-    @contextmanager
-    def ends_on(self, device: torch.device) -> Iterator[None]:
-        """Have all of the model but its layers on `device`, and what may be mapped from a file back after."""
-        inside = {id(parameter) for parameter in self.layers.parameters()}
-        homes = [(one, one.data) for one in self.model.parameters() if id(one) not in inside]
-        self._move_ends(device)
-        try:
-            yield
-        finally:
-            for parameter, home in homes:
-                parameter.data = home
-            self._move_ends(torch.device("cpu"))  # buffers
-
-    def _move_ends(self, device: torch.device) -> None:
-        layers = list(self.layers)
-        del self.layers[:]  # Module.to walks the tree: take the layers out of it meanwhile
-        try:
-            self.model.to(device)  # type: ignore[arg-type]
-        finally:
-            self.layers.extend(layers)
-
-    def _like(self, layer: nn.Module, hidden_BTD: Tensor) -> Any:
+    def answer(self, layer: nn.Module, hidden_BTD: Tensor) -> Any:
+        """Hidden states in the form in which a layer returns its own: a tensor, or a tuple that starts with it."""
+        if not self._returns_tuple:
+            self.embed(torch.zeros(1, 1, dtype=torch.long))
         return (hidden_BTD,) if self._returns_tuple[type(layer)] else hidden_BTD

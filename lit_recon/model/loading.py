@@ -1,17 +1,15 @@
-"""Language models: from the Hugging Face Hub, from a local folder, or from a GGUF file in pinned PyPI wheels.
+"""Language models from the Hugging Face Hub or a local folder (from pinned wheels: wheels.py).
 
-All are read by transformers' `from_pretrained` and differ only in where it reads. Wheels become a folder once, which
-the cache keeps (cache.py). `check` finds what is wrong with a model without reading its weights.
+All are read by transformers' `from_pretrained` and differ only in where it reads. `check` finds what is wrong with a
+model without reading its weights.
 """
 
 import logging
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +27,8 @@ from transformers import (
 )
 from transformers.utils import has_file
 
-from lit_recon.fit.progress import no_progress_bars
-from lit_recon.model.gguf import dequantise
 from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
-from lit_recon.system.cache import Wheel, cache_folder, cached_folder, fetch_joined
+from lit_recon.system.quiet_libraries import no_progress_bars
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +88,7 @@ class LanguageModel(ABC):
             problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
         if getattr(skeleton.config, "quantization_config", None) is not None:
             problems.append("its weights are quantised and cannot be pruned; use the checkpoint it was made from")
-        with _explained(self.describe()):
+        with explained(self.describe()):
             if not any(has_file(source, name, revision=revision) for name in WEIGHTS):
                 problems.append(f"it has no weights ({', '.join(WEIGHTS)})")
         if problems:
@@ -113,7 +109,7 @@ class LanguageModel(ABC):
         settings: dict[str, Any] = {"trust_remote_code": False}
         if self.dtype != "auto":
             settings["dtype"] = getattr(torch, self.dtype)
-        with _explained(self.describe()), torch.device("meta"):
+        with explained(self.describe()), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **settings)
         return model.requires_grad_(False).eval()
 
@@ -136,14 +132,14 @@ class LanguageModel(ABC):
     def files(self) -> list[Path]:
         """The files that hold its weights, once it has been loaded."""
         location = self._location()
-        with _explained(self.describe()):
+        with explained(self.describe()):
             return checkpoint_files(location["pretrained_model_name_or_path"], location.get("revision"), WEIGHTS)
 
     def _mapped(self, files: DenseFiles, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         """What `_read` gives, of any size: transformers itself would map each file as a whole."""
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
-        with _explained(self.describe()), no_progress_bars():
+        with explained(self.describe()), no_progress_bars():
             model, info = build(None, config=skeleton.config, state_dict=files.tensors(files.names), **settings)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
         location = self._location()
@@ -155,7 +151,7 @@ class LanguageModel(ABC):
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
         local = Path(location["pretrained_model_name_or_path"]).is_dir()  # downloads keep their progress bars
-        with _explained(self.describe()), no_progress_bars() if local else nullcontext():
+        with explained(self.describe()), no_progress_bars() if local else nullcontext():
             return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 
 
@@ -196,52 +192,8 @@ class HubModel(LanguageModel):
         return problems
 
 
-@dataclass
-class WheelModel(LanguageModel):
-    """A GGUF file in one or several PyPI wheels, dequantised once into the cache folder.
-
-    Attributes:
-        wheels: The fields of a `Wheel` for each piece of the file, in the order in which they make it up.
-    """
-
-    wheels: Sequence[Mapping[str, str]]
-
-    def __post_init__(self) -> None:
-        """What a configuration says as mappings becomes wheels, which name the model."""
-        self._wheels = [Wheel(**wheel) for wheel in self.wheels]
-        self._name = PurePosixPath(self._wheels[0].member).name.partition(".gguf")[0]  # a piece ends in .gguf.part00
-
-    def describe(self) -> str:
-        """File, package and version."""
-        first, more = self._wheels[0], len(self._wheels) - 1
-        return f"{self._name} ({first.package} {first.version}{f' and {more} more' if more else ''})"
-
-    @cached_property
-    def folder(self) -> Path:
-        """The dequantised model in the cache: made at its first use, verified once per process.
-
-        Raises:
-            ValueError: It cannot be made: no network, another file under this name, no room.
-        """
-        folder = cache_folder() / "models" / "-".join([self._name, *(wheel.sha256[:8] for wheel in self._wheels)])
-        with _explained(f"{self.describe()}, kept in {folder} (below LIT_RECON_CACHE)"):
-            return cached_folder(folder, self._build)
-
-    def _location(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": str(self.folder), "trust_remote_code": False}
-
-    def _build(self, folder: Path) -> None:
-        download = folder / "download"
-        download.mkdir()
-        gguf = download / f"{self._name}.gguf"
-        fetch_joined(self._wheels, gguf)
-        log.info("dequantising %s, once", gguf.name)
-        dequantise(gguf, folder)
-        shutil.rmtree(download)
-
-
 @contextmanager
-def _explained(model: str) -> Iterator[None]:
+def explained(model: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one message for the user."""
     try:
         yield

@@ -83,7 +83,7 @@ def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) ->
     return []
 
 
-def fingerprint(files: Iterable[Path]) -> str:
+def sampled_hash(files: Iterable[Path]) -> str:
     """A hash of files by their sizes and a thousand samples of each: any training changes all tensors."""
     digest = hashlib.sha256()
     for path in files:
@@ -108,7 +108,7 @@ class _Entry(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The byte behind its last."""
+        """The byte after its last."""
         return self.start + self.nbytes
 
 
@@ -233,7 +233,7 @@ class DenseFiles:
                     os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+    def from_model(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
         """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
         if not files or any(path.suffix != ".safetensors" for path in files):
             return "its weights are not in safetensors files"

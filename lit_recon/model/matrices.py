@@ -1,39 +1,21 @@
-"""The prunable matrices of a layer, and what they are multiplied by.
+"""The prunable matrices of a model's layers.
 
 A matrix is a parameter with two or more dimensions that a layer multiplies its inputs by: the weight of an nn.Linear or
-of GPT-2's Conv1D, or one three-dimensional parameter that holds all experts of a mixture. Which products are made is
-observed where they are made (torch.overrides.TorchFunctionMode), not in a module's forward hook: fused experts have no
-module of their own, and a layer may use a weight in ways that its module does not know.
+of GPT-2's Conv1D, or one three-dimensional parameter that holds all experts of a mixture. How each is used is told by
+its module's kind, or learnt from a pass (products.py).
 
 Not matrices: routers, which stay dense, and the stacked biases of fused experts.
 
 Shapes: E experts (1 for a plain matrix), O outputs, I inputs, N rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# How a product reads its operands: the position of the inputs among the arguments (the weight comes next), and the
-# dimension of the weight that is summed over.
-_PRODUCTS = {
-    "linear": (0, -1),
-    "matmul": (0, -2),
-    "__matmul__": (0, -2),
-    "mm": (0, -2),
-    "bmm": (0, -2),
-    "addmm": (1, -2),
-    "baddbmm": (1, -2),
-    "grouped_mm": (0, -2),
-    "_grouped_mm": (0, -2),
-    "grouped_mm_fallback": (0, -2),
-}
+from lit_recon.model.decoder import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,16 @@ class Matrix:
         return f"{self.name}[{expert}]" if self.weight.dim() == 3 else self.name
 
 
-def matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
+LayerMatrices = list[tuple[Matrix, ...]]  # by layer
+
+
+def find_matrices(model: PreTrainedModel) -> LayerMatrices:
+    """The matrices of each layer, used as their modules' kinds tell."""
+    prefix, layers = decoder_layers(model)
+    return [tuple(layer_matrices(layer, f"{prefix}.{index}")) for index, layer in enumerate(layers)]
+
+
+def layer_matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
     """The matrices of a layer, in the order of its parameters, named below `prefix`; without routers."""
     excluded = {id(parameter) for parameter in (*routers(layer), *_stacked_biases(layer))}
     found = []
@@ -89,9 +80,7 @@ def matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
 
 
 def _input_dim(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> int | None:
-    """What was learnt from a pass (`learn_input_dims`), or what the module's kind tells."""
-    if hasattr(parameter, "input_dim"):
-        return parameter.input_dim
+    """The dimension of a weight that runs over the inputs, as the kind of its module tells; None: it does not."""
     if leaf == "weight" and parameter.dim() == 2:
         return 1 if isinstance(owner, nn.Linear) else 0 if isinstance(owner, Conv1D) else None
     if parameter.dim() == 3 and hasattr(owner, "is_transposed"):  # transformers' mark on modules of fused experts
@@ -136,110 +125,3 @@ def _stacked_biases(layer: nn.Module) -> list[nn.Parameter]:
         for parameter in module.parameters(recurse=False)
         if parameter.dim() == 2 and len(parameter) == count
     ]
-
-
-@dataclass(frozen=True)
-class Product:
-    """One multiplication of some inputs by a matrix, or by one expert of it.
-
-    Attributes:
-        matrix: The matrix.
-        inputs: What it is multiplied by, (..., I); the caller's own tensor where all rows go to one expert.
-        expert: Index of the expert; 0 for a plain matrix.
-        input_dim: Which of the last two dimensions of the matrix's weight was summed over.
-    """
-
-    matrix: Matrix
-    inputs: Tensor
-    expert: int
-    input_dim: int
-
-    @property
-    def rows_NI(self) -> Tensor:
-        """The inputs as rows; for an expert those that were meant for it: some layers give it zeros for all others."""
-        rows_NI = self.inputs.flatten(0, -2)
-        return rows_NI if self.matrix.experts == 1 else rows_NI[rows_NI.any(1)]
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every product of torch and reports those with a watched weight."""
-
-    def __init__(self, matrices: Sequence[Matrix], observe: Callable[[Product], None]) -> None:
-        super().__init__()
-        # By address and not by storage: the weights of a mapped checkpoint file share one storage.
-        self.slices = {
-            matrix.weight.data_ptr() + expert * matrix.slice_bytes: (matrix, expert)
-            for matrix in matrices
-            for expert in range(matrix.experts)
-        }
-        self.observe = observe
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        operands = _PRODUCTS.get(getattr(func, "__name__", ""))
-        if operands and len(args) > operands[0] + 1 and isinstance(args[operands[0] + 1], Tensor):
-            position, summed = operands
-            used = args[position + 1]
-            matrix, expert = self.slices.get(used.data_ptr(), (None, 0))
-            if matrix is not None and used.numel() * used.element_size() >= matrix.slice_bytes:
-                for product in _products(matrix, expert, args[position], used, summed, kwargs.get("offs")):
-                    self.observe(product)
-        return func(*args, **kwargs)
-
-
-def _products(
-    matrix: Matrix, expert: int, inputs: Tensor, used: Tensor, summed: int, ends: Tensor | None
-) -> Iterator[Product]:
-    """One product per expert, of a weight used as it is, sliced, or transposed.
-
-    Args:
-        matrix: The matrix.
-        expert: The expert at whose weights `used` starts.
-        inputs: Its inputs: (..., I) for one expert; (E, N, I), or rows sorted by expert, for all of them.
-        used: The weight, or a view of it, as it stands in the product.
-        summed: The dimension of `used` that is summed over.
-        ends: For sorted rows: where each expert's rows end.
-    """
-    strides = matrix.weight.stride()[-2:]
-    # A matrix of one column or row has equal strides; then the layout that is known otherwise must do.
-    input_dim = matrix.input_dim if strides[0] == strides[1] else strides.index(used.stride(summed))
-    assert input_dim is not None, f"{matrix.name}: cannot tell its inputs from its outputs"
-    if used.dim() < 3:
-        yield Product(matrix, inputs, expert, input_dim)
-    elif ends is None:
-        for index, inputs_NI in enumerate(inputs):
-            yield Product(matrix, inputs_NI, index, input_dim)
-    else:
-        stops = ends.tolist()
-        for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
-            if stop > start:
-                yield Product(matrix, inputs[start:stop], index, input_dim)
-
-
-@contextmanager
-def observed(matrices: Sequence[Matrix], observe: Callable[[Product], None]) -> Iterator[None]:
-    """Call `observe` with every product by one of `matrices` that is made within the context."""
-    with _Watch(matrices, observe):
-        yield
-
-
-@torch.no_grad()
-def learn_input_dims(matrices: Sequence[Matrix], run: Callable[[], Any]) -> None:
-    """Run a pass, and note on each weight how it was used, for `Matrix.input_dim` from then on.
-
-    Args:
-        matrices: The matrices to watch.
-        run: Makes a pass in which the matrices are used.
-    """
-    seen: dict[str, int] = {}
-
-    def note(product: Product) -> None:
-        seen[product.matrix.name] = product.input_dim
-
-    with observed(matrices, note):
-        run()
-    for matrix in matrices:
-        # Experts in modules of their own may have seen no token; their kind tells then. Fused ones see some, or they
-        # are used in a way that cannot be observed.
-        known = None if matrix.weight.dim() == 3 else matrix.input_dim
-        matrix.weight.input_dim = seen.get(matrix.name, known)  # type: ignore[attr-defined]

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_recon.model.decoder import Decoder, decoder_layers, float32_on
+from lit_recon.model.decoder import Decoder, decoder_layers
 from lit_recon.model.halves import SIDES, Split, split_layer
-from lit_recon.model.windows import AnyWindow, HalfWindow, MatrixWindow, Window
-
-KINDS = ("matrix", "half", "block", "blocks", "model")
+from lit_recon.model.head import Head
+from lit_recon.model.layerwise import float32_on
+from lit_recon.model.matrices import LayerMatrices, find_matrices
+from lit_recon.model.windows import AnyWindow, HalfWindow, MatrixWindow, Window, WindowKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,11 @@ class Partition:
     """How a model is cut into windows, in order, so that each of its layers is kept in exactly one of them.
 
     Attributes:
-        by: One of KINDS.
+        by: A WindowKind.
         size: Layers per window for "blocks"; the last window may be shorter.
         stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
             and each keeps its first `stride` layers. None: `size`.
-        head: Have the last window's loss on the logits.
+        head: Whether the last window's loss is on the logits.
     """
 
     by: str = "block"
@@ -34,22 +35,22 @@ class Partition:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.by not in KINDS:
-            raise ValueError(f"windows.by={self.by!r}: expected one of {', '.join(KINDS)}.")
+        if self.by not in list(WindowKind):
+            raise ValueError(f"windows.by={self.by!r}: expected one of {', '.join(WindowKind)}.")
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"windows.size={self.size}: expected at least 1 layer per window.")
         if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.size):
             raise ValueError(
                 f"windows.stride={self.stride}: expected 1 to windows.size={self.size} layers from window to window."
             )
-        if self.by != "blocks" and (self.size > 1 or self.stride is not None):
+        if self.by != WindowKind.BLOCKS and (self.size > 1 or self.stride is not None):
             raise ValueError(
                 f"windows.size={self.size} windows.stride={self.stride}: these are of windows=blocks; leave them out "
                 f"with windows={self.by}."
             )
         if type(self.head) is not bool:
             raise ValueError(f"windows.head={self.head}: expected true or false.")
-        if self.head and self.by == "matrix":
+        if self.head and self.by == WindowKind.MATRIX:
             raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
 
     def check(self, model: PreTrainedModel) -> None:
@@ -60,25 +61,27 @@ class Partition:
                 f"windows.size={self.size}: the model has {depth} layers; use windows=model for all of them."
             )
 
-    def cut(self, model: PreTrainedModel) -> list[AnyWindow]:
+    def cut(self, model: PreTrainedModel, matrices: LayerMatrices | None = None) -> list[AnyWindow]:
         """The windows; they share the model's weights.
+
+        Args:
+            model: The model.
+            matrices: Its matrices by layer, where more is known of them than their modules' kinds tell.
 
         Raises:
             ValueError: What `check` finds, layers that do not fall into halves, or halves without logits.
         """
         self.check(model)
-        by = "block" if self.by == "matrix" else self.by
-        windows = layer_windows(model, by=by, size=self.size, stride=self.stride)
+        by = WindowKind.BLOCK if self.by == WindowKind.MATRIX else self.by
+        windows = layer_windows(model, matrices, by=by, size=self.size, stride=self.stride)
         if self.head:
-            if windows[-1].branch:
+            if windows[-1].parallel_half:
                 raise ValueError(
                     "windows.head=true with windows=half: the halves of these layers stand side by side, and none has "
                     "the model's logits; use block, blocks or model."
                 )
-            decoder = Decoder(model, torch.device("cpu"))
-            decoder.embed(torch.zeros(1, 1, dtype=torch.long))  # sees what layers return while they are whole, here
-            windows[-1].head = decoder.logits
-        if self.by != "matrix":
+            windows[-1].head = Head(Decoder(model, torch.device("cpu")))
+        if self.by != WindowKind.MATRIX:
             return list(windows)
         found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
         return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
@@ -91,39 +94,46 @@ class Partition:
     @property
     def blocks(self) -> int:
         """Layers per window for "blocks", where that is another kind than this one too."""
-        return self.size if self.by == "blocks" else 4
+        return self.size if self.by == WindowKind.BLOCKS else 4
 
     def of_kind(self, by: str) -> "Partition":
         """The partition into another kind of windows."""
-        return self if by == self.by else Partition(by=by, size=self.blocks if by == "blocks" else 1, head=self.head)
+        size = self.blocks if by == WindowKind.BLOCKS else 1
+        return self if by == self.by else Partition(by=by, size=size, head=self.head)
 
     def describe(self) -> str:
         """In the words of the settings."""
-        size = f" of {self.size}" if self.by == "blocks" else ""
+        size = f" of {self.size}" if self.by == WindowKind.BLOCKS else ""
         stride = f" every {self.stride}" if self.stride else ""
         return self.by + size + stride + (", logits at the end" if self.head else "")
 
 
 def partition(model: PreTrainedModel, **settings: Any) -> list[AnyWindow]:
-    """A model's windows, by settings of a Partition."""
+    """Windows of a model, by settings of a Partition."""
     return Partition(**settings).cut(model)
 
 
 def layer_windows(
-    model: PreTrainedModel, *, by: str = "block", size: int = 1, stride: int | None = None
+    model: PreTrainedModel,
+    matrices: LayerMatrices | None = None,
+    *,
+    by: str = WindowKind.BLOCK,
+    size: int = 1,
+    stride: int | None = None,
 ) -> list[Window]:
-    """A partition into windows of layers or halves, which follow each other along the chain; see `partition`."""
-    prefix, layers = decoder_layers(model)
-    if by == "half":
-        return list(_halves(model))
-    size = {"blocks": size, "model": len(layers)}.get(by, 1)
-    windows = list(_spans(list(layers), prefix, size=size, stride=stride or size))
-    if by == "model":
+    """A partition into windows of layers or halves, which follow each other along the chain; see `Partition.cut`."""
+    matrices = find_matrices(model) if matrices is None else matrices
+    if by == WindowKind.HALF:
+        return list(_halves(model, matrices))
+    layers = list(decoder_layers(model)[1])
+    size = {WindowKind.BLOCKS: size, WindowKind.MODEL: len(layers)}.get(WindowKind(by), 1)
+    windows = list(_spans(layers, matrices, size=size, stride=stride or size))
+    if by == WindowKind.MODEL:
         windows[0].name = "model"
     return windows
 
 
-def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> Iterator[Window]:
+def _spans(layers: list[nn.Module], matrices: LayerMatrices, *, size: int, stride: int) -> Iterator[Window]:
     """Windows of whole layers."""
     digits = max(2, len(str(len(layers) - 1)))
     for first in range(0, len(layers), stride):
@@ -131,13 +141,14 @@ def _spans(layers: list[nn.Module], prefix: str, *, size: int, stride: int) -> I
         last = first + len(members) - 1
         is_last = last == len(layers) - 1
         name = f"block_{first:0{digits}}" if first == last else f"blocks_{first:0{digits}}_{last:0{digits}}"
-        yield Window(name, members, first=first, prefix=prefix, kept=None if is_last else stride)
+        found = [matrix for layer in matrices[first : last + 1] for matrix in layer]
+        yield Window(name, members, first=first, matrices=found, num_kept=None if is_last else stride)
         if is_last:
             return
 
 
 @torch.no_grad()
-def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
+def _halves(model: PreTrainedModel, matrices: LayerMatrices) -> Iterator[HalfWindow]:
     """Attention and MLP half of each layer. Layers that are built alike are taken apart once."""
     decoder = Decoder(model, torch.device("cpu"))
     vocabulary = model.config.get_text_config().vocab_size
@@ -151,4 +162,4 @@ def _halves(model: PreTrainedModel) -> Iterator[HalfWindow]:
                 splits[repr(layer)] = split_layer(layer, hidden_BTD, call)
         for side in SIDES:
             name, split = f"half_{index:0{digits}}_{side}", splits[repr(layer)]
-            yield HalfWindow(name, layer, index=index, prefix=decoder.prefix, split=split, side=side)
+            yield HalfWindow(name, layer, index=index, matrices=matrices[index], split=split, side=side)

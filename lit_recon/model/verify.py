@@ -1,4 +1,4 @@
-"""What only a model with its weights can tell: how its matrices are used, and that replayed layers are the model.
+"""Verification of a loaded model: its layers, called one by one, are the model; how its matrices are used.
 
 No architecture is trusted: before anything is written, a run sees that layers called one by one with their recorded
 arguments do what the model does.
@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
-from lit_recon.evaluate.perplexity import final_states
-from lit_recon.model.decoder import Decoder, call_layer, float32_on
-from lit_recon.model.matrices import learn_input_dims
-from lit_recon.model.partition import layer_windows
+from lit_recon.model.decoder import Decoder, call_layer
+from lit_recon.model.head import Head
+from lit_recon.model.layerwise import final_states, float32_on
+from lit_recon.model.matrices import LayerMatrices, find_matrices
+from lit_recon.model.products import learn_input_dims
 from lit_recon.system.device import Compute
 
 LENGTH = 64  # tokens that the model is tried on
@@ -22,13 +23,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # o
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, int] | None = None) -> None:
-    """Learn from one pass how matrices are used, and check that its layers can be replayed.
+def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, int] | None = None) -> LayerMatrices:
+    """The matrices of a model, used as one pass shows, once it is known that its layers can be replayed.
 
     Args:
         model: The model on the CPU.
         tokens_ST: Samples, of which the one with the most text is used.
-        lengths: Tokens of the samples that it will be given, by the setting that says so.
+        lengths: Tokens of the samples that it will be given, by the name of the setting.
 
     Raises:
         ValueError: Replaying gives other logits: a layer depends on more than its own arguments; or the model cannot be
@@ -37,13 +38,14 @@ def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, 
     fullest = int((tokens_ST != PADDING).sum(1).argmax())
     tokens_BT = tokens_ST[fullest : fullest + 1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
-    outputs = []
-    matrices = [matrix for window in layer_windows(model) for matrix in window.matrices()]
-    learn_input_dims(matrices, lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float()))
+    outputs: list[Tensor] = []
+    matrices = learn_input_dims(
+        find_matrices(model), lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float())
+    )
     (expected_BTV,) = outputs
     cpu = Compute(torch.device("cpu"), "32-true")
     decoder = Decoder(model, cpu.device)
-    logits_BTV = decoder.logits(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
+    logits_BTV = Head(decoder)(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
     worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
     if not worst <= TOLERANCE[model.dtype]:
         raise ValueError(
@@ -52,6 +54,7 @@ def examine(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, 
         )
     for name, length in (lengths or {}).items():
         _check_length(decoder, name, length)
+    return matrices
 
 
 def _check_length(decoder: Decoder, name: str, length: int) -> None:

@@ -14,8 +14,9 @@ of a parallel layer (halves.py) start both from its input. Matrices have inputs 
 their layer, still dense, runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,28 @@ from torch.nn import functional
 
 from lit_recon.model.decoder import LayerCall, call_layer
 from lit_recon.model.halves import SIDES, Split, run_half
-from lit_recon.model.matrices import Matrix, matrices
+from lit_recon.model.head import Head
+from lit_recon.model.matrices import Matrix
+
+
+class WindowKind(str, Enum):
+    """What is reconstructed at once, from small to large."""
+
+    MATRIX = "matrix"
+    HALF = "half"
+    BLOCK = "block"
+    BLOCKS = "blocks"
+    MODEL = "model"
+
+    def __str__(self) -> str:
+        """The setting's value."""
+        return self.value
+
+    @property
+    def smaller(self) -> list["WindowKind"]:
+        """The kinds of windows that are smaller."""
+        kinds = list(WindowKind)
+        return kinds[: kinds.index(self)]
 
 
 class Window(nn.Module):
@@ -32,22 +54,29 @@ class Window(nn.Module):
     Attributes:
         name: Unique in a partition, and sorting in the order of the walk.
         indices: Indices of its layers in the model.
-        kept: How many of its layers, from the first, keep what they learn here; the others are in the next window too.
-        branch: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
+        num_kept: How many of its layers, from the first, keep what they learn here; the others are in the next window
+            too.
+        parallel_half: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
         head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
     """
 
     def __init__(
-        self, name: str, layers: Sequence[nn.Module], *, first: int, prefix: str, kept: int | None = None
+        self,
+        name: str,
+        layers: Sequence[nn.Module],
+        *,
+        first: int,
+        matrices: Sequence[Matrix],
+        num_kept: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.layers = nn.ModuleList(layers)
         self.indices = range(first, first + len(layers))
-        self.prefix = prefix
-        self.kept = len(layers) if kept is None else kept
-        self.branch: str | None = None
-        self.head: Callable[[Tensor], Tensor] | None = None
+        self.num_kept = len(layers) if num_kept is None else num_kept
+        self.parallel_half: str | None = None
+        self.head: Head | None = None
+        self._matrices = tuple(matrices)
 
     def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
         """Hidden states at the end of the window, (B, T, D), given those at its start.
@@ -61,34 +90,35 @@ class Window(nn.Module):
             hidden_BTD = call_layer(layer, hidden_BTD, calls[index])
         return hidden_BTD
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> Sequence[Matrix]:
         """The window's matrices, named as in the model."""
-        return [
-            matrix
-            for index, layer in zip(self.indices, self.layers, strict=True)
-            for matrix in matrices(layer, f"{self.prefix}.{index}")
-        ]
+        return self._matrices
+
+    def kept_matrices(self) -> list[Matrix]:
+        """Those of the layers that are kept."""
+        dropped = {id(parameter) for parameter in self.shared_with_next()}
+        return [matrix for matrix in self._matrices if id(matrix.weight) not in dropped]
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained in this window."""
         return list(self.parameters())
 
-    def passed_on(self) -> list[nn.Parameter]:
+    def shared_with_next(self) -> list[nn.Parameter]:
         """The parameters that the next window needs as they were: those of the layers that are not kept."""
-        return [parameter for layer in self.layers[self.kept :] for parameter in layer.parameters()]
+        return [parameter for layer in self.layers[self.num_kept :] for parameter in layer.parameters()]
 
     @property
-    def borrows(self) -> bool:
-        """Whether the window uses parameters that an earlier one has trained."""
+    def has_shared_norms(self) -> bool:
+        """Whether the window uses norms that an earlier one has trained."""
         return False
 
     @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Undo meanwhile what earlier windows have trained of this window's parameters."""
+    def with_dense_norms(self) -> Iterator[None]:
+        """A context in which norms that earlier windows have trained are dense again."""
         yield
 
     @property
-    def span(self) -> "Window":
+    def enclosing(self) -> "Window":
         """The window between whose ends the chain steps."""
         return self
 
@@ -100,22 +130,25 @@ class HalfWindow(Window):
         name: Unique in a partition.
         layer: The layer.
         index: Its index in the model.
-        prefix: Qualified name of the model's list of layers.
+        matrices: The matrices of the layer.
         split: How the layer falls into halves.
         side: "attention" or "mlp".
     """
 
-    def __init__(self, name: str, layer: nn.Module, *, index: int, prefix: str, split: Split, side: str) -> None:
-        super().__init__(name, [], first=index, prefix=prefix)
-        self.indices, self.kept = range(index, index + 1), 1
+    def __init__(
+        self, name: str, layer: nn.Module, *, index: int, matrices: Sequence[Matrix], split: Split, side: str
+    ) -> None:
+        mine = {id(layer.get_parameter(parameter)) for parameter in split.trained[side]}
+        super().__init__(name, [], first=index, matrices=[one for one in matrices if id(one.weight) in mine])
+        self.indices, self.num_kept = range(index, index + 1), 1
         self.side, self.split = side, split
         self._layer = (layer,)  # in a tuple, not registered: it holds the other half too
         other = split.children[SIDES[1 - SIDES.index(side)]]
         self.used = nn.ModuleList(child for name, child in layer.named_children() if name not in other)
-        self.branch = ("first" if side == "attention" else "second") if split.parallel else None
+        self.parallel_half = ("first" if side == "attention" else "second") if split.parallel else None
         # Norms that the first half trains, and that the second one's targets need as they were.
-        borrowed = split.shared if side == "mlp" else []
-        self._borrowed = [(layer.get_parameter(name), layer.get_parameter(name).detach().clone()) for name in borrowed]
+        norms = [layer.get_parameter(name) for name in (split.shared if side == "mlp" else [])]
+        self._shared = [(norm, norm.detach().clone()) for norm in norms]
 
     @property
     def layer(self) -> nn.Module:
@@ -128,38 +161,29 @@ class HalfWindow(Window):
             return hidden_BTD
         return run_half(self.layer, self.split, self.side, hidden_BTD, calls[self.indices.start])
 
-    def matrices(self) -> list[Matrix]:
-        """The half's matrices."""
-        mine = {id(parameter) for parameter in self.trained()}
-        return [
-            matrix
-            for matrix in matrices(self.layer, f"{self.prefix}.{self.indices.start}")
-            if id(matrix.weight) in mine
-        ]
-
     def trained(self) -> list[nn.Parameter]:
         """The half's own parameters."""
         return [self.layer.get_parameter(name) for name in self.split.trained[self.side]]
 
-    def passed_on(self) -> list[nn.Parameter]:
+    def shared_with_next(self) -> list[nn.Parameter]:
         """Nothing: the second half is reconstructed on top of the first."""
         return []
 
     @property
-    def borrows(self) -> bool:
+    def has_shared_norms(self) -> bool:
         """Whether the half uses norms that the first one has trained."""
-        return bool(self._borrowed)
+        return bool(self._shared)
 
     @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Have the parameters that the first half has trained as they were."""
-        changed = [parameter.data for parameter, _ in self._borrowed]
-        for parameter, value in self._borrowed:
+    def with_dense_norms(self) -> Iterator[None]:
+        """A context in which norms that the first half has trained are dense again."""
+        changed = [parameter.data for parameter, _ in self._shared]
+        for parameter, value in self._shared:
             parameter.data = value.to(parameter)
         try:
             yield
         finally:
-            for (parameter, _), value in zip(self._borrowed, changed, strict=True):
+            for (parameter, _), value in zip(self._shared, changed, strict=True):
                 parameter.data = value
 
 
@@ -174,21 +198,21 @@ class MatrixWindow(nn.Module):
         layer: The window of the whole layer, which its siblings share.
     """
 
-    head: Callable[[Tensor], Tensor] | None = None
+    head: Head | None = None
 
     def __init__(self, matrix: Matrix, layer: Window) -> None:
         super().__init__()
         self.matrix = matrix
-        within = matrix.name.removeprefix(f"{layer.prefix}.{layer.indices.start}.")
+        within = next(name for name, one in layer.layers[0].named_parameters() if one is matrix.weight)
         self.name = f"{layer.name}.{within.removesuffix('.weight')}"
         self.indices = layer.indices
-        self._span = (layer,)  # in a tuple, not registered
+        self._layer = (layer,)  # in a tuple, not registered
         self.weight: nn.Parameter = matrix.weight
 
     @property
-    def span(self) -> Window:
+    def enclosing(self) -> Window:
         """The window of the whole layer, over which the chain steps once all its matrices are done."""
-        return self._span[0]
+        return self._layer[0]
 
     def open(self) -> None:
         """Work on a copy of the weight from now on."""
@@ -218,7 +242,7 @@ class MatrixWindow(nn.Module):
         products_NO = torch.cat([functional.linear(*pair) for pair in zip(by_expert, weight_EOI, strict=True)])
         return products_NO[order_N.argsort()].unflatten(0, inputs_BTI.shape[:2])
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> Sequence[Matrix]:
         """The matrix, with the weight that is worked on."""
         return [Matrix(self.matrix.name, self.weight, self.matrix.input_dim)]
 
@@ -230,6 +254,6 @@ class MatrixWindow(nn.Module):
 AnyWindow = Window | MatrixWindow
 
 
-def side_by_side(windows: Sequence[AnyWindow]) -> bool:
-    """Whether there are halves of parallel layers among them."""
-    return any(window.branch is not None for window in windows if isinstance(window, Window))
+def has_parallel_halves(windows: Sequence[AnyWindow]) -> bool:
+    """Whether there are halves of parallel layers among some windows."""
+    return any(window.parallel_half is not None for window in windows if isinstance(window, Window))

@@ -1,1 +1,8 @@
-"""LightningModules that reconstruct a window, one file each; `module._target_` chooses, also one of your own."""
+"""LightningModules that reconstruct a window, one file each; `module._target_` chooses, also one of your own.
+
+masked_weights.py       gradient descent on the weights that pruning left
+least_squares.py        the exact minimiser for one matrix
+conjugate_gradients.py  its solver
+losses.py               losses between outputs and targets
+schedules.py            the learning rate over a window's steps
+"""

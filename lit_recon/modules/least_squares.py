@@ -1,9 +1,9 @@
-"""Exact least squares for one matrix: the weights with the smallest error that its mask allows, from moments alone.
+"""Least squares, exact, for one matrix: the weights with the smallest error under its mask, from Gram matrices alone.
 
     min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved in conjugate_gradients.py)
 
-The data are one batch, the normal equations of the calibration samples (gram.py), so that no activations are
-kept and no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
+The data are one batch, the normal equations of the calibration samples (gram.py), so that no activations are kept and
+no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from lightning import LightningModule
 from torch import Tensor
 
-from lit_recon.activations.gram import NormalEquations
+from lit_recon.activations.gram import QuadraticError
 from lit_recon.model.windows import MatrixWindow
 from lit_recon.modules.conjugate_gradients import solve
 
 
-class LeastSquaresModule(LightningModule):
+class LeastSquares(LightningModule):
     """One matrix, solved for in a single step.
 
     Args:
@@ -30,7 +30,7 @@ class LeastSquaresModule(LightningModule):
         ValueError: One of these is out of range.
     """
 
-    uses_moments = True  # the driver then gathers moments instead of activations
+    needs_gram = True  # it is trained on normal equations (activations/gram.py) instead of activations
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class LeastSquaresModule(LightningModule):
         self.variance = variance
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
-    def training_step(self, batch: NormalEquations, batch_idx: int) -> None:
+    def training_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """Solve for each expert's weights (a plain matrix has one) and put them in place."""
         (matrix,) = self.window.matrices()
         weight_EOI = matrix.by_expert(matrix.weight.detach())  # a view
@@ -78,7 +78,7 @@ class LeastSquaresModule(LightningModule):
             )
             weight_OI.copy_(solution_OI)
 
-    def validation_step(self, batch: NormalEquations, batch_idx: int) -> None:
+    def validation_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """The relative error on held-out samples."""
         (matrix,) = self.window.matrices()
         error = batch.error(matrix.by_expert(matrix.weight.detach())) / self.variance

@@ -1,4 +1,4 @@
-"""Reconstruction by gradient descent: train what the pruning left of a window until it outputs what the dense one did.
+"""Masked weights: train by gradient descent what pruning left of a window until it outputs what the dense one did.
 
     min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / variance    (arXiv 2510.14444)
 
@@ -14,19 +14,22 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import kl_divergence
+from lit_recon.modules.losses import kl_divergence, mean_squared
+from lit_recon.modules.schedules import linear_with_warmup
+
+ADAMW = partial(AdamW, lr=2e-3, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
 
 
-class ReconstructionModule(LightningModule):
+class MaskedWeights(LightningModule):
     """One window with masked parameters and a loss against dense activations.
 
     For another objective or training rule subclass it, or write a LightningModule with the same first three arguments.
-    What it logs appears in TensorBoard below the window's name, at the global step.
+    What it logs appears in TensorBoard under the window's name, at the global step.
 
     Args:
         window: The pruned window; its parameters are float32.
@@ -49,10 +52,10 @@ class ReconstructionModule(LightningModule):
         masks: Mapping[str, Tensor],
         variance: float,
         *,
-        optimizer: Callable[..., Optimizer],
-        scheduler: Callable[..., LRScheduler] | None,
-        warmup: float,
-        loss: Callable[..., Tensor],
+        optimizer: Callable[..., Optimizer] = ADAMW,
+        scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
+        warmup: float = 0.1,
+        loss: Callable[..., Tensor] = mean_squared,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:

@@ -1,7 +1,7 @@
 """Boolean masks by matrix name, one bit per weight, in memory or mapped from the files that hold them."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,25 +11,40 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_recon.model.matrices import matrices
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.tensor_files import write_tensors
 
 
-class PackedMasks:
+class Masks:
     """Boolean masks by matrix name, one bit per weight."""
 
     def __init__(self) -> None:
         self._packed: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
 
+    @classmethod
+    def pack(cls, masks: Mapping[str, Tensor]) -> "Masks":
+        """Pack boolean masks, by the names of their matrices."""
+        packed = cls()
+        for name, mask in masks.items():
+            packed.add(name, mask)
+        return packed
+
+    def unpack(self) -> dict[str, Tensor]:
+        """All masks, boolean."""
+        return {name: self[name] for name in self}
+
     def add(self, name: str, mask: Tensor) -> None:
-        """Keep a mask."""
+        """Pack one more mask."""
         self._packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy())), tuple(mask.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         """The mask of a matrix, boolean, in the weight's shape."""
         bits, shape = self._packed[name]
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape))).view(bool).reshape(shape))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a mask of a matrix."""
+        return name in self._packed
 
     def __iter__(self) -> Iterator[str]:
         """Names of the matrices."""
@@ -39,13 +54,7 @@ class PackedMasks:
         """Number of masks."""
         return len(self._packed)
 
-    def of(self, names: Iterable[str]) -> "PackedMasks":
-        """Those of some matrices, as far as they have one."""
-        some = PackedMasks()
-        some._packed = {name: self._packed[name] for name in names if name in self._packed}
-        return some
-
-    def update(self, others: "PackedMasks") -> None:
+    def update(self, others: "Masks") -> None:
         """Take other masks over, in place of those of the same matrices."""
         self._packed |= others._packed
 
@@ -64,7 +73,7 @@ class PackedMasks:
             write_tensors(file, self.tensors(), self.metadata())
 
     @classmethod
-    def load(cls, path: Path) -> "PackedMasks":
+    def load(cls, path: Path) -> "Masks":
         """Map what `save` wrote."""
         masks = cls()
         with safe_open(path, framework="pt") as file:
@@ -74,20 +83,20 @@ class PackedMasks:
 
     @contextmanager
     def applied(self, layer: nn.Module, prefix: str) -> Iterator[None]:
-        """Have a layer pruned, and its own weights back after.
+        """A context in which a layer is pruned; its own weights return afterwards.
 
         Args:
             layer: The layer.
             prefix: Its qualified name in the model.
         """
-        homes = [(matrix.weight, matrix.weight.data) for matrix in matrices(layer, prefix) if matrix.name in self]
-        names = [matrix.name for matrix in matrices(layer, prefix) if matrix.name in self]
+        named = ((f"{prefix}.{name}", weight) for name, weight in layer.named_parameters())
+        homes = {name: (weight, weight.data) for name, weight in named if name in self}
         try:
-            for name, (weight, home) in zip(names, homes, strict=True):
+            for name, (weight, home) in homes.items():
                 weight.data = home * self[name].to(home.device)
             yield
         finally:
-            for weight, home in homes:
+            for weight, home in homes.values():
                 weight.data = home
 
     def check(self, model: PreTrainedModel) -> None:

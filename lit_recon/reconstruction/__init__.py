@@ -1,1 +1,7 @@
-"""The method: the walk over the windows, and the fit of each."""
+"""The method: the walk over the windows, and the fit of each.
+
+driver.py             the walk, one screen
+window_fit.py         fit a window; accept it or keep its pruned weights
+tensorboard.py        one log for all windows
+trainer_callbacks.py  learning rate, first point of the curves, divergence
+"""

@@ -1,8 +1,8 @@
-"""Win back what pruning cost a window: the step of the walk that trains.
+"""The fit of one window: a LightningModule, a DataModule, a fresh Trainer; accepted, or the window keeps its weights.
 
 A reconstruction is accepted if the error on held-out samples became smaller. A fit that diverges or does not improve
-starts again from the pruned weights with a quarter of the learning rate, and once more with a sixteenth: the rate that
-suits one model or window size is too high for others. What is still not better keeps its pruned weights.
+is tried again from the pruned weights at the smaller learning rates of `retry_rates`, if there are any: the rate that
+suits one model or window size is too high for others. A window that is still not better keeps its pruned weights.
 """
 
 import logging
@@ -11,29 +11,29 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.gram import Moments
+from lit_recon.activations.steps import TrainingData
 from lit_recon.model.windows import AnyWindow
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
+from lit_recon.system.clock import Clock, timed
 from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
 
-RATES = {1.0: "the full", 1 / 4: "a quarter of the", 1 / 16: "a sixteenth of the"}  # learning rate, in this order
+RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
 DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
 
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What became of one window.
+    """Errors of one window before and after its fit, and whether the fit was accepted.
 
     Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
     window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says. Those
@@ -52,27 +52,38 @@ class WindowResult:
     measure: str = "relative error"
 
 
-def left_pruned(window: AnyWindow, reason: str) -> WindowResult:
-    """What becomes of a single matrix that has nothing to be trained on, and so no error."""
+def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
+    """The result of a single matrix that has nothing to be trained on, and so no error."""
     note = f"{reason}: kept its pruned weights"
     return WindowResult(window.name, 0.0, 0.0, 0.0, 0.0, accepted=False, steps=0, seconds=0.0, note=note)
 
 
-def uses_moments(module: Callable[..., LightningModule]) -> bool:
-    """Whether a module, or a partial call of its class, is fed with moments (activations/gram.py), not activations."""
-    return getattr(getattr(module, "func", module), "uses_moments", False)
+def needs_gram(module: Callable[..., LightningModule]) -> bool:
+    """Whether a module, or a partial call of its class, is trained on normal equations, not on activations."""
+    return getattr(getattr(module, "func", module), "needs_gram", False)
 
 
-class Reconstructor:
+def check_retry_rates(rates: Sequence[float]) -> None:
+    """Raise a ValueError for rates of retries that are no shares of the learning rate."""
+    if not all(type(rate) in (int, float) and 0 < rate < 1 for rate in rates):
+        raise ValueError(
+            f"module.retry_rates={list(rates)}: expected shares of the learning rate between 0 and 1, such as "
+            "[0.25,0.0625], or [] for one try per window."
+        )
+
+
+class WindowFitter:
     """Fits windows, each with a LightningModule and a Trainer of its own.
 
     Args:
         module: Makes the LightningModule from (window, masks, variance).
         trainer: Makes the Trainer from `callbacks` and `logger`.
-        logger: The run's log.
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds the index of its first layer.
+        logger: The run's log; None for no curves.
+        retry_rates: Shares of the learning rate at which a window that did not improve is tried again, in this order.
         callbacks: Callbacks of every Trainer, for example a progress display.
+        clock: Takes the seconds.
     """
 
     def __init__(
@@ -80,31 +91,56 @@ class Reconstructor:
         module: Callable[..., LightningModule],
         trainer: Callable[..., Trainer],
         *,
-        logger: RunLogger,
         device: torch.device,
         seed: int,
+        logger: RunLogger | None = None,
+        retry_rates: Sequence[float] = RETRY_RATES,
         callbacks: Sequence[Callback] = (),
+        clock: Clock | None = None,
     ) -> None:
-        self.module = module
-        self.trainer = trainer
-        self.logger = logger
-        self.device = device
-        self.seed = seed
+        self.module, self.trainer = module, trainer
+        self.device, self.seed, self.logger = device, seed, logger
+        self.rates = (1.0, *retry_rates)
         self.callbacks = list(callbacks)
+        self.clock = clock or Clock()
 
-    def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: Activations | Moments) -> WindowResult:
-        """Train a pruned window towards its targets; keep the result if it is better on held-out samples."""
+    @property
+    def needs_gram(self) -> bool:
+        """Whether single matrices are trained on normal equations."""
+        return needs_gram(self.module)
+
+    @timed("fit")
+    def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: TrainingData | None) -> WindowResult:
+        """Train a pruned window towards its targets; keep the result if it is better on held-out samples.
+
+        Args:
+            window: The window, on the device.
+            masks: Masks of its matrices (True = kept), and maybe of others.
+            data: What it is trained on; None if no calibration or no held-out token reaches it.
+        """
+        if data is None:
+            return kept_pruned(window, "no calibration or no held-out token reaches it")
         start = time.perf_counter()
-        # What is drawn depends on the window alone, not on what was drawn before, so that a run can be taken up.
+        masks = {matrix.name: masks[matrix.name] for matrix in window.matrices() if matrix.name in masks}
+        # What is drawn depends on the window alone, not on what was drawn before, so that a run can be resumed.
         seed_everything(self.seed + window.indices.start, verbose=False)
         variance = data.variance()
         if variance == 0:  # of a matrix of zeros
-            return left_pruned(window, "its dense outputs are all the same")
+            return kept_pruned(window, "its dense outputs are all the same")
+        with window.head.on(self.device) if window.head else nullcontext():
+            result = self._reconstruct(window, masks, data, variance)
+        release_memory()
+        return replace(result, seconds=round(time.perf_counter() - start, 3))
+
+    def _reconstruct(
+        self, window: AnyWindow, masks: Mapping[str, Tensor], data: TrainingData, variance: float
+    ) -> WindowResult:
+        """Train at one rate after the other until a try is accepted."""
         before, held_out_before = after, held_out_after = data.errors(window, variance)
         pruned = [_copy(parameter) for parameter in window.trained()]
         reason = ""
-        for factor in RATES:
-            steps, diverged = self._train(self.module(window, masks, variance), window, data, factor)
+        for rate in self.rates:
+            steps, diverged = self._train(self.module(window, masks, variance), window, data, rate)
             after, held_out_after = data.errors(window, variance)
             diverged = diverged or not math.isfinite(held_out_after)
             accepted = not diverged and held_out_after < held_out_before
@@ -119,9 +155,8 @@ class Reconstructor:
             elif steps == 0:  # no step, so nothing that a learning rate could change
                 break
         _check_zeros(window, masks)
-        self.logger.end_window()
-        seconds = round(time.perf_counter() - start, 3)
-        measure = "relative error" if window.head is None else "KL divergence"
+        if self.logger:
+            self.logger.end_window()
         return WindowResult(
             window.name,
             before,
@@ -130,20 +165,19 @@ class Reconstructor:
             held_out_after,
             accepted,
             steps,
-            seconds,
-            _note(reason, factor, accepted=accepted),
-            measure,
+            seconds=0.0,
+            note=_note(reason, rate, accepted=accepted),
+            measure="relative error" if window.head is None else "KL divergence",
         )
 
-    def _train(
-        self, module: LightningModule, window: AnyWindow, data: Activations | Moments, factor: float
-    ) -> tuple[int, bool]:
+    def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
         """Fit once; how many steps the optimizer made, and whether the loss diverged."""
         guard = FiniteLoss()
-        self.logger.start_window(window.name)
+        if self.logger:
+            self.logger.start_window(window.name)
         trainer = self.trainer(
-            logger=self.logger,
-            callbacks=[LearningRate(factor), FirstHeldOut(), guard, *self.callbacks],
+            logger=self.logger or False,
+            callbacks=[LearningRate(rate), FirstHeldOut(), guard, *self.callbacks],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
@@ -181,11 +215,11 @@ def _interruptible() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _note(reason: str, factor: float, *, accepted: bool) -> str:
-    """What there is to remark on a window, of which a try failed for `reason`, the last at `factor` times the rate."""
+def _note(reason: str, rate: float, *, accepted: bool) -> str:
+    """Remark on a window of which a try failed for `reason`; the last try was at `rate` times the learning rate."""
     if accepted:
-        return f"{reason}; reconstructed at {RATES[factor]} learning rate" if reason else ""
-    return f"{reason}{f', also at {RATES[factor]} learning rate' if factor < 1 else ''}: kept its pruned weights"
+        return f"{reason}; reconstructed at {rate:g} of the learning rate" if reason else ""
+    return f"{reason}{f', also at {rate:g} of the learning rate' if rate < 1 else ''}: kept its pruned weights"
 
 
 @torch.no_grad()

@@ -1,1 +1,9 @@
-"""What a person looks at: figures, report.html, and a table that compares runs."""
+"""Reports of finished runs, made from the files of a run alone: neither torch nor the model is loaded.
+
+__main__.py    the command python -m lit_recon.report: draw reports again, compare runs
+page.py        report.html, one page per run, from page.html.j2
+figures.py     the figures of a run: perplexity, error over depth, learning curves, time
+comparison.py  the table over several runs, for the terminal and in Markdown
+run_files.py   reads results.json and TensorBoard's event files
+format.py      numbers and keys of results.json as text
+"""

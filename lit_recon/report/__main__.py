@@ -1,8 +1,78 @@
-"""The command `python -m lit_recon.report`."""
+"""The command that draws the reports of finished runs again and compares the runs in a table.
 
+    python -m lit_recon.report [--markdown] RUN [RUN ...]
+
+Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded.
+"""
+
+import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from lit_recon.report.page import main
+from lit_recon.report.run_files import read_results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report of each run on the command line, then print the table of all.
+
+    Args:
+        arguments: The command line without the program's name; None takes that of the process.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        SystemExit: With status 2 where a folder holds no finished run (then nothing is written) or a report cannot be
+            written, with a message on stderr; with status 0 after `--help`.
+    """
+    about = "Redraw the figures and report.html of finished runs and print one table that compares them."
+    parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, for a README or a paper")
+    chosen = parser.parse_args(arguments)
+    runs = _read(chosen.runs, parser)
+
+    # Here and not at the top: matplotlib, jinja2 and rich take a second, which --help and messages do not need.
+    from lit_recon.report.comparison import as_markdown, by_short_name
+    from lit_recon.report.page import write_report
+
+    for run in runs:
+        try:
+            write_report(run)
+        except OSError as error:
+            parser.exit(2, f"{run}: the report cannot be written ({error}); expected a folder you may write to.\n")
+    named_results = by_short_name(runs)
+    if chosen.markdown:
+        sys.stdout.write(as_markdown(named_results))
+    else:
+        _print_table(named_results)
+    return 0
+
+
+def _read(folders: Sequence[Path], parser: argparse.ArgumentParser) -> dict[Path, dict[str, Any]]:
+    """The results of each run, by its folder; if any cannot be read, exit with the problems of all."""
+    runs, problems = {}, []
+    for run in folders:
+        try:
+            runs[run] = read_results(run)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        parser.exit(2, "\n".join(problems) + "\n")
+    return runs
+
+
+def _print_table(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    from rich.console import Console
+
+    from lit_recon.report.comparison import comparison
+
+    console = Console()
+    console.width = max(console.width, 120)  # rich would cut numbers to a narrower terminal's width, or a pipe's, 80
+    console.print(comparison(runs))
+
 
 if __name__ == "__main__":
     sys.exit(main())

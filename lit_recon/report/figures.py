@@ -1,12 +1,11 @@
 """The figures of a run: perplexity, error over depth, learning curves, time.
 
-Everything is read back from what the run left behind (results.json and TensorBoard's event files), so that figures can
-be redrawn at any time. One colour means one thing in all of them: grey is the dense model, orange the pruned one, blue
-the reconstructed one (Okabe and Ito's palette, safe for colour-blind readers). No pyplot: no window, no global state.
+Drawn from the files of the run (run_files.py), so that they can be drawn again at any time. One colour means one thing
+in all of them: grey is the dense model, orange the pruned model, blue the reconstructed model (Okabe and Ito's palette,
+safe for colour-blind readers). No pyplot: no window, no global state.
 """
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
+from lit_recon.report.run_files import Curve, finite_or_nan, measure, read_curves, read_results
 from lit_recon.system.units import duration
 
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
@@ -48,42 +48,6 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 WIDTH, DPI = 10.0, 150  # inches, dots per inch
-RESULTS_KEYS = (
-    "perplexity gap_recovered protocol model recipe sparsity windows seconds peak_memory_bytes tokens versions seed"
-).split()
-
-Curve = list[tuple[int, float]]  # (global step, value)
-
-
-def read_results(run: Path) -> dict[str, Any]:
-    """The content of a run's results.json.
-
-    Raises:
-        ValueError: There is no results.json, it cannot be read, or it is not one of lit_recon.
-    """
-    path, expected = run / "results.json", "expected the folder of a finished run, with its results.json in it"
-    if not path.is_file():
-        raise ValueError(f"{run}: {'no results.json here' if run.is_dir() else 'not a folder'}; {expected}.")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); {expected}.") from error
-    missing = [key for key in RESULTS_KEYS if not isinstance(results, dict) or key not in results]
-    if missing:
-        raise ValueError(f"{path}: without {', '.join(missing)}; {expected}, as lit_recon.fit.__main__ writes it.")
-    return results
-
-
-def read_curves(run: Path) -> dict[str, Curve]:
-    """All scalars of a run's event files by tag, such as "block_03/loss/train"; empty without a tensorboard folder."""
-    if not any((run / "tensorboard").glob("*tfevents*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # 0.3 s to import
-
-    # 0 = keep everything (the default thins curves out); a depth curve that starts at step 0 again is no crashed run
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def write_figures(run: Path) -> list[Path]:
@@ -112,7 +76,7 @@ def write_figures(run: Path) -> list[Path]:
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as a PNG, in memory: an interrupt leaves no half a file. A palette makes it a third as large."""
+    """PNG of a figure, drawn in memory: an interrupt leaves no partial file. 256 colours make it a third as large."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
     canvas.draw()
@@ -122,33 +86,22 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def number(value: float | None) -> float:
-    """The value, or NaN, which plots as nothing, where there is none or it overflowed."""
-    return math.nan if value is None or not math.isfinite(value) else float(value)
-
-
-def measure(windows: Sequence[Mapping[str, Any]]) -> str:
-    """What the errors of the windows are, "relative error" or "KL divergence"; just "error" if they differ in it."""
-    measures = {window.get("measure", "relative error") for window in windows}
-    return measures.pop() if len(measures) == 1 else "error"
-
-
 def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -> Figure:
-    """The gap between the dense and the pruned model on a line, and where on it the reconstructed model is.
+    """Perplexity on a line: the gap between the dense and the pruned model, and the reconstructed model in it.
 
     Args:
         perplexities: "dense", "pruned" and "reconstructed".
-        gap_recovered: Share of the gap that reconstruction recovered; written there if there is room for it.
+        gap_recovered: Share of the gap that reconstruction recovered; written into the gap if there is room for it.
     """
     figure = Figure((WIDTH, 1.5), layout="constrained")
     axes = figure.add_subplot()
-    values = {name: number(perplexities[name]) for name in ("dense", "pruned", "reconstructed")}
+    values = {name: finite_or_nan(perplexities[name]) for name in ("dense", "pruned", "reconstructed")}
     colors = {"dense": DENSE, "pruned": PRUNED, "reconstructed": RECONSTRUCTED}
-    share = number(gap_recovered)
+    share = finite_or_nan(gap_recovered)
     for end, color in (("dense", "#dfe3e8"), ("reconstructed", "#f3c9a8" if share < 0 else "#a9cfe6")):
         axes.plot([values["pruned"], values[end]], [0, 0], color=color, linewidth=7, solid_capstyle="round")
     ranked = sorted((value, name) for name, value in values.items() if not math.isnan(value))
-    # the lowest is named to its left, the highest to its right, the one between above: labels never meet
+    # label of the lowest to its left, of the highest to its right, of the middle above it: labels never meet
     for rank, (value, name) in enumerate(ranked):
         offset, align = [((-11, 0), "right"), ((0, 12), "center"), ((11, 0), "left")][rank]
         axes.plot(value, 0, "o", color=colors[name], markersize=12, markeredgecolor="white", markeredgewidth=1.5)
@@ -167,12 +120,12 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
 
 
 def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Error of each window of results.json before and after reconstruction, and the share that is left."""
+    """Errors over depth: each window of results.json before and after reconstruction, and the share that is left."""
     figure = Figure((WIDTH, 4.9), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     depth = range(len(windows))
     held_out, calibration = (
-        {when: [number(window[f"{part}_{when}"]) for window in windows] for when in ("before", "after")}
+        {when: [finite_or_nan(window[f"{part}_{when}"]) for window in windows] for when in ("before", "after")}
         for part in ("held_out", "relative_error")
     )
     upper.vlines(depth, held_out["after"], held_out["before"], color="#c9d0d8", linewidth=1.2, zorder=1)
@@ -196,7 +149,7 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, Curve]) -> Figure | None:
-    """Training and held-out loss, one column per window, in which its optimizer steps run from left to right.
+    """Learning curves: training and held-out loss, a column per window, its optimizer steps from left to right.
 
     A shared logarithmic axis keeps windows comparable. A column ends with the last step of its window; a curve that
     starts inside its column was first logged there.
@@ -222,7 +175,7 @@ def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, C
         span = max(window["steps"], max(steps) - min(steps), 1) if steps else 1
         for curve, color, crowd in ((train, TRAINING, 1), (held_out, RECONSTRUCTED, 400 / len(windows))):
             x = [index + 0.4 - 0.8 * (max(steps) - step) / span for step, _ in curve]
-            y = [number(value) for _, value in curve]
+            y = [finite_or_nan(value) for _, value in curve]
             axes.plot(x, y, color=color, linewidth=1.4, markersize=3.5, marker="o" if len(curve) <= crowd else "")
     _make_logarithmic(axes.yaxis)
     axes.set_ylabel("loss (variance of the target = 1)" if measure(windows) == "relative error" else "loss")
@@ -256,7 +209,7 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
 
 
 def _make_logarithmic(axis: XAxis | YAxis) -> None:
-    """A logarithmic scale, unless nothing is positive, with plain numbers, also where it spans less than a decade."""
+    """Give an axis a logarithmic scale with plain numbers, also below one decade; not if no value is positive."""
     if not math.isfinite(axis.get_minpos()):
         return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -268,7 +221,7 @@ def _make_logarithmic(axis: XAxis | YAxis) -> None:
 
 
 def _depth_axis(axes: Axes, windows: Sequence[Mapping[str, Any]], remark: str = "") -> None:
-    """An x axis over the windows: by name where there is room, else by number."""
+    """Label an x axis with the windows: by name where there is room, else by number."""
     remark = f" ({remark})" if remark else ""
     axes.set_xlim(-0.5, len(windows) - 0.5)
     if len(windows) <= 8:
@@ -280,7 +233,11 @@ def _depth_axis(axes: Axes, windows: Sequence[Mapping[str, Any]], remark: str = 
 
 
 def _shade_refused(axes: Axes, windows: Sequence[Mapping[str, Any]]) -> list[Patch]:
-    """Mark the windows that kept their pruned weights; what a legend needs to say so, if there are any."""
+    """Shade the windows that kept their pruned weights.
+
+    Returns:
+        The entry for the legend, none if all windows were accepted.
+    """
     refused = [index for index, window in enumerate(windows) if not window["accepted"]]
     for index in refused:
         axes.axvspan(index - 0.5, index + 0.5, color=REFUSED, linewidth=0, zorder=0.5)
@@ -288,6 +245,6 @@ def _shade_refused(axes: Axes, windows: Sequence[Mapping[str, Any]]) -> list[Pat
 
 
 def _legend(axes: Axes, handles: Sequence[Line2D | Patch]) -> None:
-    """A legend in one line above the axes, where it hides nothing."""
+    """Put a legend in one line above the axes, where it hides nothing."""
     spacing = {"borderaxespad": 0.2, "borderpad": 0.2, "handlelength": 1.6, "columnspacing": 1.8}
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), **spacing)

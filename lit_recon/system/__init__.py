@@ -1,1 +1,15 @@
-"""Device, files, processes, clock and memory: what the method runs on."""
+"""Device, files, processes, clock and memory: what the method runs on. Nothing here knows of models or pruning.
+
+device.py           device and precision of a run
+atomic_files.py     files and folders that are whole or absent
+tensor_files.py     tensors in safetensors files, memory maps
+commits.py          resume points of a run, found whole or refused
+lock.py             one process per output folder
+cache.py            folders that are built once and kept
+signals.py          Ctrl-C and SIGTERM, held back in protected sections
+clock.py            seconds per phase
+memory.py           peak memory, giving memory back
+units.py            bytes and seconds as text
+command_line.py     problems in one message, refusals, the end of a process
+quiet_libraries.py  log levels and warnings of libraries, their progress bars
+"""

@@ -1,8 +1,13 @@
-"""Files that are whole or not there, whatever ends the process or the machine: written aside, synced, then renamed."""
+"""Atomic files and folders: whole or absent, whatever ends the process or the machine.
+
+Written under a temporary name, synced to the disk, then renamed: a rename is the one change that file systems make as a
+whole. Nothing here needs torch.
+"""
 
 import errno
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # what a full disk answers
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # errors of a full disk
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 CHUNK = 1 << 24  # bytes that are read or written at once
 Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
@@ -18,7 +23,7 @@ Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written and on the disk; otherwise nothing of it stays."""
+    """Write a file that takes the place of `path` when all of it is on the disk; an error leaves `path` as it was."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -27,23 +32,27 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        with suppress(OSError):  # what went wrong before is what matters
+        with suppress(OSError):  # the error before matters more
             partial.unlink()
         raise
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` when all is in it and on the disk; otherwise nothing of it stays."""
+    """Fill a folder that takes the place of `folder` when all of it is on the disk; an error leaves nothing of it.
+
+    Yields:
+        The temporary folder, which is absent: make it, and write the files there.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
         yield partial
         for path in (partial, *partial.rglob("*")):
             if path.is_dir():
                 sync_folder(path)
             else:
-                with path.open("rb") as file:
+                with path.open("rb+" if sys.platform == "win32" else "rb") as file:  # Windows syncs what can be written
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -53,9 +62,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    if os.name == "nt":
-        return  # folders cannot be opened there
+    """Sync the names in a folder to the disk."""
+    if sys.platform == "win32":
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def chunks(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, some at a time, each part valid until the next."""
+    """Bytes of a file, CHUNK at a time; each part is valid until the next."""
     buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -80,7 +89,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def can_link(folder: Path) -> bool:
-    """Whether files in a folder can have second names, or `publish` must copy them."""
+    """Whether the file system of a folder has hard links; if not, `publish` copies."""
     with TemporaryDirectory(dir=folder) as scratch:
         first, second = Path(scratch, "first"), Path(scratch, "second")
         first.touch()
@@ -92,9 +101,9 @@ def can_link(folder: Path) -> bool:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Have the content of `source` at `target` too, from one moment to the next.
+    """Put the content of `source` at `target` as well, atomically.
 
-    It is the same file under a second name where the file system can do that, so change neither of them in place.
+    Both names are the same file where the file system has hard links, so change neither of them in place.
     """
     partial = target.with_name(target.name + ".partial")
     partial.unlink(missing_ok=True)

@@ -1,10 +1,14 @@
-"""Seconds that a run spends in each of its phases."""
+"""Clock of a run: seconds in each of its phases, and in total, resumed runs included."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
-WALK = ("teacher", "prune", "fit", "advance", "commit")  # the phases that windows take
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+WALK = ("teacher", "prune", "fit", "advance", "commit")  # phases of the walk over windows
 PHASES = ("load", *WALK, "evaluate")
 
 
@@ -25,11 +29,25 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
     def total(self) -> float:
-        """Seconds since the clock was made, and those of the runs that were taken up."""
+        """Seconds since the clock was made, plus those of the runs that it resumed."""
         return time.perf_counter() - self.started
 
     def resume(self, seconds: Mapping[str, float], elapsed: float) -> None:
-        """Add what earlier runs took: seconds per phase, and in total."""
+        """Add the time of the run that is resumed: seconds per phase, and in total."""
         for name, value in seconds.items():
             self.seconds[name] += value
         self.started -= elapsed
+
+
+def timed(phase: str) -> Callable[[Method], Method]:
+    """A method whose seconds are added to `phase` of its object's `clock`."""
+
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.clock.phase(phase):
+                return method(self, *args, **kwargs)
+
+        return cast(Method, run)
+
+    return decorate

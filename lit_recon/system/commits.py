@@ -1,9 +1,9 @@
-"""The resume points of a run: a folder of safetensors files, and one JSON manifest per commit that vouches for them.
+"""Commits, the resume points of a run: safetensors files in a folder, and one JSON manifest per commit.
 
-A commit is a state and the files that it names. Files are written first, each whole or not at all; the commit then
-becomes the current one by a single rename of its manifest, so that whatever ends a process, the newest manifest is that
-of a whole commit. Size and CRC-32 of each file find what was truncated or changed on the disk since then; the commit
-before the newest is kept for that case. They guard against accidents, not against malice.
+A commit is a state and the files that it names. Files are written first, each whole or not at all; then the commit
+becomes current by a single rename of its manifest, so that the newest manifest is always that of a whole commit,
+whatever ends a process. Size and CRC-32 in the manifest find files that were truncated or changed on the disk since
+then; for that case the commit before the newest is kept. They guard against accidents, not against malice.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class CommitError(OSError):
-    """A file of a run cannot be written: the disk is full or read-only. The message says how to go on."""
+    """Error of a full or read-only disk: a file of a run cannot be written. The message says how to resume."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Commit:
     """A whole commit.
 
     Attributes:
-        number: Its number.
-        state: What was handed to `Commits.commit`, as JSON gives it back: tuples are lists, keys are strings.
-        paths: Its files by name.
+        number: Number of the commit; later commits have larger numbers.
+        state: The state given to `Commits.commit`, as JSON gives it back: tuples are lists, keys are strings.
+        paths: Path of each file by name.
     """
 
     number: int
@@ -46,21 +46,21 @@ class Commit:
     paths: Mapping[str, Path]
 
     def path(self, name: str) -> Path:
-        """Where a file lies."""
+        """Path of a file."""
         return self.paths[name]
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file, mapped; changing them never changes the file."""
+        """Tensors of a file, mapped into memory; changing them never changes the file."""
         with safe_open(self.paths[name], framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
 
 
 class Commits:
-    """The commits of a run, of which the newest and the one before it are kept.
+    """Commits of a run: writes them, keeps the newest two, and finds the newest that is whole.
 
     Args:
-        folder: Where they lie, inside the run's output folder; made when something is written.
-        resumed: Whether those that are there already are of the same run.
+        folder: Folder of the commits, inside the run's output folder; made when something is written.
+        resumed: Whether the commits already in it belong to this run.
     """
 
     def __init__(self, folder: Path, *, resumed: bool = False) -> None:
@@ -70,7 +70,7 @@ class Commits:
         self._in_use: set[str] = set()  # files of the current commit
 
     def path(self, name: str) -> Path:
-        """Where a file lies, or will lie."""
+        """Path of a file, written or not."""
         return self.folder / f"{name}.safetensors"
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -81,7 +81,7 @@ class Commits:
         Args:
             name: A name that the current commit does not use.
             tensors: The file's content.
-            metadata: Texts beside them.
+            metadata: Texts for the header of the file.
 
         Returns:
             The safetensors file.
@@ -100,12 +100,12 @@ class Commits:
         return path
 
     def commit(self, number: int, state: Mapping[str, Any], files: Sequence[str]) -> None:
-        """Make a commit the current one, then remove what neither it nor the one before needs.
+        """Make a commit the current commit, then remove files that neither it nor the previous commit needs.
 
         Args:
             number: Larger than that of the current commit.
-            state: What JSON can hold.
-            files: Names of files that were written before, or are of the commit that `newest` found.
+            state: Values that JSON can hold.
+            files: Names of files that were written before, or belong to the commit that `newest` found.
 
         Raises:
             CommitError: The disk is full or read-only.
@@ -128,7 +128,7 @@ class Commits:
         self._remove_unneeded({number, previous}, needed)
 
     def newest(self) -> Commit | None:
-        """The newest commit that is whole, or None if there is none at all. It is then the current one.
+        """Find the newest commit that is whole and make it the current commit; None if there are no commits.
 
         Raises:
             ValueError: All commits are damaged, or another version wrote them.
@@ -153,7 +153,7 @@ class Commits:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Turn the errors of a full or read-only disk into a CommitError that names `path` and says how to go on."""
+        """Turn errors of a full or read-only disk into a CommitError that names `path` and says how to resume."""
         try:
             yield
         except OSError as error:
@@ -167,7 +167,7 @@ class Commits:
             ) from error
 
     def _is_committed(self) -> bool:
-        """Whether there is a commit of this run, also before it was looked for; not one that it will overwrite."""
+        """Whether this run has a commit, also before `newest` was called; not if it is a commit that it overwrites."""
         return self._current is not None or (self.resumed and bool(self._numbers()))
 
     def _manifest(self, number: int) -> Path:
@@ -178,7 +178,7 @@ class Commits:
         return [int(path.stem) for path in self.folder.glob("*.json") if re.fullmatch(r"\d{5,}", path.stem)]
 
     def _verified(self, number: int) -> dict[str, Any]:
-        """The content of a manifest that is whole, as are all files of it."""
+        """Content of a manifest; _Damage if it or any of its files is not whole."""
         manifest = self._manifest(number)
         try:
             content = _unseal(manifest.read_bytes())
@@ -201,18 +201,18 @@ class Commits:
             sync_folder(self.folder.parent)
 
     def _remove_newer(self, number: int) -> None:
-        """Remove manifests behind the current commit: damaged ones, or all if a run starts anew.
+        """Remove manifests with larger numbers than the current commit: damaged ones, or all if a run starts anew.
 
-        Left beside a new commit of a lower number, they would be asked first when a run is taken up.
+        Otherwise a new commit with a lower number would not be the newest when the run is resumed.
         """
         for other in self._numbers():
             if other != number and (self._current is None or other > self._current):
                 self._manifest(other).unlink()
 
     def _remove_unneeded(self, numbers: set[int | None], needed: set[str]) -> None:
-        """Remove manifests and files that are not needed, and what killed processes left.
+        """Remove manifests and files that are not needed, and partial files that killed processes left.
 
-        What cannot be removed, for example because Windows has it mapped, is tried again with the next commit.
+        A file that cannot be removed, for example because it is mapped on Windows, is tried again at the next commit.
         """
         manifests = [self._manifest(number) for number in self._numbers() if number not in numbers]
         files = set(self.folder.glob("*.safetensors")) - {self.path(name) for name in needed}
@@ -224,11 +224,11 @@ class Commits:
 
 
 class _Damage(Exception):
-    """A commit's file is not what was written."""
+    """A file of a commit is not as it was written."""
 
 
 def _check(path: Path, expected: Fingerprint) -> None:
-    """Raise _Damage if a file is not what was written."""
+    """Raise _Damage if a file is not as it was written."""
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
@@ -243,15 +243,15 @@ def _check(path: Path, expected: Fingerprint) -> None:
 
 
 def _seal(content: Mapping[str, Any]) -> bytes:
-    """A manifest: JSON that begins with the checksum of all the rest."""
+    """Manifest of a commit: JSON that begins with the checksum of all the rest."""
     return _sealed(json.dumps(content, indent=1).encode())
 
 
 def _unseal(manifest: bytes) -> dict[str, Any]:
-    """The content of a manifest; a ValueError if it is not byte for byte what `_seal` made."""
+    """Content of a manifest; a ValueError if it is not byte for byte as `_seal` made it."""
     rest = b"{" + manifest[len(_sealed(b"{")) :]
     if _sealed(rest) != manifest:
-        raise ValueError("the checksum is another")
+        raise ValueError("the checksum does not match")
     return json.loads(rest)
 
 

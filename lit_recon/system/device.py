@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lit_recon.system.quiet_libraries import quietly
+
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -26,14 +28,14 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Compute:
-    """The device of a run and Lightning's name of its precision; weights are float32 masters in each of them."""
+    """Device of a run, and its precision by Lightning's name; master weights are float32 in every precision."""
 
     device: torch.device
     precision: str
 
     @classmethod
     def choose(cls, trainer: "partial[Trainer]", precision: str) -> "Compute":
-        """The device that Lightning picks for `trainer`, and the precision, "auto" resolved by the hardware.
+        """Choose the device as Lightning does for `trainer`, and the precision; "auto" depends on the hardware.
 
         Raises:
             ValueError: A precision other than "auto", "32-true", "bf16-mixed" or "16-mixed"; a device without float64,
@@ -62,8 +64,16 @@ class Compute:
             precision = "bf16-mixed" if bf16_is_fast(device) else "32-true"
         return cls(device, precision)
 
+    @classmethod
+    def default(cls) -> "Compute":
+        """The device that Lightning picks, in the precision that its hardware is fast in."""
+        with quietly():
+            return cls.choose(partial(Trainer, accelerator="auto", devices=1), "auto")
+
     def trainers(self, trainer: "partial[Trainer]") -> Callable[..., Trainer]:
-        """Makes Trainers that compute there, each with the callbacks of `trainer` anew: they may count.
+        """Factory of Trainers for this device and precision, each with fresh copies of the callbacks of `trainer`.
+
+        A callback may hold state, such as a counter, which must not pass from one window to the next.
 
         Raises:
             ValueError: A callback that cannot be copied.
@@ -72,7 +82,7 @@ class Compute:
         own = [given] if isinstance(given, Callback) else given
         try:
             deepcopy(own)
-        except Exception as error:  # of the user's own objects, any
+        except Exception as error:  # the user's own objects may raise anything
             raise ValueError(f"trainer.callbacks: each window gets a copy of them, but {error}.") from error
 
         def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
@@ -82,6 +92,6 @@ class Compute:
         return make
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which Lightning runs a training step, for the passes outside of it."""
+        """Context for passes outside of training steps, with the same autocast as in Lightning's training steps."""
         dtype = _AUTOCAST[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""One process per output folder: a file lock that the system frees when its owner ends, however it ends."""
+"""Lock of an output folder: one process per folder. The system frees the lock when its owner ends, however it ends."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Have an output folder for this process alone.
+    """Hold an output folder for this process alone.
 
-    `lease.lock` is locked (flock; on Windows a lock of its own), and `lease.json` says by whom. A process that was
-    killed holds nothing any more: the next one takes the folder over. On a file system that does not know flock,
-    filelock warns and lets the mere existence of `lease.lock` be the lock; one that a killed process left is then taken
-    over on the same machine only, and must be removed by hand otherwise. On NFS, the server decides whether locks hold
-    between machines.
+    `lease.lock` is locked (flock; on Windows msvcrt.locking), and `lease.json` names the owner. A process that was
+    killed holds nothing any more: the next process takes the folder over. On a file system without flock, filelock
+    warns, and the existence of `lease.lock` is the lock; if a killed process left that file, the next process takes it
+    over on the same machine, and on another machine it must be removed by hand. On NFS, the server decides whether
+    locks hold between machines.
 
     Args:
         folder: The output folder; made if it is missing.
@@ -42,18 +42,18 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        with suppress(OSError):  # of a full disk: it is the lock that counts
+        with suppress(OSError):  # of a full disk: only the lock matters
             about.write_text(json.dumps(owner), encoding="utf-8")
         yield
     finally:
-        for path in (about, Path(lock.lock_file)):  # while they are ours: later, they may be another process's
+        for path in (about, Path(lock.lock_file)):  # before the release: after it, they may be another process's
             with suppress(OSError):  # Windows removes no open file, and the folder may be gone
                 path.unlink()
         lock.release()
 
 
 def _owner(about: Path) -> str:
-    """Who holds the lease, as far as it can be read."""
+    """Owner of the lock, from lease.json if that can be read."""
     try:
         owner = json.loads(about.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"

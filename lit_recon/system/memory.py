@@ -1,28 +1,31 @@
-"""Memory of this process: its peak, and giving back what is not needed any more."""
+"""Memory of this process: its peak, and giving unused memory back to the system."""
 
 import ctypes
 import gc
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process had so far: resident on the CPU, allocated on a GPU."""
+    """Peak memory of this process so far, in bytes: resident on the CPU, allocated by PyTorch on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # unlike getrusage, it can be reset
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    import resource  # not there on Windows
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not at the top: Windows has no such module
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak from now on; on other systems than Linux, the peak of a process on the CPU stays what it was."""
+    """Count the peak from now on. On the CPU only Linux can do that; elsewhere the peak stays that of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -30,9 +33,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def release_memory() -> None:
-    """Give back what a window or a walk has used; Trainer, module and optimizer refer to each other and would wait.
+    """Give memory that a window or a walk has used back to the system.
 
-    glibc keeps freed memory between small blocks that are still in use; after 30 layers of matrices that is a gigabyte.
+    Trainer, module and optimizer refer to each other, so that they wait for the garbage collector. glibc keeps freed
+    memory between small blocks that are still in use; after 30 layers of matrices that is a gigabyte.
     """
     gc.collect()
     if sys.platform == "linux":

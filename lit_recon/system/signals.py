@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: both end a run where it is, except inside sections that must not be left half done.
+"""Signals: Ctrl-C and SIGTERM end a run at once, except inside sections that must not be left half done.
 
-A scheduler's SIGTERM is treated as Ctrl-C is: an exception that unwinds to whoever says what is kept. Python raises it
-between two operations of the main thread, which takes at most as long as one of them.
+A scheduler's SIGTERM is treated like Ctrl-C: as an exception, which is caught where the message says what is kept.
+Python raises it between two operations of the main thread, so that the delay is at most one operation.
 """
 
 import signal
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME = (
-    1.0  # seconds within which further signals are the same request: GNU timeout, for one, sends each of its own twice
-)
+SAME_REQUEST = 1.0  # seconds within which signals are one request: GNU timeout, for example, sends each of them twice
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,12 +22,12 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class _Requests:
-    """What was asked for: signals belong to the process, so there is one of these.
+    """Requests to stop: signals belong to the process, so there is a single instance.
 
     Attributes:
         sections: Protected sections that the main thread is in.
-        waiting: A signal that was received in one of them.
-        raised: When a signal was turned into an exception.
+        waiting: Signal that was received in a protected section and not raised yet.
+        raised: Time at which a signal was last raised as an exception.
     """
 
     sections: int = 0
@@ -38,13 +36,13 @@ class _Requests:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.raised is not None and time.monotonic() - self.raised < SAME:
+        if self.raised is not None and time.monotonic() - self.raised < SAME_REQUEST:
             return
         self.waiting = number
         self.raise_waiting()
 
     def raise_waiting(self) -> None:
-        """Raise what is waiting, unless in a protected section."""
+        """Raise the waiting signal as an exception, unless in a protected section."""
         if self.waiting is None or self.sections:
             return
         number, self.waiting, self.raised = self.waiting, None, time.monotonic()
@@ -60,11 +58,11 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Have SIGINT and SIGTERM raise KeyboardInterrupt and Terminated; in other threads than the main one, do nothing.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt and Terminated; does nothing outside of the main thread.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
-        Terminated: SIGTERM was received; a KeyboardInterrupt too.
+        Terminated: SIGTERM was received; it is a KeyboardInterrupt.
     """
     if not _in_main_thread():
         yield
@@ -76,9 +74,9 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, _requests.receive)
         yield
     finally:
-        _requests.sections += 1  # what comes now comes too late
+        _requests.sections += 1  # signals that arrive now are too late
         for number, handler in earlier.items():
-            if handler is not None:  # installed by C code: Python cannot
+            if handler is not None:  # None: installed by C code, which Python cannot do
                 signal.signal(number, handler)
         _requests.sections -= 1
         _requests.waiting = None
@@ -86,9 +84,9 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def protected() -> Iterator[None]:
-    """A section that is not interrupted, for example a commit: signals wait until its end.
+    """Protect a section from interruption, for example a commit: signals wait until its end.
 
-    If the section itself fails, they wait for the end of the next one.
+    If the section itself fails, they wait for the end of the next section.
     """
     if not _in_main_thread():
         yield

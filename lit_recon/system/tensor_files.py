@@ -1,4 +1,4 @@
-"""Tensors in files: written in the safetensors format, a few bytes at a time, and mapped into memory."""
+"""Tensors in safetensors files, written in chunks, and memory maps of files."""
 
 import json
 import mmap
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_recon.system.atomic_files import CHUNK, Fingerprint
 
-DTYPES = {  # in the words of the safetensors format
+DTYPES = {  # names of the safetensors format
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -26,21 +26,30 @@ DTYPES = {  # in the words of the safetensors format
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
-    """A map of a file, which holds no descriptor of it open from Python 3.13 on."""
-    return mmap.mmap(file.fileno(), length, **settings, **_UNTRACKED)
+    """Memory map of a file; from Python 3.13 on it does not keep a file descriptor open, except on Windows."""
+    if sys.version_info >= (3, 13) and sys.platform != "win32":
+        settings["trackfd"] = False
+    return mmap.mmap(file.fileno(), length, **settings)
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
-    """Write the safetensors format (length of the header, header, content) in chunks, with its checksum on the way.
+    """Write the safetensors format (length of the header, header, content) in chunks, and compute its checksum.
 
-    safetensors' own save_file copies everything in older versions, refuses tensors that share memory, and tells of a
-    full disk in words only.
+    save_file of the safetensors library copies everything in older versions, refuses tensors that share memory, and
+    reports a full disk by its message only, without an errno.
+
+    Args:
+        file: The file, at its start.
+        tensors: Tensors by name, of any device and any strides.
+        metadata: Texts for the header.
+
+    Returns:
+        Size and CRC-32 of what was written.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each starts at its alignment
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in names:
@@ -57,7 +66,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file, a few at a time."""
+    """Bytes of a file: header, then each tensor, CHUNK bytes at a time."""
     yield header
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)  # a copy only if it must be

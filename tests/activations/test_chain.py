@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_recon.activations import propagation as regime_file
+from lit_recon.activations import propagation as propagation_file
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
-from lit_recon.model.matrices import observed
+from lit_recon.model.head import Head
 from lit_recon.model.partition import layer_windows
-from lit_recon.model.verify import examine
+from lit_recon.model.products import observing_products
+from lit_recon.model.verify import verify
 from lit_recon.model.windows import Window
 from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.pruning.pruner import Statistics
+from lit_recon.pruning.statistics import Statistics
 
 CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
 CHOICES = list(itertools.product(("dense", "sparse", "mix"), ("dense", "local"), ("dense", "sparse")))
@@ -55,9 +56,9 @@ def tokens_ST() -> Tensor:
     return torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def regime_of(inputs: str, targets: str, statistics: str) -> Regime:
-    """A regime with an uneven mix."""
-    return Regime(inputs=inputs, targets=targets, statistics=statistics, mix=SHARE)
+def propagation_of(inputs: str, targets: str, statistics: str) -> Propagation:
+    """A propagation with an uneven mix."""
+    return Propagation(inputs=inputs, targets=targets, statistics=statistics, mix=SHARE)
 
 
 def close(values: Tensor, expected: Tensor, what: str) -> None:
@@ -92,11 +93,11 @@ class Watched:
         self.window = window
         self.rows: dict[str, list[Tensor]] = {}
 
-    def __call__(self, part: str) -> Any:
-        def observe(product: Any) -> None:
+    def observing(self, part: str) -> Any:
+        def note(product: Any) -> None:
             self.rows.setdefault(product.matrix.name, []).append(product.rows_NI.clone())
 
-        return observed(self.window.matrices(), observe) if part == "calibration" else nullcontext()
+        return observing_products(self.window.matrices(), note) if part == "calibration" else nullcontext()
 
 
 @dataclass
@@ -143,12 +144,12 @@ class ByHand:
     def __init__(self, decoder: Decoder, tokens_ST: Tensor, window: Window, shape: str) -> None:
         self.layers, self.indices, self.shape = list(decoder.layers), list(window.indices), shape
         self.calls = decoder.embed(tokens_ST)[1]
-        self.kept, self.side = window.kept, getattr(window, "side", None)
+        self.num_kept, self.side = window.num_kept, getattr(window, "side", None)
 
     def run(self, states_STD: Tensor, kept_only: bool = False) -> Tensor:
         if self.side:
             return states_STD + self.added(states_STD)
-        for index in self.indices[: self.kept] if kept_only else self.indices:
+        for index in self.indices[: self.num_kept] if kept_only else self.indices:
             states_STD = call_layer(self.layers[index], states_STD, self.calls[index])
         return states_STD
 
@@ -177,16 +178,16 @@ def mixed(choice: str, dense_STD: Tensor, sparse_STD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("case", "regime"), pairs(CASES, VALID, EXACTING, (FEWEST, MOST)), ids=title)
+@pytest.mark.parametrize(("case", "propagation"), pairs(CASES, VALID, EXACTING, (FEWEST, MOST)), ids=title)
 def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
-    case: str, regime: tuple[str, str, str], tokens_ST: Tensor
+    case: str, propagation: tuple[str, str, str], tokens_ST: Tensor
 ) -> None:
     model = CASES[case].model()
     dense_model = copy.deepcopy(model)
     decoder, dense_decoder = Decoder(model, CPU.device), Decoder(dense_model, CPU.device)
     windows = layer_windows(model, **CASES[case].settings)
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime_of(*regime))
-    inputs, targets, statistics = regime
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation_of(*propagation))
+    inputs, targets, statistics = propagation
     dense_STD = sparse_STD = decoder.embed(tokens_ST)[0]
     added: dict[str, Tensor] = {}
     for position, window in enumerate(windows):
@@ -194,7 +195,7 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
         dense = ByHand(dense_decoder, tokens_ST, window, CASES[case].shape)
         trained_on_STD = mixed(inputs, dense_STD, sparse_STD)
         expected_STD = dense.run(dense_STD if targets == "dense" else trained_on_STD)
-        if window.branch == "second" and targets == "dense":  # makes up for what the first half has left
+        if window.parallel_half == "second" and targets == "dense":  # makes up for what the first half has left
             apart_STD = added["dense first"] - mixed(inputs, added["dense first"], added["first"])
             expected_STD = expected_STD + apart_STD
         source, states_STD = (dense, dense_STD) if statistics == "dense" else (now, sparse_STD)
@@ -204,7 +205,7 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
             few.run(states_STD[:CALIBRATION])
         watched = Watched(window)
 
-        chain.dense_pass(window, watched)
+        chain.dense_pass(window, [watched])
 
         close(chain.inputs_STD, trained_on_STD, f"{window.name}: inputs")
         close(chain.targets_STD, expected_STD, f"{window.name}: targets")
@@ -213,60 +214,63 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
         for name in plain:
             close(torch.cat(watched.rows[name]), seen[name], f"{window.name}: statistics of {name}")
 
-        before = [parameter.clone() for parameter in window.passed_on()]
+        before = [parameter.clone() for parameter in window.shared_with_next()]
         change(window.trained(), seed=position)
         chain.advance(window)
-        if window.branch:
-            added[f"dense {window.branch}"], added[window.branch] = dense.added(dense_STD), now.added(sparse_STD)
-            if window.branch == "second":
+        if window.parallel_half:
+            added[f"dense {window.parallel_half}"], added[window.parallel_half] = (
+                dense.added(dense_STD),
+                now.added(sparse_STD),
+            )
+            if window.parallel_half == "second":
                 dense_STD = dense_STD + added["dense first"] + added["dense second"]
                 sparse_STD = sparse_STD + added["first"] + added["second"]
         else:
             dense_STD, sparse_STD = dense.run(dense_STD, kept_only=True), now.run(sparse_STD, kept_only=True)
-        for parameter, value in zip(window.passed_on(), before, strict=True):
+        for parameter, value in zip(window.shared_with_next(), before, strict=True):
             parameter.copy_(value)
         if chain.dense:
             close(chain.dense.states_STD, dense_STD, f"dense chain behind {window.name}")
         if chain.sparse:
             close(chain.sparse.states_STD, sparse_STD, f"sparse chain behind {window.name}")
     assert (dense_STD - sparse_STD).abs().max() > 0.1, "the chains have come apart"
-    logits = model(tokens_ST, use_cache=False).logits, decoder.logits(sparse_STD)
+    logits = model(tokens_ST, use_cache=False).logits, Head(decoder)(sparse_STD)
     close(logits[1], logits[0], "the model of changed windows")
-    assert (chain.dense is None) == (regime == ("sparse", "local", "sparse"))
-    assert (chain.sparse is None) == (regime == ("dense", "dense", "dense"))
+    assert (chain.dense is None) == (propagation == ("sparse", "local", "sparse"))
+    assert (chain.sparse is None) == (propagation == ("dense", "dense", "dense"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", ["phi", "cohere2"])
-@pytest.mark.parametrize("regime", VALID, ids=" ".join)
+@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
 def test_a_changed_shared_norm_is_dense_for_targets_alone(
-    shape: str, regime: tuple[str, str, str], tokens_ST: Tensor
+    shape: str, propagation: tuple[str, str, str], tokens_ST: Tensor
 ) -> None:
     model = tiny_model(shape)
     first, second = layer_windows(model, by="half")[:2]
     layer = second.layer
     dense_norm = copy.deepcopy(layer.input_layernorm)
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime_of(*regime))
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation_of(*propagation))
     chain.dense_pass(first)
     layer.input_layernorm.weight.mul_(3)
     chain.advance(first)
     states_STD = Decoder(model, CPU.device).embed(tokens_ST)[0]  # at the first layer all chains are the same
     call = Decoder(model, CPU.device).embed(tokens_ST)[1][0]
     watched = Watched(second)
-    chain.dense_pass(second, watched)
+    chain.dense_pass(second, [watched])
 
     def attention(normed_STD: Tensor) -> Tensor:
         return layer.self_attn(normed_STD, *call.args, **call.kwargs)[0]
 
     apart_STD = torch.zeros_like(states_STD)
-    if regime[1] == "dense":  # what the first half, by its changed norm, no longer adds
+    if propagation[1] == "dense":  # what the first half, by its changed norm, no longer adds
         was_STD, is_STD = (attention(norm(states_STD)) for norm in (dense_norm, layer.input_layernorm))
-        apart_STD = was_STD - mixed(regime[0], was_STD, is_STD)
+        apart_STD = was_STD - mixed(propagation[0], was_STD, is_STD)
     close(chain.targets_STD, states_STD + layer.mlp(dense_norm(states_STD)) + apart_STD, "targets")
-    norm = dense_norm if regime[2] == "dense" else layer.input_layernorm
+    norm = dense_norm if propagation[2] == "dense" else layer.input_layernorm
     rows = torch.cat(watched.rows["model.layers.0.mlp." + ("fc1" if shape == "phi" else "up_proj") + ".weight"])
     close(rows, norm(states_STD)[:CALIBRATION].flatten(0, 1), "statistics")
-    outputs_STD = second(states_STD, chain.decoder.embed(tokens_ST)[1])
+    outputs_STD = second(states_STD, chain.passes.decoder.embed(tokens_ST)[1])
     close(outputs_STD, states_STD + layer.mlp(layer.input_layernorm(states_STD)), "the norm is the changed one again")
 
 
@@ -276,8 +280,10 @@ def test_a_changed_shared_norm_is_dense_for_targets_alone(
 def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     shape: str, statistics: str, tokens_ST: Tensor
 ) -> None:
-    chain = chain_of(tiny_model(shape), tokens_ST, CALIBRATION, regime=regime_of("sparse", "dense", statistics))
-    windows = layer_windows(chain.decoder.model, by="half")
+    chain = chain_of(
+        tiny_model(shape), tokens_ST, CALIBRATION, propagation=propagation_of("sparse", "dense", statistics)
+    )
+    windows = layer_windows(chain.passes.decoder.model, by="half")
     for position, window in enumerate(windows[:4]):
         chain.dense_pass(window)
         change(window.trained(), seed=position)
@@ -287,17 +293,21 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     assert chain.dense and chain.sparse and chain.sparse.aside_STD is not None
     assert (chain.dense.states_STD - chain.sparse.states_STD).abs().max() > 0.1, "the chains have come apart"
     perfect_STD = chain.targets_STD + chain.sparse.aside_STD
-    chain.dense.step("second", chain._outputs_STD, chain._each_batch)
+    chain.dense.step("second", chain._outputs_STD, chain.passes.each_batch)
     close(perfect_STD, chain.dense.states_STD, "behind the layer")
 
 
-@pytest.mark.parametrize("regime", CHOICES, ids=" ".join)
-def test_only_local_targets_of_dense_inputs_are_refused_with_the_reason(regime: tuple[str, str, str]) -> None:
-    if regime in VALID:
-        assert (regime_of(*regime).inputs, regime_of(*regime).targets, regime_of(*regime).statistics) == regime
+@pytest.mark.parametrize("propagation", CHOICES, ids=" ".join)
+def test_only_local_targets_of_dense_inputs_are_refused_with_the_reason(propagation: tuple[str, str, str]) -> None:
+    if propagation in VALID:
+        assert (
+            propagation_of(*propagation).inputs,
+            propagation_of(*propagation).targets,
+            propagation_of(*propagation).statistics,
+        ) == propagation
         return
     with pytest.raises(ValueError, match=r"chain\.targets=local with chain\.inputs=dense.*Use chain\.targets=dense"):
-        regime_of(*regime)
+        propagation_of(*propagation)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +324,12 @@ def test_only_local_targets_of_dense_inputs_are_refused_with_the_reason(regime: 
 )
 def test_an_unknown_choice_is_refused_with_what_is_expected(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Regime(**settings)
+        Propagation(**settings)
 
 
 def test_all_problems_of_a_regime_are_told_at_once() -> None:
     with pytest.raises(ValueError) as refusal:
-        Regime(inputs="x", targets="y", statistics="z", mix=2)
+        Propagation(inputs="x", targets="y", statistics="z", mix=2)
     assert [line.partition("=")[0] for line in str(refusal.value).splitlines()] == [
         "chain.inputs",
         "chain.targets",
@@ -329,8 +339,8 @@ def test_all_problems_of_a_regime_are_told_at_once() -> None:
 
 
 def documented_table() -> dict[tuple[str, ...], tuple[int, int]]:
-    """The table in the docstring of regime.py."""
-    rows = re.findall(r"^ +(\w+) +(\w+) +(\w+) +(\d) +(\d) ", regime_file.__doc__ or "", re.MULTILINE)
+    """The table in the docstring of propagation.py."""
+    rows = re.findall(r"^ +(\w+) +(\w+) +(\w+) +(\d) +(\d) ", propagation_file.__doc__ or "", re.MULTILINE)
     return {row[:3]: (int(row[3]), int(row[4])) for row in rows}
 
 
@@ -339,17 +349,17 @@ def test_the_documented_table_has_every_valid_regime() -> None:
     assert set(TABLE) == set(VALID)
 
 
-@pytest.mark.parametrize("regime", VALID, ids=" ".join)
-def test_arrays_and_passes_are_those_of_the_table(regime: tuple[str, str, str]) -> None:
-    made = regime_of(*regime)
-    assert (made.num_arrays, made.passes) == TABLE[regime]
-    assert made.independent == (regime == ("dense", "dense", "dense"))
+@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
+def test_arrays_and_passes_are_those_of_the_table(propagation: tuple[str, str, str]) -> None:
+    made = propagation_of(*propagation)
+    assert (made.num_arrays, made.passes) == TABLE[propagation]
+    assert made.independent == (propagation == ("dense", "dense", "dense"))
 
 
-@pytest.mark.parametrize("regime", VALID, ids=" ".join)
-def test_a_window_is_run_as_often_as_the_table_says(regime: tuple[str, str, str], tokens_ST: Tensor) -> None:
+@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
+def test_a_window_is_run_as_often_as_the_table_says(propagation: tuple[str, str, str], tokens_ST: Tensor) -> None:
     model = tiny_model("llama")
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime_of(*regime))
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation_of(*propagation))
     for window in layer_windows(model):
         samples: list[int] = []
         handle = window.register_forward_pre_hook(lambda _, args, samples=samples: samples.append(len(args[0])))
@@ -357,15 +367,15 @@ def test_a_window_is_run_as_often_as_the_table_says(regime: tuple[str, str, str]
         chain.advance(window)
         handle.remove()
         # Sparse statistics alone look at no held-out sample.
-        apart = regime[2] == "sparse" and regime[:2] != ("sparse", "local")
-        assert sum(samples) == TABLE[regime][1] * SAMPLES - apart * (SAMPLES - CALIBRATION)
+        apart = propagation[2] == "sparse" and propagation[:2] != ("sparse", "local")
+        assert sum(samples) == TABLE[propagation][1] * SAMPLES - apart * (SAMPLES - CALIBRATION)
 
 
-@pytest.mark.parametrize("regime", VALID, ids=" ".join)
-def test_as_many_arrays_of_hidden_states_are_there_as_the_table_says(regime: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
+def test_as_many_arrays_of_hidden_states_are_there_as_the_table_says(propagation: tuple[str, str, str]) -> None:
     tokens_ST = torch.randint(3, 64, (7, 11), generator=torch.Generator().manual_seed(1))
     model = tiny_model("llama")
-    chain = chain_of(model, tokens_ST, 4, regime=regime_of(*regime))
+    chain = chain_of(model, tokens_ST, 4, propagation=propagation_of(*propagation))
     for window in layer_windows(model):
         chain.dense_pass(window)
         chain.advance(window)
@@ -375,7 +385,7 @@ def test_as_many_arrays_of_hidden_states_are_there_as_the_table_says(regime: tup
         for tensor in gc.get_objects()
         if type(tensor) is Tensor and tuple(tensor.shape) == (7, 11, 32)
     }
-    assert len(found) == TABLE[regime][0]
+    assert len(found) == TABLE[propagation][0]
 
 
 def padded(tokens_ST: Tensor, lengths: list[int]) -> Tensor:
@@ -406,7 +416,7 @@ def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str,
         hidden_BTD = call_layer(layer, hidden_BTD, call)
     ids_BT = tokens_BT.masked_fill(~text_BT, 0)
     expected_BTV = model(ids_BT, attention_mask=text_BT.long(), use_cache=False).logits
-    logits_BTV = decoder.logits(hidden_BTD)
+    logits_BTV = Head(decoder)(hidden_BTD)
     assert torch.equal(logits_BTV[text_BT], expected_BTV[text_BT])
     for row in range(3):
         alone_BTV = model(tokens_BT[row : row + 1, : LENGTHS[row]], use_cache=False).logits
@@ -428,14 +438,14 @@ PADDED = ("llama", "gemma2", "bloom", "opt", "mixtral", "gpt_oss", "llama4")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("regime", VALID, ids=" ".join)
+@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
 def test_padding_changes_no_input_or_target_where_there_is_text(
-    regime: tuple[str, str, str], padded_ST: Tensor
+    propagation: tuple[str, str, str], padded_ST: Tensor
 ) -> None:
     model = tiny_model("llama")
-    chain = chain_of(model, padded_ST, CALIBRATION, regime=regime_of(*regime))
+    chain = chain_of(model, padded_ST, CALIBRATION, propagation=propagation_of(*propagation))
     alone = [
-        chain_of(model, padded_ST[row : row + 1, :length], 1, regime=regime_of(*regime))
+        chain_of(model, padded_ST[row : row + 1, :length], 1, propagation=propagation_of(*propagation))
         for row, length in enumerate(LENGTHS)
     ]
     for position, window in enumerate(layer_windows(model)):
@@ -453,12 +463,11 @@ def test_padding_changes_no_input_or_target_where_there_is_text(
 @pytest.mark.parametrize("shape", PADDED)
 def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
-    examine(model, padded_ST)
-    window = layer_windows(model)[1]
+    first, window, *_ = layer_windows(model, verify(model, padded_ST))
     chain = chain_of(model, padded_ST, CALIBRATION)
-    step(chain, layer_windows(model)[0])
+    step(chain, first)
     chain.dense_pass(window)
-    data = Activations.at(chain)
+    data = Activations.from_chain(chain)
     inputs, targets, outputs = [], [], []
     decoder = Decoder(model, CPU.device)
     for row, length in enumerate(LENGTHS):
@@ -497,7 +506,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     chain = chain_of(model, padded_ST, CALIBRATION)
     chain.dense_pass(window)
     change(window.trained(), seed=1)
-    data = Activations.at(chain)
+    data = Activations.from_chain(chain)
     window.requires_grad_(True)
     trained = module()(window, {}, 1.0)
     trained.log = lambda *_, **__: None
@@ -506,7 +515,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     errors = []
     for row in (1, 2):
         length = LENGTHS[row]
-        calls = chain.decoder.embed(padded_ST[row : row + 1, :length])[1]
+        calls = chain.passes.decoder.embed(padded_ST[row : row + 1, :length])[1]
         outputs_BTD = window(data.inputs_STD[row : row + 1, :length], calls)
         errors.append((outputs_BTD - data.targets_STD[row : row + 1, :length]).square().flatten())
     expected = torch.autograd.grad(torch.cat(errors).mean(), window.trained())
@@ -519,20 +528,19 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
 @pytest.mark.parametrize("shape", PADDED)
 def test_statistics_of_padded_samples_are_those_of_their_text(shape: str, statistics: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
-    examine(model, padded_ST)
-    regime = Regime(statistics=statistics)
-    window = layer_windows(model)[1]
+    first, window, *_ = layer_windows(model, verify(model, padded_ST))
+    propagation = Propagation(statistics=statistics)
     gathered = Statistics(Wanda(), window.matrices())
-    chain = chain_of(model, padded_ST, CALIBRATION, regime=regime)
-    step(chain, layer_windows(model)[0])
-    chain.dense_pass(window, gathered.watching)
+    chain = chain_of(model, padded_ST, CALIBRATION, propagation=propagation)
+    step(chain, first)
+    chain.dense_pass(window, [gathered])
     expected = Statistics(Wanda(), window.matrices())
     for row in range(CALIBRATION):  # one by one, without padding
         tokens_ST = padded_ST[row : row + 1, : LENGTHS[row]]
-        alone = chain_of(model, tokens_ST, 1, regime=regime)
-        step(alone, layer_windows(model)[0])
-        with observed(window.matrices(), expected.observe):
-            window(alone.inputs_STD, alone.decoder.embed(tokens_ST)[1])
+        alone = chain_of(model, tokens_ST, 1, propagation=propagation)
+        step(alone, first)
+        with observing_products(window.matrices(), expected.note):
+            window(alone.inputs_STD, alone.passes.decoder.embed(tokens_ST)[1])
     assert set(gathered.by_name) == set(expected.by_name)
     for name, by_expert in expected.by_name.items():
         close(torch.stack(gathered.by_name[name]), torch.stack(by_expert), name)
@@ -546,7 +554,7 @@ def test_statistics_do_not_depend_on_how_samples_are_batched(tokens_ST: Tensor) 
     window = layer_windows(model)[0]
     for batch_size in (1, 2, 5):
         gathered = Statistics(Wanda(), window.matrices())
-        chain_of(model, tokens_ST, CALIBRATION, batch_size).dense_pass(window, gathered.watching)
+        chain_of(model, tokens_ST, CALIBRATION, batch_size).dense_pass(window, [gathered])
         sums.append({name: torch.stack(by_expert) for name, by_expert in gathered.by_name.items()})
     for other in sums[1:]:
         for name, expected in sums[0].items():

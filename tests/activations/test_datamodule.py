@@ -1,7 +1,7 @@
 """The chain holds what the dense model computes; its DataModule serves that, in order, to the right part."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from lit_recon.activations.datamodule import ActivationDataModule, Activations
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.matrices import observed
 from lit_recon.model.partition import partition
+from lit_recon.model.products import observing_products
 from lit_recon.pruning.criteria.magnitude import Magnitude
-from lit_recon.pruning.pruner import Statistics
+from lit_recon.pruning.statistics import Statistics
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_statistics_see_every_calibration_sample_once_and_no_held_out_one(tokens
     chain = chain_of(model, tokens_ST, 5)
     (first, *_) = window.matrices()
     statistics = Statistics(Remembering(), [first])
-    chain.dense_pass(window, statistics.watching)
+    chain.dense_pass(window, [statistics])
     normed = window.layers[0].input_layernorm(chain.inputs_STD)  # what q_proj of a Llama layer is multiplied by
     (seen,) = statistics.by_name[first.name]
     torch.testing.assert_close(torch.cat(seen), normed[:5].flatten(0, 1), rtol=1e-5, atol=1e-6)
@@ -123,7 +123,12 @@ def test_each_part_of_the_samples_is_watched_once_and_by_itself(tokens_ST: Tenso
     chain = chain_of(model, tokens_ST, 5)
     (first, *_) = window.matrices()
     seen: dict[str, list[Tensor]] = {"calibration": [], "held_out": []}
-    chain.dense_pass(window, lambda part: observed([first], lambda product: seen[part].append(product.rows_NI)))
+
+    class Remembered:
+        def observing(self, part: str) -> AbstractContextManager:
+            return observing_products([first], lambda product: seen[part].append(product.rows_NI))
+
+    chain.dense_pass(window, [Remembered()])
     normed = window.layers[0].input_layernorm(chain.inputs_STD)
     for part, samples in {"calibration": slice(0, 5), "held_out": slice(5, 6)}.items():
         torch.testing.assert_close(torch.cat(seen[part]), normed[samples].flatten(0, 1), rtol=1e-5, atol=1e-6)
@@ -136,14 +141,15 @@ def test_the_observing_context_is_closed_before_held_out_samples_pass(tokens_ST:
     is_open: list[str] = []
     passed: list[tuple[str, int]] = []
 
-    @contextmanager
-    def watching(part: str) -> Iterator[None]:
-        is_open.append(part)
-        yield
-        is_open.remove(part)
+    class Opening:
+        @contextmanager
+        def observing(self, part: str) -> Iterator[None]:
+            is_open.append(part)
+            yield
+            is_open.remove(part)
 
     handle = window.register_forward_hook(lambda _, args, __: passed.append((*is_open, len(args[0]))))
-    chain.dense_pass(window, watching)
+    chain.dense_pass(window, [Opening()])
     handle.remove()
     calibration, held_out = [("calibration", 2), ("calibration", 1)], [("held_out", 2), ("held_out", 1)]
     assert passed == calibration + held_out, "no batch holds samples of both kinds"
@@ -154,7 +160,7 @@ def activations_of(tokens_ST: Tensor, batch_size: int = 2) -> Activations:
     model = tiny_model("llama")
     chain = chain_of(model, tokens_ST, 11, batch_size)
     chain.dense_pass(partition(model)[0])
-    return Activations.at(chain)
+    return Activations.from_chain(chain)
 
 
 def order(loader: DataLoader, activations: Activations) -> list[int]:
@@ -207,7 +213,7 @@ def test_every_batch_replays_the_layers_own_arguments(model: PreTrainedModel, to
     chain = chain_of(model, tokens_ST, 5)
     for window in partition(model):
         chain.dense_pass(window)
-        data = Activations.at(chain).data_module(seed=7)
+        data = Activations.from_chain(chain).data_module(seed=7)
         batches = [
             data.transfer_batch_to_device(batch, CPU.device, 0)
             for loader in (data.train_dataloader(), data.val_dataloader())
@@ -225,7 +231,7 @@ def test_batches_can_be_trained_on(tokens_ST: Tensor) -> None:
     chain = chain_of(model, tokens_ST, 4)
     window = partition(model)[0].requires_grad_(True)
     chain.dense_pass(window)
-    data = Activations.at(chain).data_module(seed=7)
+    data = Activations.from_chain(chain).data_module(seed=7)
     batch = data.transfer_batch_to_device(next(iter(data.train_dataloader())), CPU.device, 0)
     assert not batch.targets_BTD.requires_grad and not batch.targets_BTD.is_inference()
     (window(batch.inputs_BTD, batch.calls) - 2 * batch.targets_BTD).square().mean().backward()

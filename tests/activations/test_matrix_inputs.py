@@ -14,28 +14,29 @@ from lit_recon.activations import matrix_inputs as captured
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
-from lit_recon.activations.gram import Moments, Sums
-from lit_recon.activations.matrix_inputs import MatrixData, check_regime
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.activations.matrix_inputs import MatrixInputs, check_experts
+from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
-from lit_recon.model.partition import partition
-from lit_recon.model.verify import examine
+from lit_recon.model.matrices import LayerMatrices
+from lit_recon.model.partition import Partition, partition
+from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 
 CALIBRATION, LENGTH = 3, 24
 PARTS = {"calibration": slice(0, CALIBRATION), "held_out": slice(CALIBRATION, 5)}
 LENGTHS = [24, 9, 17, 24, 5]
-DENSE = Regime()
+DENSE = Propagation()
 REGIMES = {
     "dense": DENSE,
-    "dense, sparse statistics": Regime(statistics="sparse"),
-    "sparse inputs, dense targets": Regime(inputs="sparse"),
-    "mixed inputs, dense targets": Regime(inputs="mix", mix=0.3),
-    "sparse inputs, local targets": Regime(inputs="sparse", targets="local"),
-    "sparse all": Regime(inputs="sparse", targets="local", statistics="sparse"),
-    "mixed inputs, local targets": Regime(inputs="mix", targets="local", mix=0.3),
+    "dense, sparse statistics": Propagation(statistics="sparse"),
+    "sparse inputs, dense targets": Propagation(inputs="sparse"),
+    "mixed inputs, dense targets": Propagation(inputs="mix", mix=0.3),
+    "sparse inputs, local targets": Propagation(inputs="sparse", targets="local"),
+    "sparse all": Propagation(inputs="sparse", targets="local", statistics="sparse"),
+    "mixed inputs, local targets": Propagation(inputs="mix", targets="local", mix=0.3),
 }
 
 
@@ -52,13 +53,17 @@ def padded(tokens_ST: Tensor) -> Tensor:
 
 @torch.no_grad()
 def at_layer(
-    model: PreTrainedModel, tokens_ST: Tensor, index: int, regime: Regime = DENSE
+    model: PreTrainedModel,
+    tokens_ST: Tensor,
+    index: int,
+    propagation: Propagation = DENSE,
+    matrices: LayerMatrices | None = None,
 ) -> tuple[Chain, dict[str, MatrixWindow], Window]:
     """A chain behind changed layers, and the matrices of the next one by their names in it."""
-    windows = [window for window in partition(model, by="matrix") if isinstance(window, MatrixWindow)]
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime)
-    for position, span in enumerate(dict.fromkeys(window.span for window in windows)):
-        mine = [window for window in windows if window.span is span]
+    windows = [window for window in Partition(by="matrix").cut(model, matrices) if isinstance(window, MatrixWindow)]
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation)
+    for position, span in enumerate(dict.fromkeys(window.enclosing for window in windows)):
+        mine = [window for window in windows if window.enclosing is span]
         if position == index:
             break
         chain.dense_pass(span)
@@ -80,7 +85,9 @@ def linear_inputs(chain: Chain, layer: nn.Module, states_STD: Tensor, index: int
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]
-    call_layer(layer, states_STD, Decoder(chain.decoder.model, CPU.device).embed(chain.tokens_ST)[1][index])
+    call_layer(
+        layer, states_STD, Decoder(chain.passes.decoder.model, CPU.device).embed(chain.passes.tokens_ST)[1][index]
+    )
     for handle in handles:
         handle.remove()
     return seen
@@ -95,22 +102,24 @@ def close(values: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("regime", REGIMES)
-def test_inputs_and_targets_are_those_of_the_dense_layer_run_on_the_right_chain(regime: str, tokens_ST: Tensor) -> None:
-    chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 1, REGIMES[regime])
+@pytest.mark.parametrize("propagation", REGIMES)
+def test_inputs_and_targets_are_those_of_the_dense_layer_run_on_the_right_chain(
+    propagation: str, tokens_ST: Tensor
+) -> None:
+    chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 1, REGIMES[propagation])
     chain.dense_pass(span)
     (layer,) = span.layers
-    data = MatrixData(span, chain)
+    data = MatrixInputs(span, chain)
     inputs = linear_inputs(chain, layer, chain.inputs_STD, 1)
-    dense_targets = REGIMES[regime].targets == "dense"
+    dense_targets = REGIMES[propagation].targets == "dense"
     sources = linear_inputs(chain, layer, chain.dense.states_STD, 1) if dense_targets else inputs
     assert set(windows) == set(inputs)
     for name, window in windows.items():
         made = data.activations(window)
-        assert made.num_samples == CALIBRATION and made.valid_ST is None
+        assert made.batching.num_samples == CALIBRATION and made.batching.valid_ST is None
         close(made.inputs_STD, inputs[name])
         close(made.targets_STD, sources[name] @ layer.get_submodule(name).weight.T)
-    if REGIMES[regime].inputs == "sparse" and dense_targets:
+    if REGIMES[propagation].inputs == "sparse" and dense_targets:
         assert (inputs["self_attn.q_proj"] - sources["self_attn.q_proj"]).abs().max() > 0.1, (
             "the chains have come apart"
         )
@@ -120,7 +129,7 @@ def test_inputs_and_targets_are_those_of_the_dense_layer_run_on_the_right_chain(
 def test_q_k_and_v_share_their_inputs_and_o_has_its_own(tokens_ST: Tensor) -> None:
     chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 0)
     chain.dense_pass(span)
-    data = MatrixData(span, chain)
+    data = MatrixInputs(span, chain)
     kept = {name: data.activations(window).inputs_STD for name, window in windows.items()}
     pointers = {name: inputs_STI.data_ptr() for name, inputs_STI in kept.items()}
     assert pointers["self_attn.q_proj"] == pointers["self_attn.k_proj"] == pointers["self_attn.v_proj"]
@@ -132,7 +141,7 @@ def test_q_k_and_v_share_their_inputs_and_o_has_its_own(tokens_ST: Tensor) -> No
 def test_matrices_that_share_inputs_share_one_pass_of_the_layer(tokens_ST: Tensor) -> None:
     chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 0)
     chain.dense_pass(span)
-    data, passes = MatrixData(span, chain), []
+    data, passes = MatrixInputs(span, chain), []
     span.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         data.activations(windows[name])
@@ -146,7 +155,7 @@ def test_the_layer_stays_dense_while_its_matrices_are_done_one_by_one(tokens_ST:
     chain.dense_pass(span)
     (layer,) = span.layers
     expected = linear_inputs(chain, layer, chain.inputs_STD, 0)
-    data = MatrixData(span, chain)
+    data = MatrixInputs(span, chain)
     dense = {name: window.matrix.weight.clone() for name, window in windows.items()}
     for name, window in windows.items():
         made = data.activations(window)
@@ -166,7 +175,7 @@ def test_products_of_conv1d_are_with_the_weight_as_it_is_stored(tokens_ST: Tenso
     chain.dense_pass(span)
     (layer,) = span.layers
     inputs = linear_inputs(chain, layer, chain.inputs_STD, 1)
-    data = MatrixData(span, chain)
+    data = MatrixInputs(span, chain)
     widths = {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
     assert list(windows) == list(widths)
     for name, window in windows.items():
@@ -218,14 +227,16 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
     chain.dense_pass(span)
     expected, count = routed(model, tokens_ST, chain.inputs_STD, 1)
     assert count == int((tokens_ST != PADDING).sum())
-    data, length = MatrixData(span, chain), tokens_ST.shape[1]
+    data, length = MatrixInputs(span, chain), tokens_ST.shape[1]
     for leaf in ("gate_up_proj", "down_proj"):
         made = data.activations(windows[f"mlp.experts.{leaf}"])
         weight_EOI = windows[f"mlp.experts.{leaf}"].matrix.weight
         assert made.inputs_STD.shape[1] == length
-        experts_ST = made.calls(torch.arange(len(made.inputs_STD)))[0].kwargs["experts"]
-        valid_ST = torch.ones_like(experts_ST, dtype=torch.bool) if made.valid_ST is None else made.valid_ST
-        for part, samples in enumerate((slice(0, made.num_samples), slice(made.num_samples, None))):
+        experts_ST = made.batching.calls(torch.arange(len(made.inputs_STD)))[0].kwargs["experts"]
+        valid_ST = (
+            torch.ones_like(experts_ST, dtype=torch.bool) if made.batching.valid_ST is None else made.batching.valid_ST
+        )
+        for part, samples in enumerate((slice(0, made.batching.num_samples), slice(made.batching.num_samples, None))):
             mine_ST = valid_ST[samples]
             rows = sum(len(rows_NI) for rows_NI in expected[leaf][part])
             assert mine_ST.sum() == rows and len(mine_ST) == -(-rows // length), "the last sample alone is padded"
@@ -236,7 +247,7 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
                 close(made.targets_STD[samples][of_expert_ST], inputs_NI @ weight_EOI[expert].T)
             assert not made.inputs_STD[samples][~mine_ST].any()
     if is_padded:
-        assert made.valid_ST is not None and not made.valid_ST.all()
+        assert made.batching.valid_ST is not None and not made.batching.valid_ST.all()
 
 
 @torch.no_grad()
@@ -259,17 +270,17 @@ def test_rows_of_experts_are_the_same_in_few_arrays_of_the_store_and_in_many(
     tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("mixtral")
-    examine(model, tokens_ST)
+    matrices = verify(model, tokens_ST)
     made, found = [], []
     for piece_bytes in (captured._PIECE_BYTES, 1):
         monkeypatch.setattr(captured, "_PIECE_BYTES", piece_bytes)
-        chain, windows, span = at_layer(model, tokens_ST, 0)
+        chain, windows, span = at_layer(model, tokens_ST, 0, matrices=matrices)
         chain.dense_pass(span)
-        shapes, zeros = [], chain.store.zeros
+        shapes, zeros = [], chain.passes.store.zeros
         monkeypatch.setattr(
-            chain.store, "zeros", lambda shape, zeros=zeros, shapes=shapes: shapes.append(shape) or zeros(shape)
+            chain.passes.store, "zeros", lambda shape, zeros=zeros, shapes=shapes: shapes.append(shape) or zeros(shape)
         )
-        found.append(MatrixData(span, chain).activations(windows["mlp.experts.gate_up_proj"]))
+        found.append(MatrixInputs(span, chain).activations(windows["mlp.experts.gate_up_proj"]))
         made.append(len(shapes))
     assert made[0] == 4, "a piece per part, the samples, their products"
     assert made[1] > 8, "a piece per product"
@@ -281,23 +292,22 @@ def test_an_expert_without_tokens_behind_a_full_piece_takes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captured, "_PIECE_BYTES", 4 * 8)
-    rows, rows_NI = captured._Rows(DiskStore(tmp_path)), torch.randn(4, 8)
+    rows, rows_NI = captured._RowPieces(DiskStore(tmp_path)), torch.randn(4, 8)
     rows.add(rows_NI, 0)
     rows.add(torch.zeros(0, 8), 1)
     rows.put_away()
-    ((piece_NI, experts_N),) = rows.taken()
+    ((piece_NI, experts_N),) = rows.pop_all()
     assert rows.count == 4 and torch.equal(piece_NI, rows_NI.bfloat16()) and experts_N.tolist() == [0] * 4
 
 
 @torch.no_grad()
 def test_llama_4s_rows_of_zeros_are_not_trained_on(tokens_ST: Tensor) -> None:
     model = tiny_model("llama4")
-    examine(model, tokens_ST)
-    chain, windows, span = at_layer(model, tokens_ST, 1)
+    chain, windows, span = at_layer(model, tokens_ST, 1, matrices=verify(model, tokens_ST))
     chain.dense_pass(span)
-    made = MatrixData(span, chain).activations(windows["feed_forward.experts.gate_up_proj"])
+    made = MatrixInputs(span, chain).activations(windows["feed_forward.experts.gate_up_proj"])
     assert made.inputs_STD.flatten(0, 1).any(1).sum() == 5 * LENGTH, "one expert per token"
-    assert made.valid_ST is None and len(made.inputs_STD) == 5
+    assert made.batching.valid_ST is None and len(made.inputs_STD) == 5
 
 
 @torch.no_grad()
@@ -305,14 +315,16 @@ def test_rows_of_padded_samples_are_those_of_their_text_in_order(tokens_ST: Tens
     tokens_ST = padded(tokens_ST)
     chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 0)
     chain.dense_pass(span)
-    made = MatrixData(span, chain).activations(windows["self_attn.q_proj"])
+    made = MatrixInputs(span, chain).activations(windows["self_attn.q_proj"])
     normed_STD = span.layers[0].input_layernorm(chain.inputs_STD)
-    assert made.valid_ST is not None
+    assert made.batching.valid_ST is not None
     for part, samples in PARTS.items():
-        mine = slice(0, made.num_samples) if part == "calibration" else slice(made.num_samples, None)
+        mine = slice(0, made.batching.num_samples) if part == "calibration" else slice(made.batching.num_samples, None)
         rows_NI = normed_STD[samples][tokens_ST[samples] != PADDING]
-        close(made.inputs_STD[mine][made.valid_ST[mine]], rows_NI)
-        close(made.targets_STD[mine][made.valid_ST[mine]], rows_NI @ windows["self_attn.q_proj"].matrix.weight.T)
+        close(made.inputs_STD[mine][made.batching.valid_ST[mine]], rows_NI)
+        close(
+            made.targets_STD[mine][made.batching.valid_ST[mine]], rows_NI @ windows["self_attn.q_proj"].matrix.weight.T
+        )
 
 
 # Second moments
@@ -322,11 +334,11 @@ def errors_by_hand(
     window: MatrixWindow, kept: Activations
 ) -> tuple[float, tuple[float, float], list[tuple[Tensor, Tensor]]]:
     """Variance of the calibration targets, relative errors, and the rows of inputs and targets, in float64."""
-    valid_ST = kept.valid_ST
+    valid_ST = kept.batching.valid_ST
     if valid_ST is None:
         valid_ST = torch.ones(kept.inputs_STD.shape[:2], dtype=torch.bool)
-    outputs_STO = window(kept.inputs_STD, kept.calls(torch.arange(len(kept.inputs_STD))))
-    found, parts = [], (slice(0, kept.num_samples), slice(kept.num_samples, None))
+    outputs_STO = window(kept.inputs_STD, kept.batching.calls(torch.arange(len(kept.inputs_STD))))
+    found, parts = [], (slice(0, kept.batching.num_samples), slice(kept.batching.num_samples, None))
     for part in parts:
         mine_ST = valid_ST[part]
         targets_NO = kept.targets_STD[part][mine_ST].double()
@@ -344,37 +356,38 @@ def prune_roughly(window: MatrixWindow) -> None:
 
 
 def moments_of(
-    shape: str, tokens_ST: Tensor, regime: Regime
-) -> Sequence[tuple[str, MatrixWindow, Moments, Activations]]:
+    shape: str, tokens_ST: Tensor, propagation: Propagation
+) -> Sequence[tuple[str, MatrixWindow, NormalEquations, Activations]]:
     """The moments and the kept activations of all matrices of a layer."""
     model = tiny_model(shape)
-    examine(model, tokens_ST)
-    chain, windows, span = at_layer(model, tokens_ST, 1, regime)
-    data = MatrixData(span, chain)
-    if regime.independent:
-        chain.dense_pass(span, data.watching)
+    chain, windows, span = at_layer(model, tokens_ST, 1, propagation, verify(model, tokens_ST))
+    data = MatrixInputs(span, chain)
+    if propagation.independent:
+        chain.dense_pass(span, [data])
     else:
         chain.dense_pass(span)
-        if regime.one_source:
-            chain.run(span, chain.inputs_STD, None, data.watching)
-    return [(name, window, data.moments(window), data.activations(window)) for name, window in windows.items()]
+        if propagation.one_source:
+            chain.passes.run(span, chain.inputs_STD, None, [data])
+    return [(name, window, data.normal_equations(window), data.activations(window)) for name, window in windows.items()]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize(("shape", "regime"), pairs(["llama", "gpt2", "phi"], [*REGIMES], ["llama"], ["sparse all"]))
+@pytest.mark.parametrize(
+    ("shape", "propagation"), pairs(["llama", "gpt2", "phi"], [*REGIMES], ["llama"], ["sparse all"])
+)
 def test_moments_tell_variance_and_errors_of_the_kept_activations(
-    shape: str, regime: str, is_padded: bool, tokens_ST: Tensor
+    shape: str, propagation: str, is_padded: bool, tokens_ST: Tensor
 ) -> None:
     tokens_ST = padded(tokens_ST) if is_padded else tokens_ST
-    for name, window, moments, kept in moments_of(shape, tokens_ST, REGIMES[regime]):
+    for name, window, moments, kept in moments_of(shape, tokens_ST, REGIMES[propagation]):
         prune_roughly(window)
         variance, errors, _ = errors_by_hand(window, kept)
         assert errors[0] > 0.01
         assert moments.variance() == pytest.approx(variance, rel=1e-4), name
         assert kept.variance() == pytest.approx(variance, rel=1e-4), name
         assert moments.errors(window, variance) == pytest.approx(errors, rel=1e-4), name
-        assert kept.error(window, kept.num_samples, len(kept.inputs_STD), variance) == pytest.approx(
+        assert kept.error(window, kept.batching.num_samples, len(kept.inputs_STD), variance) == pytest.approx(
             errors[1], rel=1e-4
         )
 
@@ -382,7 +395,7 @@ def test_moments_tell_variance_and_errors_of_the_kept_activations(
 @torch.no_grad()
 @pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(
-    ("shape", "regime"),
+    ("shape", "propagation"),
     pairs(
         ["mixtral", "gpt_oss", "deepseek_v3", "llama4"],
         ["dense", "sparse all", "mixed inputs, local targets"],
@@ -391,10 +404,10 @@ def test_moments_tell_variance_and_errors_of_the_kept_activations(
     ),
 )
 def test_moments_of_experts_tell_variance_and_errors_over_the_rows_of_all_of_them(
-    shape: str, regime: str, is_padded: bool, tokens_ST: Tensor
+    shape: str, propagation: str, is_padded: bool, tokens_ST: Tensor
 ) -> None:
     tokens_ST = padded(tokens_ST) if is_padded else tokens_ST
-    found = [made for made in moments_of(shape, tokens_ST, REGIMES[regime]) if made[1].matrix.experts > 1]
+    found = [made for made in moments_of(shape, tokens_ST, REGIMES[propagation]) if made[1].matrix.experts > 1]
     assert len(found) == 2
     for name, window, moments, kept in found:
         prune_roughly(window)
@@ -408,9 +421,9 @@ def test_moments_of_experts_tell_variance_and_errors_over_the_rows_of_all_of_the
 @torch.no_grad()
 def test_moments_of_a_shared_input_are_gathered_once(tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     added = []
-    monkeypatch.setattr(Sums, "add", lambda self, rows_NI: added.append(len(rows_NI)))
+    monkeypatch.setattr(GramSums, "add", lambda self, rows_NI: added.append(len(rows_NI)))
     chain, _, span = at_layer(tiny_model("llama"), tokens_ST, 0)
-    chain.dense_pass(span, MatrixData(span, chain).watching)
+    chain.dense_pass(span, [MatrixInputs(span, chain)])
     assert sum(added) == 4 * 5 * LENGTH, "of q, o, gate and down; not of k, v and up"
 
 
@@ -437,7 +450,7 @@ def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inpu
     with pytest.raises(
         ValueError, match=rf"chain\.inputs={inputs} with chain\.targets=dense.*6 such.*use chain\.targets"
     ):
-        check_regime(mixture, Regime(inputs=inputs))
-    check_regime(mixture, Regime(inputs=inputs, targets="local"))
-    check_regime(mixture, Regime(statistics="sparse"))
-    check_regime(plain, Regime(inputs=inputs))
+        check_experts(mixture, Propagation(inputs=inputs))
+    check_experts(mixture, Propagation(inputs=inputs, targets="local"))
+    check_experts(mixture, Propagation(statistics="sparse"))
+    check_experts(plain, Propagation(inputs=inputs))

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import CPU, Ended, letter_tokenizer, module, pairs, reconstructor
+from conftest import CPU, Ended, chain_of, fitter, letter_tokenizer, masks_of, module, pairs
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -25,24 +25,23 @@ from lit_recon.activations import disk_store as disk
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
-from lit_recon.activations.matrix_inputs import MatrixData
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.matrix_inputs import MatrixInputs
+from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import MemoryStore, StoreSettings, check_targets, count_arrays
 from lit_recon.activations.teacher import check_halves
 from lit_recon.data.packing import PADDING
-from lit_recon.fit.__main__ import CONF
+from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner
+from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.window_fit import WindowResult
 
 CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
 VALID = [
-    Regime(inputs=inputs, targets=targets, statistics=statistics, mix=0.3)
+    Propagation(inputs=inputs, targets=targets, statistics=statistics, mix=0.3)
     for inputs, targets, statistics in itertools.product(
         ("dense", "sparse", "mix"), ("dense", "local"), ("dense", "sparse")
     )
@@ -64,25 +63,24 @@ def tokens_ST() -> Tensor:
     return torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def name_of(regime: Regime) -> str:
-    return f"{regime.inputs} {regime.targets} {regime.statistics}"
+def name_of(propagation: Propagation) -> str:
+    return f"{propagation.inputs} {propagation.targets} {propagation.statistics}"
 
 
-def title(value: str | Regime) -> str:
+def title(value: str | Propagation) -> str:
     return value if isinstance(value, str) else name_of(value)
 
 
 def each(*cases: str) -> list:
-    """These cases with each regime; by default the exacting ones, and all where chains are fewest and where not."""
+    """These cases with each propagation; by default the exacting ones, and all with the fewest chains and with two."""
     return pairs(cases, VALID, EXACTING, (VALID[0], VALID[3]))
 
 
-def chain_in(model: PreTrainedModel, tokens_ST: Tensor, regime: Regime | None = None, **settings: Any) -> Chain:
+def chain_in(
+    model: PreTrainedModel, tokens_ST: Tensor, propagation: Propagation | None = None, **settings: Any
+) -> Chain:
     """A chain at the model's first layer, whose store and way of making targets are `settings`."""
-    decoder = Decoder(model, CPU.device)
-    return Chain(
-        decoder, tokens_ST, num_samples=CALIBRATION, batch_size=2, compute=CPU, regime=regime or Regime(), **settings
-    )
+    return chain_of(model, tokens_ST, CALIBRATION, propagation=propagation, **settings)
 
 
 @torch.no_grad()
@@ -96,25 +94,25 @@ def change(parameters: Sequence[nn.Parameter], seed: int) -> None:
 class Walk:
     """A walk over a model of its own, one window at a time."""
 
-    def __init__(self, case: str, tokens_ST: Tensor, regime: Regime, **settings: Any) -> None:
+    def __init__(self, case: str, tokens_ST: Tensor, propagation: Propagation, **settings: Any) -> None:
         shape, cut = CASES[case]
         self.model = tiny_model(shape)
         self.windows = layer_windows(self.model, **cut)
-        self.chain = chain_in(self.model, tokens_ST, regime, **settings)
+        self.chain = chain_in(self.model, tokens_ST, propagation, **settings)
 
     def start(self, position: int) -> Activations:
         """The activations of a window, which is changed by now."""
         window = self.windows[position]
         self.chain.dense_pass(window)
-        self.passed_on = [parameter.clone() for parameter in window.passed_on()]
+        self.passed_on = [parameter.clone() for parameter in window.shared_with_next()]
         change(window.trained(), seed=position)
-        return Activations.at(self.chain)
+        return Activations.from_chain(self.chain)
 
     @torch.no_grad()
     def end(self, position: int) -> dict[str, Tensor]:
         """The state behind a window; layers that are not kept are what they were."""
         window = self.windows[position]
-        for parameter, value in zip(window.passed_on(), self.passed_on, strict=True):
+        for parameter, value in zip(window.shared_with_next(), self.passed_on, strict=True):
             parameter.copy_(value)
         self.chain.advance(window)
         return self.chain.state()
@@ -141,9 +139,6 @@ def off(values: Tensor, expected: Tensor) -> float:
         ({"kind": "ram"}, "store.kind='ram': expected one of memory, disk, auto"),
         ({"targets": "drop"}, "store.targets='drop': expected one of keep, recompute"),
         ({"dtype": "int8"}, "store.dtype='int8': expected one of None, bfloat16, float32"),
-        ({"share": 0}, "store.share=0: expected .* use store=disk"),
-        ({"share": 1.5}, r"store.share=1\.5"),
-        ({"share": "half"}, "store.share='half'"),
     ],
     ids=str,
 )
@@ -154,9 +149,9 @@ def test_a_bad_setting_is_refused_with_what_is_expected(settings: dict[str, Any]
 
 def test_all_bad_settings_are_told_at_once() -> None:
     with pytest.raises(ValueError) as refusal:
-        StoreSettings(kind="x", targets="y", dtype="z", share=2)
+        StoreSettings(kind="x", targets="y", dtype="z")
     named = [line.partition("=")[0] for line in str(refusal.value).splitlines()]
-    assert named == ["store.kind", "store.targets", "store.dtype", "store.share"]
+    assert named == ["store.kind", "store.targets", "store.dtype"]
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "auto"])
@@ -186,9 +181,9 @@ ARRAYS = {  # inputs, targets, statistics: kept, recomputed; counted by hand
 }
 
 
-@pytest.mark.parametrize("regime", VALID, ids=name_of)
-def test_arrays_are_as_many_as_counted_by_hand(regime: Regime) -> None:
-    assert (count_arrays(regime, "keep"), count_arrays(regime, "recompute")) == ARRAYS[name_of(regime)]
+@pytest.mark.parametrize("propagation", VALID, ids=name_of)
+def test_arrays_are_as_many_as_counted_by_hand(propagation: Propagation) -> None:
+    assert (count_arrays(propagation, "keep"), count_arrays(propagation, "recompute")) == ARRAYS[name_of(propagation)]
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
@@ -199,14 +194,12 @@ def test_bytes_are_those_of_the_arrays() -> None:
     assert StoreSettings(kind="disk", dtype="float32").needed(shape, 3) == (0, 3 * 2**32)
 
 
-@pytest.mark.parametrize(
-    ("available", "share", "kind"), [(8000, 0.5, "memory"), (7999, 0.5, "disk"), (4000, 1, "memory"), (3999, 1, "disk")]
-)
+@pytest.mark.parametrize(("available", "kind"), [(8000, "memory"), (7999, "disk")])
 def test_auto_takes_memory_up_to_its_share_of_what_is_free(
-    available: int, share: float, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    available: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    settings = StoreSettings(kind="auto", share=share)
+    settings = StoreSettings(kind="auto")
     with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2) as store:  # 4000 bytes
         assert isinstance(store, {"memory": MemoryStore, "disk": DiskStore}[kind])
         assert store.dtype == {"memory": torch.float32, "disk": torch.bfloat16}[kind]
@@ -322,12 +315,12 @@ def test_released_samples_leave_memory_and_keep_their_values(tmp_path: Path) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("case", "regime"), each(*CASES), ids=title)
+@pytest.mark.parametrize(("case", "propagation"), each(*CASES), ids=title)
 def test_a_chain_in_float32_files_is_the_one_in_memory(
-    case: str, regime: Regime, tmp_path: Path, tokens_ST: Tensor
+    case: str, propagation: Propagation, tmp_path: Path, tokens_ST: Tensor
 ) -> None:
-    memory = Walk(case, tokens_ST, regime)
-    files = Walk(case, tokens_ST, regime, store=DiskStore(tmp_path, torch.float32))
+    memory = Walk(case, tokens_ST, propagation)
+    files = Walk(case, tokens_ST, propagation, store=DiskStore(tmp_path, torch.float32))
     for position in range(len(memory.windows)):
         expected, found = memory.start(position), files.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
@@ -356,14 +349,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @torch.no_grad()
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize(
-    ("case", "regime"), each("blocks", "overlapping blocks", "sequential halves", "parallel halves"), ids=title
+    ("case", "propagation"), each("blocks", "overlapping blocks", "sequential halves", "parallel halves"), ids=title
 )
 def test_there_are_at_most_as_many_files_as_were_counted(
-    case: str, regime: Regime, recompute: bool, tmp_path: Path, tokens_ST: Tensor, files: list[int]
+    case: str, propagation: Propagation, recompute: bool, tmp_path: Path, tokens_ST: Tensor, files: list[int]
 ) -> None:
-    if recompute and case.startswith("parallel") and regime.corrects:
+    if recompute and case.startswith("parallel") and propagation.corrects:
         return  # refused
-    walk = Walk(case, tokens_ST, regime, store=DiskStore(tmp_path), recompute=recompute)
+    walk = Walk(case, tokens_ST, propagation, store=DiskStore(tmp_path), recompute=recompute)
     for position in range(len(walk.windows)):
         walk.start(position)
         walk.end(position)
@@ -371,7 +364,9 @@ def test_there_are_at_most_as_many_files_as_were_counted(
     parallel = case.startswith("parallel")
     kind = "half" if parallel else "block"
     targets = "recompute" if recompute else "keep"
-    assert max(files) == count_arrays(regime, targets, kind=kind, parallel=parallel, overlapping="stride" in settings)
+    assert max(files) == count_arrays(
+        propagation, targets, kind=kind, parallel=parallel, overlapping="stride" in settings
+    )
 
 
 @torch.no_grad()
@@ -380,24 +375,22 @@ def test_there_are_at_most_as_many_files_as_were_counted(
 def test_files_of_units_that_are_pruned_within_a_window_are_counted_too(
     kind: str, units: str, recompute: bool, tmp_path: Path, tokens_ST: Tensor, files: list[int]
 ) -> None:
-    regime, model = Regime(statistics="sparse"), tiny_model("gpt_neox")  # whose halves stand side by side
-    chain = chain_in(model, tokens_ST, regime, store=DiskStore(tmp_path), recompute=recompute)
-    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain, units=layer_windows(model, by=units))
+    propagation, model = Propagation(statistics="sparse"), tiny_model("gpt_neox")  # whose halves stand side by side
+    chain = chain_in(model, tokens_ST, propagation, store=DiskStore(tmp_path), recompute=recompute)
+    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain, pruning_windows=layer_windows(model, by=units))
     for window in layer_windows(model, by=kind):
-        pruner.prepare(window)
-        pruner.gather(window)
-        pruner.prune(window.matrices())
+        prune(window, masks_of(pruner, window))
         chain.advance(window)
-    assert max(files) == count_arrays(regime, "recompute" if recompute else "keep", kind=kind, units=units)
+    assert max(files) == count_arrays(propagation, "recompute" if recompute else "keep", kind=kind, prune_by=units)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("regime", [VALID[0], VALID[4], VALID[6]], ids=name_of)
+@pytest.mark.parametrize("propagation", [VALID[0], VALID[4], VALID[6]], ids=name_of)
 def test_bfloat16_files_cost_no_more_than_their_rounding(
-    case: str, regime: Regime, tmp_path: Path, tokens_ST: Tensor
+    case: str, propagation: Propagation, tmp_path: Path, tokens_ST: Tensor
 ) -> None:
-    memory, files = Walk(case, tokens_ST, regime), Walk(case, tokens_ST, regime, store=DiskStore(tmp_path))
+    memory, files = Walk(case, tokens_ST, propagation), Walk(case, tokens_ST, propagation, store=DiskStore(tmp_path))
     worst = 0.0
     for position in range(len(memory.windows)):
         expected, found = memory.start(position), files.start(position)
@@ -427,21 +420,21 @@ def test_a_pass_leaves_no_samples_in_memory(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("shape", "regime"), [("llama", VALID[0]), ("llama", VALID[2]), ("mixtral", VALID[0]), ("mixtral", VALID[4])]
+    ("shape", "propagation"), [("llama", VALID[0]), ("llama", VALID[2]), ("mixtral", VALID[0]), ("mixtral", VALID[4])]
 )
 def test_what_single_matrices_are_trained_on_is_in_files_too(
-    shape: str, regime: Regime, tmp_path: Path, tokens_ST: Tensor
+    shape: str, propagation: Propagation, tmp_path: Path, tokens_ST: Tensor
 ) -> None:
     model = tiny_model(shape)
     windows = partition(model, by="matrix")
     stores = MemoryStore(), DiskStore(tmp_path, torch.float32), DiskStore(tmp_path / "rounded")
     made = []
     for store in stores:
-        chain = chain_in(model, tokens_ST, regime, store=store)
-        chain.dense_pass(windows[0].span)
-        data = MatrixData(windows[0].span, chain)
+        chain = chain_in(model, tokens_ST, propagation, store=store)
+        chain.dense_pass(windows[0].enclosing)
+        data = MatrixInputs(windows[0].enclosing, chain)
         before = len(list(tmp_path.glob("*.states")))
-        made.append([data.activations(window) for window in windows[:7] if window.span is windows[0].span])
+        made.append([data.activations(window) for window in windows[:7] if window.enclosing is windows[0].enclosing])
         if store is stores[1]:
             assert len(list(tmp_path.glob("*.states"))) > before
     for memory, files, rounded in zip(*made, strict=True):
@@ -480,7 +473,7 @@ def test_the_next_batch_of_a_pass_is_prefetched_before_one_is_run(tokens_ST: Ten
     window = layer_windows(model)[0]
     store.told.clear()
     window.register_forward_pre_hook(lambda _, args: store.told.append(("run", [len(args[0])])))
-    chain.run(window, chain.inputs_STD, None)
+    chain.passes.run(window, chain.inputs_STD, None)
     assert [entry for entry in store.told if entry[0] != "release"] == [
         ("prefetch", [2, 3]),
         ("run", [2]),
@@ -492,49 +485,50 @@ def test_the_next_batch_of_a_pass_is_prefetched_before_one_is_run(tokens_ST: Ten
 
 def test_a_training_batch_is_prefetched_while_the_one_before_it_is_served(tokens_ST: Tensor) -> None:
     model = tiny_model("llama")
-    chain = chain_in(model, tokens_ST, store=Watched())
+    store = Watched()
+    chain = chain_in(model, tokens_ST, store=store)
     chain.dense_pass(layer_windows(model)[0])
-    chain.num_samples = SAMPLES
-    loader = Activations.at(chain).data_module(seed=3).train_dataloader()
+    chain.passes.batching.num_samples = SAMPLES
+    loader = Activations.from_chain(chain).data_module(seed=3).train_dataloader()
     for _ in range(2):  # epochs
-        chain.store.told.clear()
+        store.told.clear()
         served = [rows_B.tolist() for rows_B, *_ in loader]
         assert sorted(itertools.chain(*served)) == list(range(SAMPLES))
         first, second, third = served
-        told = [rows for what, rows in chain.store.told if what == "prefetch"][::2]  # inputs, targets
+        told = [rows for what, rows in store.told if what == "prefetch"][::2]  # inputs, targets
         assert told == served
-        order = [entry for entry in chain.store.told if entry in (("prefetch", third), ("release", second))]
+        order = [entry for entry in store.told if entry in (("prefetch", third), ("release", second))]
         assert order[0] == ("prefetch", third)
 
 
 # Resume
 
 
-def resumed(walk: Walk, tokens_ST: Tensor, regime: Regime, **settings: Any) -> Walk:
+def resumed(walk: Walk, tokens_ST: Tensor, propagation: Propagation, **settings: Any) -> Walk:
     """Another walk at the same window, as after an interruption."""
     arrays = {name: array.clone() for name, array in walk.chain.state().items()}
     other = copy.copy(walk)
     other.model, other.windows = copy.deepcopy((walk.model, walk.windows))
-    other.chain = chain_in(other.model, tokens_ST, regime, **settings)
+    other.chain = chain_in(other.model, tokens_ST, propagation, **settings)
     other.chain.restore(arrays)
     return other
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize(("case", "regime"), each("blocks", "overlapping blocks", "parallel halves"), ids=title)
+@pytest.mark.parametrize(("case", "propagation"), each("blocks", "overlapping blocks", "parallel halves"), ids=title)
 def test_a_restored_chain_goes_on_bit_for_bit(
-    case: str, regime: Regime, padded: bool, tokens_ST: Tensor, tmp_path: Path
+    case: str, propagation: Propagation, padded: bool, tokens_ST: Tensor, tmp_path: Path
 ) -> None:
     if padded:
         tokens_ST = tokens_ST.where(torch.arange(LENGTH) < torch.tensor([12, 5, 9, 12, 7])[:, None], PADDING)
     stores = {"store": DiskStore(tmp_path / "one")}, {"store": DiskStore(tmp_path / "other")}
-    walk = Walk(case, tokens_ST, regime, **stores[0])
+    walk = Walk(case, tokens_ST, propagation, **stores[0])
     stop = 1 if "blocks" in case else 3  # between halves
     for position in range(stop):
         walk.start(position)
         walk.end(position)
-    other = resumed(walk, tokens_ST, regime, **stores[1])
+    other = resumed(walk, tokens_ST, propagation, **stores[1])
     for position in range(stop, len(walk.windows)):
         expected, found = walk.start(position), other.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
@@ -558,7 +552,7 @@ def test_the_state_is_named_and_not_copied(tokens_ST: Tensor) -> None:
 
 def test_another_chains_state_is_refused_with_both(tokens_ST: Tensor) -> None:
     model = tiny_model("llama")
-    state = chain_in(model, tokens_ST, Regime()).state()
+    state = chain_in(model, tokens_ST, Propagation()).state()
     with pytest.raises(
         ValueError, match=r"the dense chain, .* they are the dense and sparse chain, 5 x 12 x 32 float32"
     ):
@@ -573,14 +567,14 @@ def test_another_chains_state_is_refused_with_both(tokens_ST: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("case", "regime"), each(*CASES), ids=title)
-def test_recomputed_targets_are_the_kept_ones(case: str, regime: Regime, tokens_ST: Tensor) -> None:
-    kept, made = Walk(case, tokens_ST, regime), Walk(case, tokens_ST, regime, recompute=True)
-    if case.startswith("parallel") and regime.corrects:
+@pytest.mark.parametrize(("case", "propagation"), each(*CASES), ids=title)
+def test_recomputed_targets_are_the_kept_ones(case: str, propagation: Propagation, tokens_ST: Tensor) -> None:
+    kept, made = Walk(case, tokens_ST, propagation), Walk(case, tokens_ST, propagation, recompute=True)
+    if case.startswith("parallel") and propagation.corrects:
         with pytest.raises(ValueError, match=r"store\.targets=recompute with windows=half and chain\.inputs=.*keep"):
-            check_halves(made.windows, regime, recompute=True)
+            check_halves(made.windows, propagation, recompute=True)
         return
-    check_halves(made.windows, regime, recompute=True)
+    check_halves(made.windows, propagation, recompute=True)
     for position, window in enumerate(made.windows):
         expected, found = kept.start(position), made.start(position)
         trained = [parameter.clone() for parameter in window.parameters()]
@@ -602,13 +596,13 @@ def test_recomputed_targets_are_the_kept_ones(case: str, regime: Regime, tokens_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("regime", VALID, ids=name_of)
+@pytest.mark.parametrize("propagation", VALID, ids=name_of)
 def test_recomputed_targets_of_padded_samples_are_the_kept_ones_where_there_is_text(
-    regime: Regime, tokens_ST: Tensor
+    propagation: Propagation, tokens_ST: Tensor
 ) -> None:
     lengths = [12, 5, 9, 12, 7]
     tokens_ST = tokens_ST.where(torch.arange(LENGTH) < torch.tensor(lengths)[:, None], PADDING)
-    kept, made = Walk("blocks", tokens_ST, regime), Walk("blocks", tokens_ST, regime, recompute=True)
+    kept, made = Walk("blocks", tokens_ST, propagation), Walk("blocks", tokens_ST, propagation, recompute=True)
     for position in range(len(kept.windows)):
         expected, found = kept.start(position), made.start(position)
         batch = found.batch(torch.tensor([1, 2]), CPU.device)
@@ -627,10 +621,9 @@ def fitted(tokens_ST: Tensor, run: Path, **settings: Any) -> tuple[WindowResult,
     chain.dense_pass(first)
     change(first.trained(), seed=0)
     chain.advance(first)
-    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
-    pruner.gather(second)
-    masks = pruner.prune(second.matrices())
-    result = reconstructor(run, module()).fit(second, masks, Activations.at(chain))
+    masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), second)
+    prune(second, masks)
+    result = fitter(run, module()).fit(second, masks, Activations.from_chain(chain))
     return result, [parameter.detach().clone() for parameter in second.parameters()]
 
 
@@ -646,7 +639,7 @@ def test_a_fit_comes_to_the_same_end_wherever_its_activations_are(how: str, toke
 
 
 def test_the_dense_weights_are_freed_behind_the_window(tokens_ST: Tensor) -> None:
-    walk = Walk("blocks", tokens_ST, Regime(), recompute=True)
+    walk = Walk("blocks", tokens_ST, Propagation(), recompute=True)
     counts = []
     for position in range(3):
         walk.start(position)

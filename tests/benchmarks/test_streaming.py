@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, unmappable
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+
+from lit_recon.fit.configure import CONF
 
 pytestmark = pytest.mark.slow
 
@@ -148,11 +152,15 @@ def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path:
 
 
 def test_streaming_costs_less_than_five_percent(tmp_path: Path, model_cache: None) -> None:
+    streamed = instantiate(OmegaConf.load(CONF / "model" / "smollm2.yaml")).folder
+    models = {"true": streamed, "false": unmappable(streamed, tmp_path / "model")}
     seconds: dict[str, list[float]] = {"true": [], "false": []}
     for turn in range(2):
         for stream, found in seconds.items():
             run = tmp_path / f"{stream}_{turn}"
-            watched(tmp_path, f"output_dir={run}", f"stream={stream}")
+            model = ("model=hf", f"model.name={models[stream]}", "model.dtype=float32")
+            output, *_ = watched(tmp_path, f"output_dir={run}", *model)
+            assert ("the model is in memory as a whole" in output) == (stream == "false")
             spent = json.loads((run / "results.json").read_text())["seconds"]
             found.append(spent["total"] - spent["evaluate"])
     ratio = min(seconds["true"]) / min(seconds["false"])

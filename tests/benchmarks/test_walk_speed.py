@@ -12,23 +12,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lit_recon.activations.chain import Chain
+from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.store import StoreSettings
+from lit_recon.data.source import Samples
+from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.decoder import Decoder, call_layer
-from lit_recon.model.loading import WheelModel
-from lit_recon.model.offload import Checkpoint
-from lit_recon.model.partition import partition
+from lit_recon.model.partition import Partition
+from lit_recon.model.wheels import WheelModel
 from lit_recon.modules.losses import mean_squared
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import Reconstructor, WindowResult
-from lit_recon.system.clock import Clock
-from lit_recon.system.command_line import quiet
+from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
 from lit_recon.system.device import Compute
+from lit_recon.system.quiet_libraries import quiet
 
 WINDOWS, SAMPLES, HELD_OUT, LENGTH, BATCH, RATE = 8, 32, 4, 256, 2, 2e-3
 
@@ -88,7 +89,7 @@ def plain_window(layer: torch.nn.Module, call, inputs_STD: torch.Tensor, autocas
     return targets_STD
 
 
-class Race:
+class Race(WalkCallback):
     """After each window of the walk, the plain loop does the same window, so that both see the same machine."""
 
     def __init__(self, decoder: Decoder, inputs_STD: torch.Tensor, tokens_ST: torch.Tensor, compute: Compute) -> None:
@@ -97,7 +98,7 @@ class Race:
         self.ratios: list[float] = []
         self.start = time.perf_counter()
 
-    def window_done(self, _: WindowResult) -> None:
+    def on_window_fit(self, result: WindowResult) -> None:
         """Time the plain loop against the window that the walk has just done."""
         done, index = time.perf_counter(), len(self.ratios)
         self.inputs_STD = plain_window(
@@ -116,7 +117,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     quiet()
     import hydra
 
-    from lit_recon.fit.__main__ import CONF
+    from lit_recon.fit.configure import CONF
 
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = hydra.compose("fit")
@@ -124,32 +125,31 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     trainer = hydra.utils.instantiate(cfg.trainer)
     compute = Compute.choose(trainer, "auto")
     tokens_ST = torch.randint(0, 49152, (SAMPLES + HELD_OUT, LENGTH), generator=torch.Generator().manual_seed(0))
-    ours, plain = source.load(), source.load()
     module = functools.partial(
-        ReconstructionModule,
+        MaskedWeights,
         optimizer=functools.partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, fused=True),
         scheduler=linear_with_warmup,
         warmup=0.1,
         loss=mean_squared,
     )
-    chain = Chain(Decoder(ours, compute.device), tokens_ST, num_samples=SAMPLES, batch_size=BATCH, compute=compute)
-    reconstructor = Reconstructor(
-        module,
-        functools.partial(trainer, precision=compute.precision),
-        logger=RunLogger(tmp_path),
-        device=compute.device,
-        seed=0,
+    method = Method(
+        criterion=Wanda(),
+        pattern=Unstructured(sparsity=0.5),
+        windows=Partition(),
+        propagation=Propagation(),
+        prune_by="window",
+        module=module,
+        retry_rates=RETRY_RATES,
+        trainer=compute.trainers(trainer),
+        schedule=Schedule(epochs=1, max_steps=-1, accumulate=1),
+        allow_unscored=False,
     )
-    race = Race(Decoder(plain, compute.device), chain.inputs_STD.clone(), tokens_ST, compute)
-    walk(
-        partition(ours)[:WINDOWS],
-        chain=chain,
-        pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
-        reconstructor=reconstructor,
-        checkpoint=Checkpoint(ours, compute.device),
-        clock=Clock(),
-        listeners=[race],
-    )
+    execution = Execution(compute=compute, store=StoreSettings(), batch_size=BATCH, stop_after=WINDOWS)
+    samples = Samples(tokens_ST[:SAMPLES], tokens_ST[SAMPLES:], tokens_ST[SAMPLES:], "random tokens")
+    session = open_session(source.load(), samples, method, execution, activations=tmp_path / "activations")
+    plain = Decoder(source.load(), compute.device)
+    race = Race(plain, session.chain.inputs_STD.clone(), tokens_ST, compute)
+    reconstruct(session, method, execution, callbacks=[race], logger=RunLogger(tmp_path))
     ratios = race.ratios
     print("walk / plain loop per window:", " ".join(f"{ratio:.2f}" for ratio in ratios))  # noqa: T201
     assert statistics.median(ratios[1:]) <= 1 / 0.9

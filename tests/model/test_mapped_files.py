@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, fingerprint, folder_problems, layer_state
+from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, folder_problems, layer_state, sampled_hash
 
 FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -43,6 +43,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def to_other_files(folder: Path) -> None:
+    """Put the weights of a folder into a file from which they cannot be mapped."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -58,12 +64,15 @@ def test_a_streamed_run_finds_what_one_in_memory_finds(
 ) -> None:
     folder = saved(kind, tmp_path / "model", dtype=dtype)
     settings = ("model.dtype=bfloat16",) if dtype == torch.bfloat16 else ()
-    for name, stream in (("streamed", "true"), ("whole", "false")):
-        ended = run_on(folder, f"stream={stream}", f"output_dir={name}", *settings)
-        assert ended.status == 0 and "in memory as a whole" not in ended.out, ended
+    dense = tensors(folder)
+    for name in ("streamed", "whole"):
+        if name == "whole":
+            to_other_files(folder)
+        ended = run_on(folder, f"output_dir={name}", *settings)
+        assert ended.status == 0 and ("in memory as a whole" in ended.out) == (name == "whole"), ended
     assert len(list(Path("streamed/checkpoint").glob("*.safetensors"))) == 4  # three layers and the rest
     assert len(list(Path("whole/checkpoint").glob("*.safetensors"))) == 1
-    streamed, other, dense = tensors(Path("streamed/checkpoint")), tensors(Path("whole/checkpoint")), tensors(folder)
+    streamed, other = tensors(Path("streamed/checkpoint")), tensors(Path("whole/checkpoint"))
     assert streamed.keys() == other.keys() == dense.keys()
     for name, tensor in streamed.items():
         assert tensor.dtype == dtype and torch.equal(tensor, other[name]), name
@@ -146,7 +155,8 @@ def test_no_run_changes_the_dense_files(
     before, times = content(folder), {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run_on(folder, "stop_after=1", "windows=half", "chain.inputs=sparse", "chain.statistics=sparse").status == 0
     assert command("resume=run").status == 0
-    assert run_on(folder, "output_dir=other", "stream=false", "windows=matrix").status == 0
+    whole = run_on(folder, "output_dir=other", "model.dtype=bfloat16", "windows=matrix")
+    assert whole.status == 0 and "in memory as a whole" in whole.out, whole
     assert content(folder) == before and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     for checkpoint in ("run/checkpoint", "other/checkpoint"):  # and none is in them
         assert all(path.stat().st_nlink == 1 for path in Path(checkpoint).iterdir())
@@ -165,7 +175,7 @@ def test_dense_files_give_each_tensor_of_the_model_and_stay_as_they_are(tmp_path
     folder = saved("llama", tmp_path / "model", shard=shard)
     before = content(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    files = DenseFiles.of(model, checkpoint_files(str(folder), None, FILES))
+    files = DenseFiles.from_model(model, checkpoint_files(str(folder), None, FILES))
     assert isinstance(files, DenseFiles)
     expected = tensors(folder)
     assert set(files.names) == set(expected)
@@ -183,7 +193,7 @@ def test_dense_files_give_each_tensor_of_the_model_and_stay_as_they_are(tmp_path
 def test_a_model_whose_weights_are_in_other_files_cannot_be_streamed(tmp_path: Path) -> None:
     model = tiny_model("llama")
     for files in ([], [tmp_path / "pytorch_model.bin"]):
-        assert DenseFiles.of(model, files) == "its weights are not in safetensors files"
+        assert DenseFiles.from_model(model, files) == "its weights are not in safetensors files"
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "dtype"])
@@ -195,7 +205,7 @@ def test_a_layer_that_is_not_as_in_its_files_is_told(tmp_path: Path, change: str
     else:
         state[name] = state[name][:16].clone() if change == "shape" else state[name].half()
     save_file(state, tmp_path / "model.safetensors")
-    message = DenseFiles.of(model, [tmp_path / "model.safetensors"])
+    message = DenseFiles.from_model(model, [tmp_path / "model.safetensors"])
     said = {
         "missing": f"its files have no {name}",
         "shape": f"{name} is F32 (16, 32) in its files and F32 (48, 32) in the model",
@@ -211,31 +221,31 @@ def test_a_layers_state_is_named_as_in_the_model() -> None:
     assert set(state) == {name for name in model.state_dict() if name.startswith(f"{prefix}.1.")} and state
 
 
-def test_a_fingerprint_tells_any_change_of_a_small_file_its_size_and_its_name(tmp_path: Path) -> None:
+def test_a_sampled_hash_tells_any_change_of_a_small_file_its_size_and_its_name(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(os.urandom(5000))
-    known = fingerprint([path])
-    assert fingerprint([path]) == known and len(known) == len(hashlib.sha256().hexdigest())
+    known = sampled_hash([path])
+    assert sampled_hash([path]) == known and len(known) == len(hashlib.sha256().hexdigest())
     whole = path.read_bytes()
     for position in (0, 4095, 4999):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert fingerprint([path]) != known, position
+        assert sampled_hash([path]) != known, position
     path.write_bytes(whole[:-1])
-    assert fingerprint([path]) != known
+    assert sampled_hash([path]) != known
     path.write_bytes(whole)
-    assert fingerprint([path.rename(tmp_path / "other.safetensors")]) != known
+    assert sampled_hash([path.rename(tmp_path / "other.safetensors")]) != known
 
 
-def test_a_fingerprint_of_a_large_file_looks_into_all_parts_of_it(tmp_path: Path) -> None:
+def test_a_sampled_hash_of_a_large_file_looks_into_all_parts_of_it(tmp_path: Path) -> None:
     path, size = tmp_path / "large", 64 << 20
     with path.open("wb") as file:
         file.truncate(size)
-    known = fingerprint([path])
+    known = sampled_hash([path])
     for part in range(16):
         with path.open("r+b") as file:  # as training changes all tensors
             file.seek(part * size // 16)
             file.write(b"x" * (size // 16))
-        changed = fingerprint([path])
+        changed = sampled_hash([path])
         assert changed != known, part
         known = changed
 

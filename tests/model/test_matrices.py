@@ -1,23 +1,14 @@
-"""Matrices are found by what layers do with them; the products that are observed are those that are made."""
-
-from collections.abc import Callable
+"""Matrices are found by what layers do with them."""
 
 import pytest
 import torch
-from conftest import CPU, EVERY_SHAPE, model_of
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from conftest import EVERY_SHAPE, model_of
+from torch import nn
 
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
-from lit_recon.model.matrices import Matrix, Product, learn_input_dims, matrices, observed, routers
-from lit_recon.model.partition import layer_windows
-from lit_recon.model.verify import examine
-from lit_recon.system.command_line import check_scored
+from lit_recon.model.decoder import decoder_layers
+from lit_recon.model.matrices import Matrix, layer_matrices, routers
 
-EXPERTS = 4
 ROUTERS = {  # by layer, from the modelling code of transformers
     "mixtral": ["mlp.gate.weight"] * 3,
     "qwen3_moe": ["mlp.gate.weight"] * 3,
@@ -25,20 +16,6 @@ ROUTERS = {  # by layer, from the modelling code of transformers
     "deepseek_v3": [None, "mlp.gate.weight", "mlp.gate.weight"],
     "llama4": [None, "feed_forward.router.weight", None],
 }
-
-
-def ordered(rows_NI: Tensor) -> Tensor:
-    """Rows in an order that depends on the rows alone."""
-    return rows_NI[rows_NI[:, 0].argsort()]
-
-
-def observe(model: PreTrainedModel, tokens_BT: Tensor) -> dict[str, list[Product]]:
-    """All products of a pass, by the matrix's name."""
-    seen: dict[str, list[Product]] = {}
-    found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
-    with observed(found, lambda product: seen.setdefault(product.matrix.name, []).append(product)):
-        model(tokens_BT, use_cache=False)
-    return seen
 
 
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
@@ -59,7 +36,7 @@ def test_every_weight_but_routers_and_vectors_is_a_matrix(shape: str) -> None:
             for name, parameter in layer.named_parameters()
             if parameter.dim() >= 2 and name not in {router, *stacked}
         ]
-        assert [matrix.name for matrix in matrices(layer, f"{prefix}.{index}")] == expected
+        assert [matrix.name for matrix in layer_matrices(layer, f"{prefix}.{index}")] == expected
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -69,153 +46,6 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_not_taken_for_a_router(
     layer = decoder_layers(tiny_model("deepseek_v3", **settings))[1][1]
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
     assert [names[id(parameter)] for parameter in routers(layer)] == ["mlp.gate.weight"]
-
-
-@pytest.mark.parametrize("shape", EVERY_SHAPE)
-def test_plain_products_are_those_of_the_modules(shape: str, tokens_BT: Tensor) -> None:
-    model = tiny_model(shape)
-    made: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    prefix, layers = decoder_layers(model)
-    chosen = {f"{prefix}.{index}.{name}" for index, name in enumerate(ROUTERS.get(shape, [])) if name}
-    for name, module in layers.named_modules(prefix=prefix):
-        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" not in chosen:
-
-            def note(module: nn.Module, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                bias = 0 if module.bias is None else module.bias
-                made.setdefault(f"{name}.weight", []).append((args[0], output - bias))
-
-            module.register_forward_hook(note)
-    seen = observe(model, tokens_BT)
-    plain = {name: products for name, products in seen.items() if products[0].matrix.experts == 1}
-    assert set(plain) == set(made)
-    for name, products in plain.items():
-        assert len(products) == len(made[name]) == 1, name
-        (product,), ((inputs, output),) = products, made[name]
-        assert product.inputs.data_ptr() == inputs.data_ptr() and product.expert == 0
-        assert torch.equal(product.rows_NI, inputs.flatten(0, -2))
-        weight_OI = product.matrix.by_expert(product.matrix.weight)[0]
-        assert product.input_dim == product.matrix.input_dim
-        torch.testing.assert_close(inputs @ weight_OI.T, output, rtol=1e-4, atol=1e-4)
-
-
-def top_k(logits_NE: Tensor, count: int) -> Tensor:
-    """Which experts are chosen, boolean (N, E)."""
-    return torch.zeros_like(logits_NE, dtype=torch.bool).scatter(1, logits_NE.topk(count, dim=1).indices, True)
-
-
-def halved(gate_up_NO: Tensor, _: nn.Module) -> Tensor:
-    gate_NO, up_NO = gate_up_NO.chunk(2, dim=-1)
-    return functional.silu(gate_NO) * up_NO
-
-
-def interleaved(gate_up_NO: Tensor, experts: nn.Module) -> Tensor:
-    """gpt-oss: clamped, with a slope, every second output a gate."""
-    gate_NO = gate_up_NO[:, ::2].clamp(max=experts.limit)
-    up_NO = gate_up_NO[:, 1::2].clamp(-experts.limit, experts.limit)
-    return (up_NO + 1) * gate_NO * torch.sigmoid(experts.alpha * gate_NO)
-
-
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-@pytest.mark.parametrize(
-    ("shape", "router", "transposed", "between"),
-    [
-        ("mixtral", "gate", False, halved),
-        ("qwen3_moe", "gate", False, halved),
-        ("deepseek_v3", "gate", False, halved),
-        ("gpt_oss", "router", True, interleaved),
-    ],
-)
-def test_products_of_fused_experts_are_of_the_tokens_routed_to_each(
-    shape: str,
-    router: str,
-    transposed: bool,
-    between: Callable[[Tensor, nn.Module], Tensor],
-    implementation: str,
-    tokens_BT: Tensor,
-) -> None:
-    model = tiny_model(shape)
-    model.set_experts_implementation(implementation)
-    index = 1
-    block = decoder_layers(model)[1][index].mlp
-    reached: list[Tensor] = []
-    block.register_forward_pre_hook(lambda _, args: reached.append(args[0].flatten(0, 1)))
-    seen = observe(model, tokens_BT)
-    (inputs_ND,) = reached
-    gate, experts = getattr(block, router), block.experts
-    logits_NE = functional.linear(inputs_ND, gate.weight, getattr(gate, "bias", None))
-    chosen_NE = top_k(logits_NE, 2)  # softmax and sigmoid keep the order
-    assert chosen_NE.sum(0).unique().numel() > 1 and chosen_NE.any(0).all(), "experts of different popularity"
-    for leaf in ("gate_up_proj", "down_proj"):
-        products = seen[f"model.layers.{index}.mlp.experts.{leaf}"]
-        assert [product.expert for product in products] == list(range(EXPERTS))
-        assert {product.input_dim for product in products} == {0 if transposed else 1}
-        for expert, product in enumerate(products):
-            rows_ND = inputs_ND[chosen_NE[:, expert]]
-            if leaf == "down_proj":
-                weight = experts.gate_up_proj[expert]
-                bias = experts.gate_up_proj_bias[expert] if transposed else 0
-                rows_ND = between(rows_ND @ (weight if transposed else weight.T) + bias, experts)
-            assert product.rows_NI.shape == rows_ND.shape
-            torch.testing.assert_close(ordered(product.rows_NI), ordered(rows_ND), rtol=1e-4, atol=1e-5)
-
-
-def test_llama_4_gives_every_expert_every_token_and_rows_are_those_that_chose_it(tokens_BT: Tensor) -> None:
-    model = tiny_model("llama4")
-    examine(model, tokens_BT)
-    block = decoder_layers(model)[1][1].feed_forward
-    reached: list[Tensor] = []
-    block.register_forward_pre_hook(lambda _, args: reached.append(args[0].flatten(0, 1)))
-    seen = observe(model, tokens_BT)
-    (inputs_ND,) = reached
-    logits_NE = inputs_ND @ block.router.weight.T
-    scores_NE = torch.sigmoid(logits_NE) * top_k(logits_NE, 1)
-    for leaf in ("gate_up_proj", "down_proj"):
-        products = seen[f"model.layers.1.feed_forward.experts.{leaf}"]
-        assert [(product.expert, product.input_dim) for product in products] == [(e, 0) for e in range(EXPERTS)]
-        for expert, product in enumerate(products):
-            rows_ND = inputs_ND * scores_NE[:, expert, None]
-            if leaf == "down_proj":
-                rows_ND = halved(rows_ND @ block.experts.gate_up_proj[expert], block)
-            torch.testing.assert_close(product.inputs, rows_ND, rtol=1e-4, atol=1e-5)
-            chosen_N = scores_NE[:, expert] != 0
-            torch.testing.assert_close(product.rows_NI, rows_ND[chosen_N], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", EVERY_SHAPE)
-def test_every_matrix_is_seen_and_multiplies_what_its_input_dim_says(shape: str, tokens_BT: Tensor) -> None:
-    model = tiny_model(shape)
-    examine(model, tokens_BT)
-    found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
-    seen = observe(model, tokens_BT)
-    assert set(seen) == {matrix.name for matrix in found}
-    for matrix in found:
-        for product in seen[matrix.name]:
-            assert product.input_dim == matrix.input_dim
-            assert product.inputs.shape[-1] == matrix.by_expert(matrix.weight).shape[2]
-
-
-def test_how_experts_are_stored_is_learnt_from_a_pass_where_nothing_tells_it(tokens_BT: Tensor) -> None:
-    model = tiny_model("llama4")
-    experts = "model.layers.1.feed_forward.experts"
-
-    def dims() -> dict[str, int | None]:
-        found = matrices(decoder_layers(model)[1][1], "model.layers.1")
-        return {matrix.name: matrix.input_dim for matrix in found if matrix.experts > 1}
-
-    assert dims() == {f"{experts}.gate_up_proj": None, f"{experts}.down_proj": None}
-    learn_input_dims(matrices(decoder_layers(model)[1][1], "model.layers.1"), lambda: model(tokens_BT))
-    assert dims() == {f"{experts}.gate_up_proj": 0, f"{experts}.down_proj": 0}
-
-
-def test_a_matrix_that_no_product_uses_is_left_unknown() -> None:
-    layer = nn.Module()
-    layer.kernel = nn.Parameter(torch.randn(3, 4))
-    layer.used = nn.Parameter(torch.randn(3, 4))
-    learn_input_dims(matrices(layer, "layer"), lambda: torch.randn(5, 3) @ layer.used)
-    assert [(matrix.name, matrix.input_dim) for matrix in matrices(layer, "layer")] == [
-        ("layer.kernel", None),
-        ("layer.used", 0),
-    ]
 
 
 @pytest.mark.parametrize(("input_dim", "experts"), [(1, 1), (0, 1), (1, 3), (0, 3)])
@@ -233,50 +63,21 @@ def test_a_view_by_expert_has_outputs_before_inputs_and_leads_back(input_dim: in
     assert (matrix.weight == -1).sum() == 1
 
 
-@pytest.mark.parametrize(
-    "multiply",
-    [
-        lambda x, w: functional.linear(x, w),
-        lambda x, w: x @ w.T,
-        lambda x, w: torch.matmul(x, w.mT),
-        lambda x, w: torch.mm(x, w.t()),
-        lambda x, w: torch.addmm(torch.zeros(1), x, w.transpose(0, 1)),
-        lambda x, w: x.matmul(w.T),
-        lambda x, w: x.mm(w.T),
-    ],
-    ids=["linear", "@", "matmul", "mm", "addmm", "Tensor.matmul", "Tensor.mm"],
-)
-@pytest.mark.parametrize("outputs", [6, 4], ids=["wide", "square"])
-def test_every_way_to_write_a_product_is_seen(multiply: Callable[[Tensor, Tensor], Tensor], outputs: int) -> None:
-    weight, rows, seen = nn.Parameter(torch.randn(outputs, 4)), torch.randn(7, 4), []
-    with observed([Matrix("w", weight, 1)], seen.append):
-        multiply(rows, weight)
-    assert [(product.expert, product.input_dim) for product in seen] == [(0, 1)]
-    assert torch.equal(seen[0].rows_NI, rows)
+@pytest.mark.parametrize(("kind", "input_dim"), [("llama", 1), ("gpt2", 0)])
+def test_rows_of_a_matrix_are_its_outputs_whichever_way_it_is_stored(kind: str, input_dim: int) -> None:
+    layer = decoder_layers(tiny_model(kind))[1][0]
+    for matrix in layer_matrices(layer, ""):
+        assert matrix.input_dim == input_dim and matrix.experts == 1
+        owner = layer.get_submodule(matrix.name.removesuffix(".weight"))
+        (weight_OI,) = matrix.by_expert(matrix.weight)
+        bias = getattr(owner, "bias", None)
+        outputs = owner(torch.eye(weight_OI.shape[1])) - (0 if bias is None else bias)
+        torch.testing.assert_close(outputs.T, weight_OI)
+        assert torch.equal(matrix.as_weight(matrix.by_expert(matrix.weight)), matrix.weight)
 
 
-def test_a_weight_used_as_it_is_stored_is_summed_over_its_first_dimension() -> None:
-    weight, rows, seen = nn.Parameter(torch.randn(4, 4)), torch.randn(7, 4), []
-    with observed([Matrix("w", weight, 1)], seen.append):
-        rows @ weight
-    assert [product.input_dim for product in seen] == [0]
-
-
-def test_nothing_is_seen_outside_of_the_context_nor_of_other_matrices(tokens_BT: Tensor) -> None:
-    model = model_of("llama")
-    decoder = Decoder(model, CPU.device)
-    hidden_BTD, calls = decoder.embed(tokens_BT)
-    (first, *others), seen = matrices(decoder.layers[0], "0"), []
-    with observed([first], lambda product: seen.append(product.matrix.name)):
-        call_layer(decoder.layers[0], hidden_BTD, calls[0])
-        call_layer(decoder.layers[1], hidden_BTD, calls[1])
-    call_layer(decoder.layers[0], hidden_BTD, calls[0])
-    assert others and seen == [first.name]
-
-
-def test_fused_experts_that_are_used_out_of_sight_cannot_be_scored(tokens_BT: Tensor) -> None:
-    model = tiny_model("mixtral", experts_implementation="batched_mm")  # gathers a copy of the weights of each token
-    examine(model, tokens_BT)
-    found = [matrix for window in layer_windows(model) for matrix in window.matrices()]
-    with pytest.raises(ValueError, match=r"6 of 18 matrices .*experts\.gate_up_proj"):
-        check_scored(found, allow_unscored=False)
+def test_the_matrices_of_a_llama_layer_are_its_seven_projections() -> None:
+    names = [matrix.name for matrix in layer_matrices(decoder_layers(tiny_model("llama"))[1][2], "model.layers.2")]
+    attention = [f"model.layers.2.self_attn.{name}_proj.weight" for name in "qkvo"]
+    mlp = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert names == attention + mlp

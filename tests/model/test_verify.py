@@ -5,7 +5,7 @@ import torch
 
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.verify import examine
+from lit_recon.model.verify import verify
 
 POSITIONS = 64  # of the tiny models
 TOKENS_ST = torch.randint(3, 64, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -14,15 +14,15 @@ TOKENS_ST = torch.randint(3, 64, (1, 16), generator=torch.Generator().manual_see
 @pytest.mark.parametrize("shape", ["gpt2", "opt", "gptj"])  # tables of positions, beside and inside the layers
 def test_samples_longer_than_a_table_of_positions_are_refused_with_both_numbers(shape: str) -> None:
     model = tiny_model(shape)
-    examine(model, TOKENS_ST, lengths={"data.length": POSITIONS})
+    verify(model, TOKENS_ST, lengths={"data.length": POSITIONS})
     said = f"data.evaluation_length={POSITIONS + 1}: .* max_position_embeddings={POSITIONS} "
     with pytest.raises(ValueError, match=said):
-        examine(model, TOKENS_ST, lengths={"data.length": POSITIONS, "data.evaluation_length": POSITIONS + 1})
+        verify(model, TOKENS_ST, lengths={"data.length": POSITIONS, "data.evaluation_length": POSITIONS + 1})
 
 
 @pytest.mark.parametrize("shape", ["llama", "bloom"])
 def test_models_without_such_a_table_take_longer_ones(shape: str) -> None:
-    examine(tiny_model(shape), TOKENS_ST, lengths={"data.length": 2 * POSITIONS})
+    verify(tiny_model(shape), TOKENS_ST, lengths={"data.length": 2 * POSITIONS})
 
 
 def test_the_sample_with_the_most_text_is_tried() -> None:
@@ -31,5 +31,5 @@ def test_the_sample_with_the_most_text_is_tried() -> None:
     model, shapes = tiny_model("llama"), []
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
-    examine(model, tokens_ST)
+    verify(model, tokens_ST)
     assert shapes and set(shapes) == {(1, 16)}

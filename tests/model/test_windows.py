@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_recon.model.architectures import compose, support, tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.halves import split_layer
+from lit_recon.model.head import Head
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.model.windows import HalfWindow, Window
 
@@ -42,7 +43,7 @@ def difference(values: Tensor, expected: Tensor) -> float:
 
 def kept_parameters(window: Window) -> list[torch.nn.Parameter]:
     """What a window trains and the next one does not train again."""
-    again = {id(parameter) for parameter in window.passed_on()}
+    again = {id(parameter) for parameter in window.shared_with_next()}
     return [parameter for parameter in window.trained() if id(parameter) not in again]
 
 
@@ -57,7 +58,7 @@ def test_replaying_the_recorded_calls_equals_the_models_own_forward(
     for layer, call in zip(decoder.layers, calls, strict=True):
         hidden_BTD = call_layer(layer, hidden_BTD, call)
     expected_BTV = model(tokens_BT, use_cache=False).logits
-    assert (decoder.logits(hidden_BTD) - expected_BTV).abs().max() == 0
+    assert (Head(decoder)(hidden_BTD) - expected_BTV).abs().max() == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -69,7 +70,7 @@ def test_calls_that_are_kept_by_shape_serve_other_tokens_too(shape: str, batch_s
     hidden_BTD, _ = decoder.embed(tokens_BT[:batch_size])
     for layer, call in zip(decoder.layers, decoder.calls(tokens_BT[:batch_size]), strict=True):
         hidden_BTD = call_layer(layer, hidden_BTD, call)
-    assert torch.equal(decoder.logits(hidden_BTD), model(tokens_BT[:batch_size], use_cache=False).logits)
+    assert torch.equal(Head(decoder)(hidden_BTD), model(tokens_BT[:batch_size], use_cache=False).logits)
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
@@ -104,18 +105,18 @@ def test_every_parameter_that_outputs_depend_on_is_trained_in_exactly_one_window
     model.requires_grad_(True)
     users: dict[str, list[int]] = {name: [] for name in names.values()}
     for position, window in enumerate(windows):
-        outputs_BTD = window(hidden_BTD, calls, slice(0, window.kept))
+        outputs_BTD = window(hidden_BTD, calls, slice(0, window.num_kept))
         weights_BTD = torch.randn(outputs_BTD.shape, generator=torch.Generator().manual_seed(position))
         gradients = torch.autograd.grad((outputs_BTD * weights_BTD).sum(), list(names), allow_unused=True)
         for name, gradient in zip(names.values(), gradients, strict=True):
             if gradient is not None and gradient.any():
                 users[name].append(position)
-        hidden_BTD = hidden_BTD if window.branch == "first" else outputs_BTD.detach()
+        hidden_BTD = hidden_BTD if window.parallel_half == "first" else outputs_BTD.detach()
     assert all(users.values()), "the test sees every parameter at work"
     for name, positions in users.items():
         trainers = [position for position, mine in enumerate(trained) if name in mine]
         assert trainers == positions[:1], f"{name} is used by {positions}: what both halves use is the attention half's"
-        assert len(positions) <= 1 or windows[positions[0]].branch == "first", f"{name} is used by {positions}"
+        assert len(positions) <= 1 or windows[positions[0]].parallel_half == "first", f"{name} is used by {positions}"
 
 
 @pytest.mark.parametrize("shape", [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED])
@@ -152,9 +153,9 @@ def test_a_depth_that_the_size_does_not_divide_keeps_every_layer_once(shape: str
     assert len(layers) == 5
     for size, stride in OVERLAPS:
         windows = layer_windows(model, by="blocks", size=size, stride=stride)
-        kept = [layer for window in windows for layer in list(window.layers)[: window.kept]]
+        kept = [layer for window in windows for layer in list(window.layers)[: window.num_kept]]
         assert [*map(id, kept)] == [*map(id, layers)], f"size {size}, stride {stride}"
-        assert [index for window in windows for index in window.indices[: window.kept]] == [0, 1, 2, 3, 4]
+        assert [index for window in windows for index in window.indices[: window.num_kept]] == [0, 1, 2, 3, 4]
         logits_BTV = compose(model, tokens_BT[:1], by="blocks", size=size, stride=stride)
         assert difference(logits_BTV, expected_BTV) <= RELATIVE, f"size {size}, stride {stride}"
 
@@ -164,7 +165,7 @@ def test_overlapping_windows_start_a_stride_apart_and_reach_the_last_layer(size:
     windows = layer_windows(deep_model("llama"), by="blocks", size=size, stride=stride)
     assert [window.indices.start for window in windows] == list(range(0, 5, stride))[: len(windows)]
     assert all(len(window.indices) == size for window in windows[:-1])
-    assert windows[-1].indices[-1] == 4 and windows[-1].kept == len(windows[-1].indices)
+    assert windows[-1].indices[-1] == 4 and windows[-1].num_kept == len(windows[-1].indices)
     assert all(window.indices[-1] < 4 for window in windows[:-1]), "no window behind one that reaches the end"
 
 
@@ -208,10 +209,7 @@ def test_changing_a_token_changes_no_output_before_it(shape: str, attention: str
 def test_a_half_has_only_the_parameters_that_it_uses_as_its_own() -> None:
     first, second = layer_windows(tiny_model("llama"), by="half")[:2]
     assert isinstance(first, HalfWindow) and isinstance(second, HalfWindow)
-    sides = [
-        [parameter.shape for parameter in window.trained()]
-        for window in (first, second)
-    ]  # fmt: skip
+    sides = [[parameter.shape for parameter in window.trained()] for window in (first, second)]
     assert sides == [[(32, 32), (16, 32), (16, 32), (32, 32), (32,)], [(48, 32), (48, 32), (32, 48), (32,)]]
     assert [matrix.name for matrix in second.matrices()] == [
         f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
@@ -219,10 +217,10 @@ def test_a_half_has_only_the_parameters_that_it_uses_as_its_own() -> None:
 
 
 def test_a_parallel_layers_halves_branch_and_a_sequential_ones_do_not() -> None:
-    assert [window.branch for window in layer_windows(tiny_model("phi"), by="half")] == ["first", "second"] * 3
-    assert {window.branch for window in layer_windows(tiny_model("llama"), by="half")} == {None}
-    assert {window.borrows for window in layer_windows(tiny_model("gpt_neox"), by="half")} == {False}
-    assert [window.borrows for window in layer_windows(tiny_model("phi"), by="half")] == [False, True] * 3
+    assert [window.parallel_half for window in layer_windows(tiny_model("phi"), by="half")] == ["first", "second"] * 3
+    assert {window.parallel_half for window in layer_windows(tiny_model("llama"), by="half")} == {None}
+    assert {window.has_shared_norms for window in layer_windows(tiny_model("gpt_neox"), by="half")} == {False}
+    assert [window.has_shared_norms for window in layer_windows(tiny_model("phi"), by="half")] == [False, True] * 3
 
 
 def test_a_layer_whose_residual_goes_through_the_norm_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The module of the default run: its steps, its schedule, its masks and its losses."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,19 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, module, pruned_window, reconstructor, trainer, weights
+from conftest import CPU, fitter, module, pruned_window, trainer, weights
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Batch
-from lit_recon.activations.gram import Moments, Sums
-from lit_recon.fit.__main__ import CONF
+from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
-from lit_recon.modules.losses import mean_absolute, mean_squared
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.losses import mean_squared
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.reconstruction.window_fit import RETRY_RATES
 
 
 def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:
@@ -97,7 +99,7 @@ def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_
     more_ST = torch.cat([tokens_ST, tokens_ST.flip(1)])
     data, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
     make = module(optimizer=partial(Counting, lr=1e-2), warmup=0.0)
-    result = reconstructor(tmp_path, make, **settings).fit(window, masks, data)
+    result = fitter(tmp_path, make, **settings).fit(window, masks, data)
     (optimizer,) = Counting.made
     assert len(optimizer.rates) == result.steps == expected
     assert optimizer.rates == pytest.approx([1e-2 * (expected - step) / expected for step in range(expected)])
@@ -118,7 +120,7 @@ def test_pruned_weights_stay_exactly_zero_while_the_others_train(
 ) -> None:
     data, window, masks = pruned_window(tiny_model(kind), tokens_ST)
     before = weights(window)
-    assert reconstructor(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
+    assert fitter(tmp_path, module(optimizer=optimizer)).fit(window, masks, data).accepted
     for name, matrix in zip(masks, window.matrices(), strict=True):
         mask = masks[name]
         assert torch.count_nonzero(matrix.weight[~mask]) == 0, name
@@ -131,7 +133,7 @@ def test_pruned_weights_stay_exactly_zero_while_the_others_train(
 def test_gradients_of_pruned_weights_are_zero_when_the_optimizer_steps(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     make = module(optimizer=partial(Counting, lr=1e-2))
-    reconstructor(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
+    fitter(tmp_path, make, accumulate_grad_batches=2).fit(window, masks, data)
     (optimizer,) = Counting.made
     names = [id(parameter) for parameter in window.parameters()]
     assert len(optimizer.gradients) == 4
@@ -153,14 +155,15 @@ def test_one_step_goes_along_the_masked_gradient_of_the_loss_that_was_asked_for(
         return (outputs_BTD - targets_BTD).abs().pow(3).mean()
 
     make = module(optimizer=partial(torch.optim.SGD, lr=1e-2), scheduler=None, loss=cubic)
-    result = reconstructor(tmp_path, make, max_epochs=1).fit(window, masks, data)
+    result = fitter(tmp_path, make, max_epochs=1).fit(window, masks, data)
     assert result.accepted and result.steps == 1
     assert set(seen) == {data.variance()}
     after = weights(window)
     for name, parameter in window.named_parameters():
         parameter.data.copy_(before[name])
     window.requires_grad_(True)
-    loss = (window(data.inputs_STD[:2], data.calls(torch.arange(2))) - data.targets_STD[:2]).abs().pow(3).mean()
+    outputs_BTD = window(data.inputs_STD[:2], data.batching.calls(torch.arange(2)))
+    loss = (outputs_BTD - data.targets_STD[:2]).abs().pow(3).mean()
     gradients = torch.autograd.grad(loss, list(window.parameters()))
     for (name, value), gradient in zip(before.items(), gradients, strict=True):
         mask = masks.get(f"model.layers.0.{name.removeprefix('layers.0.')}", torch.ones_like(value))
@@ -175,7 +178,7 @@ def test_gradients_of_the_weights_that_are_left_are_clipped_also_with_a_fused_op
     before = weights(window)
     make = module(optimizer=partial(torch.optim.SGD, lr=1.0, fused=True), scheduler=None)
     settings = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1e-3}
-    assert reconstructor(tmp_path, make, **settings).fit(window, masks, data).accepted
+    assert fitter(tmp_path, make, **settings).fit(window, masks, data).accepted
     change = sum((parameter - before[name]).square().sum() for name, parameter in window.named_parameters())
     assert change.sqrt().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -187,15 +190,15 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     rows_NI = different_NI[torch.randint(0, 30, (256,), generator=generator)]  # few tokens: G is singular
     window = partition(tiny_model("llama"), by="matrix")[0]
     window.open()
-    sums = Sums.zero(32, CPU.device)
+    sums = GramSums.zero(32, CPU.device)
     sums.add(rows_NI)
-    moments = Moments.of_products(window, [sums], [sums])
+    equations = NormalEquations.from_sums(window, [sums], [sums])
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
     make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
-    result = reconstructor(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, moments)
+    result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, equations)
     assert torch.count_nonzero(window.weight[~mask]) == 0
     left = 0.0
     for kept, target_N in zip(mask.numpy(), targets_NO.T, strict=True):
@@ -206,7 +209,22 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     assert result.relative_error_after == pytest.approx(best, rel=0.01)
 
 
-class Twice(ReconstructionModule):
+def called(make: object) -> tuple[object, dict]:
+    """What is called, and the arguments that it is given already; of what is no partial call, itself."""
+    return (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+
+
+def test_the_defaults_of_the_constructor_and_of_retries_are_those_of_the_configuration() -> None:
+    configured = instantiate(OmegaConf.load(CONF / "module" / "masked_weights.yaml"), _convert_="all")
+    assert configured.func is MaskedWeights
+    assert tuple(configured.keywords.pop("retry_rates")) == RETRY_RATES
+    parameters = inspect.signature(MaskedWeights).parameters.items()
+    defaults = {name: one.default for name, one in parameters if one.default is not one.empty}
+    found, expected = ({name: called(one) for name, one in each.items()} for each in (defaults, configured.keywords))
+    assert found == expected
+
+
+class Twice(MaskedWeights):
     """Looks at the layers in every training step: their modes, and whether they compute the same twice."""
 
     modes: list[bool]
@@ -234,11 +252,8 @@ def test_dropout_stays_off_while_a_window_trains_also_after_validation(tokens_ST
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("loss", "reference"),
-    [
-        (mean_squared, lambda difference, variance: np.mean(difference**2) / variance),
-        (mean_absolute, lambda difference, variance: np.mean(np.abs(difference)) / np.sqrt(variance)),
-    ],
-    ids=["squared", "absolute"],
+    [(mean_squared, lambda difference, variance: np.mean(difference**2) / variance)],
+    ids=["squared"],
 )
 def test_losses_are_in_units_of_the_targets_spread(loss: Callable, reference: Callable, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

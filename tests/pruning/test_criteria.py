@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import chain_of
+from conftest import chain_of, masks_of
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner
+from lit_recon.pruning.pruner import Pruner, prune
 
 
 def wanda_reference(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> np.ndarray:
@@ -36,7 +36,9 @@ def test_wanda_masks_are_those_of_the_reference_on_what_each_matrix_sees(kind: s
         )
         for matrix in window.matrices()
     ]
-    window(chain.inputs_STD[:4], chain.calls(torch.arange(4)))  # only the calibration samples, in one batch
+    window(
+        chain.inputs_STD[:4], chain.passes.batching.calls(torch.arange(4))
+    )  # only the calibration samples, in one batch
     for hook in hooks:
         hook.remove()
     expected = {
@@ -44,10 +46,9 @@ def test_wanda_masks_are_those_of_the_reference_on_what_each_matrix_sees(kind: s
         for m in window.matrices()
     }
 
-    pruner = Pruner(Wanda(), Unstructured(sparsity=0.5), chain)
-    pruner.gather(window)
+    masks = masks_of(Pruner(Wanda(), Unstructured(sparsity=0.5), chain), window)
     dense = {m.name: m.weight.clone() for m in window.matrices()}
-    masks = pruner.prune(window.matrices())
+    prune(window, masks)
     for matrix in window.matrices():
         assert np.array_equal(matrix.by_expert(masks[matrix.name])[0].numpy(), expected[matrix.name]), matrix.name
         assert torch.equal(matrix.weight, dense[matrix.name] * masks[matrix.name])

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.matrices import matrices
-from lit_recon.pruning.masks import PackedMasks
+from lit_recon.model.matrices import layer_matrices
+from lit_recon.pruning.masks import Masks
 
 SHAPES = [(1,), (7,), (8,), (3, 5), (16, 9), (2, 3, 11)]
 
@@ -24,14 +24,11 @@ def random_masks() -> dict[str, Tensor]:
     return {f"layers.{i}.weight": torch.rand(shape, generator=generator) < 0.4 for i, shape in enumerate(SHAPES)}
 
 
-def packed(masks: dict[str, Tensor]) -> PackedMasks:
-    made = PackedMasks()
-    for name, mask in masks.items():
-        made.add(name, mask)
-    return made
+def packed(masks: dict[str, Tensor]) -> Masks:
+    return Masks.pack(masks)
 
 
-def assert_same_masks(read: PackedMasks, masks: dict[str, Tensor]) -> None:
+def assert_same_masks(read: Masks, masks: dict[str, Tensor]) -> None:
     assert set(read) == set(masks) and len(read) == len(masks)
     for name, mask in masks.items():
         assert read[name].dtype == torch.bool and torch.equal(read[name], mask), name
@@ -50,7 +47,7 @@ def test_masks_of_transposed_matrices_are_packed_in_the_weights_own_order() -> N
 def test_masks_survive_their_file_which_has_a_bit_per_weight(tmp_path: Path) -> None:
     masks = random_masks()
     packed(masks).save(tmp_path / "masks.safetensors")
-    assert_same_masks(PackedMasks.load(tmp_path / "masks.safetensors"), masks)
+    assert_same_masks(Masks.load(tmp_path / "masks.safetensors"), masks)
     with safe_open(tmp_path / "masks.safetensors", framework="pt") as file:
         for name, mask in masks.items():
             bits = file.get_tensor(name)
@@ -63,7 +60,7 @@ def test_masks_survive_their_file_which_has_a_bit_per_weight(tmp_path: Path) -> 
 
 def test_masks_that_were_read_can_be_written_again_with_the_same_bytes(tmp_path: Path) -> None:
     packed(random_masks()).save(tmp_path / "first")
-    PackedMasks.load(tmp_path / "first").save(tmp_path / "second")
+    Masks.load(tmp_path / "first").save(tmp_path / "second")
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
@@ -81,7 +78,7 @@ def half_of_each(model: PreTrainedModel, *, but: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         matrix.name: torch.rand(matrix.weight.shape, generator=generator) < 0.5
-        for matrix in matrices(layers[1], f"{decoder_layers(model)[0]}.1")[but:]
+        for matrix in layer_matrices(layers[1], f"{decoder_layers(model)[0]}.1")[but:]
     }
 
 
@@ -143,5 +140,5 @@ def test_masks_that_could_not_be_written_whole_leave_the_earlier_file(
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(OSError, match="no space left"):
             packed({"other": torch.ones(3, dtype=torch.bool)}).save(target)
-    assert_same_masks(PackedMasks.load(path), masks)
+    assert_same_masks(Masks.load(path), masks)
     assert [found.name for found in tmp_path.iterdir()] == ["masks.safetensors"]

@@ -7,28 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_SHAPE, chain_of, pairs
+from conftest import EVERY_SHAPE, chain_of, masks_of, pairs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_recon.activations.chain import Chain
-from lit_recon.activations.propagation import Regime
+from lit_recon.activations.propagation import Propagation
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.matrices import routers
 from lit_recon.model.partition import layer_windows, partition
-from lit_recon.model.verify import examine
+from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
-from lit_recon.pruning.pruner import Pruner, Statistics, check_units
+from lit_recon.pruning.pruner import Pruner, check_nested, prune
+from lit_recon.pruning.statistics import Statistics
 
 CALIBRATION = 3
 HALF = Unstructured(sparsity=0.5)
-SPARSE = Regime(statistics="sparse")
+SPARSE = Propagation(statistics="sparse")
 CUT = partial(tiny_model, "llama", num_hidden_layers=5)
 
 
@@ -78,12 +79,13 @@ def change(model: PreTrainedModel, names: Sequence[str], seed: int) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator) * (parameter != 0), alpha=0.1)
 
 
-def trained_names(window: Window) -> list[str]:
+def trained_names(model: PreTrainedModel, window: Window) -> list[str]:
     """Names in the model of what a window trains, from the window's own names."""
+    prefix, _ = decoder_layers(model)
     owners = [window.layer] if hasattr(window, "layer") else list(window.layers)
     mine = {id(parameter) for parameter in window.trained()}
     names = {
-        id(parameter): f"{window.prefix}.{index}.{name}"
+        id(parameter): f"{prefix}.{index}.{name}"
         for index, layer in zip(window.indices, owners, strict=True)
         for name, parameter in layer.named_parameters()
         if id(parameter) in mine
@@ -96,16 +98,15 @@ def walk(pruner: Pruner, model: PreTrainedModel, windows: Sequence[Window]) -> d
     """Prune window after window as the driver does it, with changes in place of reconstructions; all masks."""
     masks: dict[str, Tensor] = {}
     for position, window in enumerate(windows):
-        pruner.prepare(window)
-        passed_on = [parameter.clone() for parameter in window.passed_on()]
-        pruner.gather(window)
-        made = pruner.prune(window.matrices())
+        passed_on = [parameter.clone() for parameter in window.shared_with_next()]
+        made = masks_of(pruner, window)
+        prune(window, made)
         for matrix in window.matrices():
             assert torch.count_nonzero(matrix.weight[~made[matrix.name]]) == 0, "pruned in place"
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         pruner.chain.advance(window)
         masks |= made
-        for parameter, value in zip(window.passed_on(), passed_on, strict=True):
+        for parameter, value in zip(window.shared_with_next(), passed_on, strict=True):
             parameter.copy_(value)
     return masks
 
@@ -122,8 +123,8 @@ def walk_by_hand(
         mine = [matrix.name for matrix in window.matrices()]
         passed_on = {
             name: model.get_parameter(name).clone()
-            for name in trained_names(window)
-            if int(name.split(".")[2]) in window.indices[window.kept :]
+            for name in trained_names(model, window)
+            if int(name.split(".")[2]) in window.indices[window.num_kept :]
         }
         for unit in units:
             names = [matrix.name for matrix in unit.matrices()]
@@ -137,7 +138,7 @@ def walk_by_hand(
         for name in mine:
             masks[name] = waiting.pop(name)
             model.get_parameter(name).mul_(masks[name])
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         for name, value in passed_on.items():
             model.get_parameter(name).copy_(value)
     return masks
@@ -176,8 +177,8 @@ def test_masks_of_sparse_statistics_are_those_of_units_pruned_by_hand(case: str,
     model = tiny_model(shape)
     windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
     expected = walk_by_hand(model, tokens_ST[:CALIBRATION], windows, units, around=case in LARGER)
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
-    masks = walk(Pruner(Wanda(), HALF, chain, units=units), model, windows)
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
+    masks = walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), model, windows)
     same(masks, expected)
     assert all((~mask).float().mean() == 0.5 for mask in masks.values())
 
@@ -188,21 +189,20 @@ def test_the_model_around_overlapping_windows_prunes_every_layer_in_each_of_its_
 ) -> None:
     model = CUT()
     seen = linear_inputs(model, tokens_ST[:CALIBRATION])
-    chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
-    pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
+    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
+    pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by="model"))
     windows = layer_windows(model, by="blocks", size=size, stride=stride)
-    check_units(pruner.units, windows)
+    check_nested(pruner.pruning_windows, windows)
     dense = copy.deepcopy(model)
     for position, window in enumerate(windows):
-        pruner.prepare(window)
-        pruner.gather(window)
-        masks = pruner.prune(window.matrices())
+        masks = masks_of(pruner, window)
+        prune(window, masks)
         # All matrices of the model were scored at once, while it was dense.
         same(masks, {matrix.name: wanda_mask(dense, matrix.name, seen[matrix.name]) for matrix in window.matrices()})
-        change(model, trained_names(window), position)
+        change(model, trained_names(model, window), position)
         chain.advance(window)
-        for index in window.indices[window.kept :]:
-            layer = f"{window.prefix}.{index}"
+        for index in window.indices[window.num_kept :]:
+            layer = f"{decoder_layers(model)[0]}.{index}"
             model.get_submodule(layer).load_state_dict(dense.get_submodule(layer).state_dict())
 
 
@@ -217,9 +217,9 @@ def test_units_are_scored_on_the_sparse_chain_whatever_windows_are_trained_on(
     for targets in ("dense", "local"):
         again = tiny_model("llama")
         windows, units = (layer_windows(again, **settings) for settings in SETTINGS[case])
-        regime = Regime(inputs=inputs, targets=targets, statistics="sparse")
-        chain = chain_of(again, tokens_ST, CALIBRATION, regime=regime)
-        same(walk(Pruner(Wanda(), HALF, chain, units=units), again, windows), expected)
+        propagation = Propagation(inputs=inputs, targets=targets, statistics="sparse")
+        chain = chain_of(again, tokens_ST, CALIBRATION, propagation=propagation)
+        same(walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), again, windows), expected)
 
 
 @pytest.mark.parametrize("case", ["halves within blocks", "blocks within pairs of layers", "halves within the model"])
@@ -228,23 +228,22 @@ def test_smaller_units_change_the_masks_behind_the_first_of_them(case: str, toke
     for with_units in (True, False):
         model = tiny_model("llama")
         windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=units if with_units else ())
-        pruner.gather(windows[0])
-        masks.append(pruner.prune(windows[0].matrices()))
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=units if with_units else ())
+        masks.append(masks_of(pruner, windows[0]))
     first = {matrix.name for matrix in units[0].matrices()}
     differing = {name for name in masks[0] if not torch.equal(masks[0][name], masks[1][name])}
     assert differing and not differing & first
 
 
 def test_targets_are_of_the_dense_window_also_where_smaller_units_are_pruned_within(tokens_ST: Tensor) -> None:
-    for regime in (SPARSE, Regime(inputs="sparse", targets="local", statistics="sparse")):
+    for propagation in (SPARSE, Propagation(inputs="sparse", targets="local", statistics="sparse")):
         targets = []
         for by in ("block", "half"):
             model = tiny_model("llama")
-            chain = chain_of(model, tokens_ST, CALIBRATION, regime=regime)
-            pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=by))
-            pruner.gather(layer_windows(model)[0])
+            chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation)
+            pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by=by))
+            masks_of(pruner, layer_windows(model)[0])
             targets.append(chain.targets_STD)
         assert torch.equal(*targets)
 
@@ -254,10 +253,10 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
     found = []
     for settings, unit in SETTINGS.values():
         model = tiny_model(shape)
-        examine(model, tokens_ST)
+        matrices = verify(model, tokens_ST)
         chain = chain_of(model, tokens_ST, CALIBRATION)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, **unit))
-        found.append(walk(pruner, model, layer_windows(model, **settings)))
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, matrices, **unit))
+        found.append(walk(pruner, model, layer_windows(model, matrices, **settings)))
     for masks in found[1:]:
         same(masks, found[0])
 
@@ -265,9 +264,9 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_masks_of_dense_statistics_are_wandas_on_the_dense_model(shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
-    examine(model, tokens_ST)
+    windows = layer_windows(model, verify(model, tokens_ST))
     dense = copy.deepcopy(model)
-    masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, layer_windows(model))
+    masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, windows)
     seen = linear_inputs(dense, tokens_ST[:CALIBRATION])
     plain = {name: mask for name, mask in masks.items() if mask.dim() == 2}
     same(plain, {name: wanda_mask(dense, name, seen[name]) for name in plain})
@@ -281,22 +280,21 @@ def test_single_matrices_get_the_masks_of_their_layer(tokens_ST: Tensor) -> None
     for by in ("block", "matrix"):
         model = tiny_model("llama")
         windows = partition(model, by=by)
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by="model"))
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by="model"))
         masks: dict[str, Tensor] = {}
         for window in windows:
-            if window.span.name == "block_00":
-                pruner.prepare(window.span)
+            if window.enclosing.name == "block_00":
                 if not masks:
-                    pruner.gather(window.span)
+                    masks = masks_of(pruner, window.enclosing)
                 if isinstance(window, MatrixWindow):
                     window.open()
-                    masks |= pruner.prune(window.matrices())
+                    prune(window, masks)
                     dense = model.get_parameter(window.matrix.name)
                     assert torch.equal(dense * masks[window.matrix.name], window.weight), "a pruned copy"
                     assert torch.count_nonzero(dense) == dense.numel(), "the layer stays dense"
                 else:
-                    masks |= pruner.prune(window.matrices())
+                    prune(window, masks)
         found.append(masks)
     same(*found)
 
@@ -315,6 +313,11 @@ def unreachable_expert(**changes: Any) -> PreTrainedModel:
         direction_D = layer.mlp.gate.weight[0].clone()
         layer.mlp.gate.weight.copy_(torch.tensor([0, 1, 0.5, -1, -0.5])[:, None] * direction_D)
     return model
+
+
+def listed(pruner: Pruner) -> list[str]:
+    """The experts that were scored by magnitude."""
+    return [label for labels in pruner.by_magnitude.values() for label in labels]
 
 
 def labels(layers: Sequence[int], expert: int) -> list[str]:
@@ -340,11 +343,13 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_listed(statistic
     assert chosen_NE.sum(0).tolist()[0] == 0 and (chosen_NE.sum(0)[1:] > 0).all()
     weights = {leaf: getattr(layer.mlp.experts, leaf).clone() for leaf in ("gate_up_proj", "down_proj")}
 
-    pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION, regime=Regime(statistics=statistics)))
-    pruner.gather(window)
-    masks = pruner.prune(window.matrices())
+    pruner = Pruner(
+        Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION, propagation=Propagation(statistics=statistics))
+    )
+    masks = masks_of(pruner, window)
+    prune(window, masks)
 
-    assert pruner.by_magnitude == labels([0], 0)
+    assert listed(pruner) == labels([0], 0)
     for leaf, weight_EOI in weights.items():
         mask_EOI = masks[f"model.layers.0.mlp.experts.{leaf}"]
         assert torch.equal(mask_EOI[0], best_half(weight_EOI[0].abs()))
@@ -363,17 +368,17 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_listed(statistic
 def test_experts_that_saw_no_token_are_listed_once_at_every_granularity(units: str, tokens_ST: Tensor) -> None:
     for by in ("half", "block", "model"):
         model = unreachable_expert()
-        chain = chain_of(model, tokens_ST, CALIBRATION, regime=SPARSE)
-        pruner = Pruner(Wanda(), HALF, chain, units=layer_windows(model, by=units))
+        chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
+        pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, by=units))
         walk(pruner, model, layer_windows(model, by=by))
-        assert sorted(pruner.by_magnitude) == sorted(labels(range(3), 0)), f"windows={by}"
+        assert sorted(listed(pruner)) == sorted(labels(range(3), 0)), f"windows={by}"
 
 
 def test_experts_in_overlapping_windows_are_listed_once(tokens_ST: Tensor) -> None:
     model = unreachable_expert()
     pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     walk(pruner, model, layer_windows(model, by="blocks", size=2, stride=1))
-    assert sorted(pruner.by_magnitude) == sorted(labels(range(3), 0))
+    assert sorted(listed(pruner)) == sorted(labels(range(3), 0))
 
 
 def test_llama_4_experts_that_were_not_chosen_saw_no_token_though_they_get_zeros(tokens_ST: Tensor) -> None:
@@ -381,14 +386,12 @@ def test_llama_4_experts_that_were_not_chosen_saw_no_token_though_they_get_zeros
     layer = decoder_layers(model)[1][1]
     direction_D = layer.feed_forward.router.weight[0].clone()
     layer.feed_forward.router.weight.copy_(torch.tensor([0, 1, -1, 0.5])[:, None] * direction_D)  # never 0, never 3
-    examine(model, tokens_ST)
+    windows = layer_windows(model, verify(model, tokens_ST))[:2]
     pruner = Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     weight_EIO = layer.feed_forward.experts.gate_up_proj.clone()
-    masks = walk(pruner, model, layer_windows(model)[:2])
+    masks = walk(pruner, model, windows)
     name = "model.layers.1.feed_forward.experts."
-    assert pruner.by_magnitude == [
-        f"{name}{leaf}[{expert}]" for leaf in ("gate_up_proj", "down_proj") for expert in (0, 3)
-    ]
+    assert listed(pruner) == [f"{name}{leaf}[{expert}]" for leaf in ("gate_up_proj", "down_proj") for expert in (0, 3)]
     for expert in (0, 3):
         assert torch.equal(masks[f"{name}gate_up_proj"][expert], best_half(weight_EIO[expert].abs().T).T)
 
@@ -398,7 +401,7 @@ def test_magnitude_needs_no_token_and_lists_nothing(tokens_ST: Tensor) -> None:
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     pruner = Pruner(Magnitude(), HALF, chain_of(model, tokens_ST, CALIBRATION))
     masks = walk(pruner, model, layer_windows(model))
-    assert pruner.by_magnitude == []
+    assert listed(pruner) == []
     for name, mask in masks.items():
         expected = [best_half(weight_OI.abs()) for weight_OI in weights[name].view(-1, *mask.shape[-2:])]
         assert torch.equal(mask.view(-1, *mask.shape[-2:]), torch.stack(expected))
@@ -414,14 +417,14 @@ def test_statistics_see_no_held_out_sample(tokens_ST: Tensor) -> None:
 
 
 def test_a_matrix_whose_inputs_are_not_known_stays_dense(tokens_ST: Tensor) -> None:
-    model = tiny_model("llama4")  # not examined: how its experts are stored is not known
+    model = tiny_model("llama4")  # not verified: how its experts are stored is not known
     window = layer_windows(model)[1]
     chain = chain_of(model, tokens_ST, CALIBRATION)
     pruner = Pruner(Magnitude(), HALF, chain)
     with torch.no_grad():
         before = window.layers[0].feed_forward.experts.gate_up_proj.clone()
-        pruner.gather(window)
-        masks = pruner.prune(window.matrices())
+        masks = masks_of(pruner, window)
+        prune(window, masks)
     assert not [name for name in masks if "experts" in name] and len(masks) == 7
     assert torch.equal(window.layers[0].feed_forward.experts.gate_up_proj, before)
 
@@ -440,7 +443,7 @@ def test_statistics_are_kept_by_expert() -> None:
     window = layer_windows(model)[0]
     statistics = Statistics(criterion, window.matrices())
     chain: Chain = chain_of(model, tokens_ST, 4)
-    chain.dense_pass(window, statistics.watching)
+    chain.dense_pass(window, [statistics])
     for name, counts in statistics.by_name.items():
         assert sum(counts) == 4 * 24 * (2 if "experts" in name else 1), name
         assert len(counts) == (4 if "experts" in name else 1)
@@ -463,7 +466,7 @@ def test_statistics_are_kept_by_expert() -> None:
 )
 def test_units_that_are_nested_with_windows_are_accepted(windows: dict[str, Any], units: dict[str, Any]) -> None:
     model = CUT()
-    check_units(layer_windows(model, **units), partition(model, **windows))
+    check_nested(layer_windows(model, **units), partition(model, **windows))
 
 
 @pytest.mark.parametrize(
@@ -487,4 +490,4 @@ def test_units_that_are_not_nested_with_windows_are_refused(
 ) -> None:
     model = CUT()
     with pytest.raises(ValueError, match=said):
-        check_units(layer_windows(model, **units), partition(model, **windows))
+        check_nested(layer_windows(model, **units), partition(model, **windows))

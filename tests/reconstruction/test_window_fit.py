@@ -10,26 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Masks, chain_of, module, pruned_window, reconstructor, weights
+from conftest import CPU, Masks, chain_of, fitter, module, pruned_window, trainer, weights
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import Window
-from lit_recon.modules.least_squares import LeastSquaresModule
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.least_squares import LeastSquares
+from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
-from lit_recon.reconstruction.driver import walk
-from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.clock import Clock
+from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, check_retry_rates
 
 
 def same(window: Window, before: dict[str, Tensor]) -> bool:
@@ -40,7 +39,7 @@ def same(window: Window, before: dict[str, Tensor]) -> bool:
 def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(model, tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    result = fitter(tmp_path, module()).fit(window, masks, data)
     assert result.accepted and result.note == "" and result.steps == 8
     assert 0 < result.held_out_after < 0.97 * result.held_out_before
     assert 0 < result.relative_error_after < 0.97 * result.relative_error_before
@@ -57,7 +56,7 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    result = fitter(tmp_path, module(**settings)).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note
     assert same(window, before)
     assert result.relative_error_after == result.relative_error_before
@@ -86,7 +85,7 @@ class Idle(LightningModule):
 def test_a_module_whose_steps_have_no_loss_keeps_the_pruned_weights(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, Idle).fit(window, masks, data)
+    result = fitter(tmp_path, Idle).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
 
 
@@ -100,7 +99,7 @@ class Solver(Idle):
 def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    assert not reconstructor(tmp_path, Solver).fit(window, masks, data).accepted
+    assert not fitter(tmp_path, Solver).fit(window, masks, data).accepted
     assert same(window, before)
 
 
@@ -121,12 +120,12 @@ class Ascending(LightningModule):
 def test_a_module_of_the_users_own_that_worsens_its_window_changes_nothing(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
-    result = reconstructor(tmp_path, Ascending).fit(window, masks, data)
+    result = fitter(tmp_path, Ascending).fit(window, masks, data)
     assert not result.accepted and "did not improve" in result.note and same(window, before)
     assert result.held_out_after == result.held_out_before
 
 
-class Diverging(ReconstructionModule):
+class Diverging(MaskedWeights):
     """Its loss is not a number from step `when` on, at learning rates above `limit`; remembers the rates used."""
 
     limit = 0.0
@@ -147,10 +146,10 @@ def test_a_loss_that_is_never_finite_leaves_the_pruned_weights_after_three_tries
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before = weights(window)
     made = type("Always", (Diverging,), {"rates": [], "when": when})
-    result = reconstructor(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
+    result = fitter(tmp_path, module(cls=made), max_epochs=1).fit(window, masks, data)
     assert same(window, before)
     assert not result.accepted and result.steps == 0
-    assert result.note == "the loss was not finite, also at a sixteenth of the learning rate: kept its pruned weights"
+    assert result.note == "the loss was not finite, also at 0.0625 of the learning rate: kept its pruned weights"
     assert result.held_out_after == result.held_out_before
     assert result.relative_error_after == result.relative_error_before
     firsts = [rate for index, rate in enumerate(made.rates) if index % (when + 1) == 0]
@@ -166,9 +165,9 @@ def test_a_window_that_diverges_is_reconstructed_at_exactly_a_quarter_of_the_rat
     if scheduler is None:  # then groups have no initial_lr until the rate is lowered
         made.training_step = lambda self, batch, index: constant_rate_step(self, batch, index)
     settings = {"cls": made, "scheduler": scheduler, "warmup": 0.25}
-    result = reconstructor(tmp_path, module(**settings)).fit(window, masks, data)
+    result = fitter(tmp_path, module(**settings)).fit(window, masks, data)
     assert result.accepted and result.steps == 8
-    assert result.note == "the loss was not finite; reconstructed at a quarter of the learning rate"
+    assert result.note == "the loss was not finite; reconstructed at 0.25 of the learning rate"
     shares = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] if scheduler else [1] * 8  # 2 of 8 steps warm up
     assert made.rates[-8:] == pytest.approx([2.5e-3 * share for share in shares])
     assert made.rates[0] == pytest.approx(1e-2 * shares[0])
@@ -181,17 +180,41 @@ def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
     before = weights(window)
     made = type("AtFullRate", (Diverging,), {"rates": [], "limit": 0.75e-2})
     made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
-    result = reconstructor(tmp_path, module(cls=made)).fit(window, masks, data)
+    result = fitter(tmp_path, module(cls=made)).fit(window, masks, data)
     assert made.rates[-1] < made.limit, "the later tries were finite"
     assert not result.accepted and same(window, before)
-    told = (
-        r"held-out error did not improve \([\d.]+\), also at a sixteenth of the learning rate: kept its pruned weights"
-    )
+    told = r"held-out error did not improve \([\d.]+\), also at 0\.0625 of the learning rate: kept its pruned weights"
     assert re.fullmatch(told, result.note)
 
 
+@pytest.mark.parametrize(
+    ("retry_rates", "peaks", "also"), [((), [1e-2], ""), ((0.5,), [1e-2, 5e-3], ", also at 0.5 of the learning rate")]
+)
+def test_a_window_that_does_not_improve_is_tried_again_at_the_retry_rates_and_no_others(
+    tokens_ST: Tensor, retry_rates: tuple[float, ...], peaks: list[float], also: str
+) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    before = weights(window)
+    made = type("Worsening", (Diverging,), {"rates": [], "limit": 1.0})
+    made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
+    fits = WindowFitter(module(cls=made), trainer(max_epochs=1), device=CPU.device, seed=0, retry_rates=retry_rates)
+    result = fits.fit(window, masks, data)
+    assert made.rates == pytest.approx([peak * share for peak in peaks for share in (1, 1 / 2)]), "two steps per try"
+    assert not result.accepted and same(window, before)
+    told = rf"held-out error did not improve \([\d.]+\){re.escape(also)}: kept its pruned weights"
+    assert re.fullmatch(told, result.note), result.note
+
+
+@pytest.mark.parametrize("rate", [0, 1, -1, "a", float("nan")])
+def test_rates_of_retries_that_are_no_shares_of_the_learning_rate_are_refused(rate: object) -> None:
+    check_retry_rates([])
+    check_retry_rates([0.5, 0.25])
+    with pytest.raises(ValueError, match="module.retry_rates=.*shares of the learning rate between 0 and 1"):
+        check_retry_rates([0.5, rate])
+
+
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:
-    loss = ReconstructionModule.training_step(diverging, batch, batch_idx)
+    loss = MaskedWeights.training_step(diverging, batch, batch_idx)
     diverging.rates.append(diverging.trainer.optimizers[0].param_groups[0]["lr"])
     return loss * float("nan") if diverging.rates[-1] > diverging.limit else loss
 
@@ -211,7 +234,7 @@ def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named
     tokens_ST: Tensor, tmp_path: Path
 ) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    made = reconstructor(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
+    made = fitter(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
     with pytest.raises(RuntimeError, match=r"moved pruned weights of model\.layers\.0\.self_attn\.q_proj\.weight"):
         made.fit(window, masks, data)
 
@@ -219,7 +242,7 @@ def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named
 @pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 3), (4, 6), (1, 6)])
 def test_relative_error_is_mean_squared_error_over_variance(tokens_ST: Tensor, first: int, last: int) -> None:
     data, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
-    outputs = window(data.inputs_STD[first:last], data.calls(torch.arange(first, last))).numpy().astype("f8")
+    outputs = window(data.inputs_STD[first:last], data.batching.calls(torch.arange(first, last))).numpy().astype("f8")
     targets = data.targets_STD[first:last].numpy().astype("f8")
     expected = np.mean((outputs - targets) ** 2) / 0.7
     assert data.error(window, first, last, 0.7) == pytest.approx(expected, rel=1e-5)
@@ -229,21 +252,20 @@ def test_errors_are_of_held_out_samples_and_of_as_many_calibration_samples(token
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     variance = data.variance()
     on_both = data.error(window, 0, 2, variance), data.error(window, 4, 6, variance)
-    result = reconstructor(tmp_path, module()).fit(window, masks, data)
+    result = fitter(tmp_path, module()).fit(window, masks, data)
     assert (result.relative_error_before, result.held_out_before) == on_both
 
 
 def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    reconstructor(tmp_path, module()).fit(window, masks, data)
+    fitter(tmp_path, module()).fit(window, masks, data)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in window.parameters())
 
 
-class Inventory:
-    """After each window: what is still alive of its fit, and how many bytes of tensors Python holds beside masks."""
+class Inventory(WalkCallback):
+    """After each window: what is still alive of its fit, and how many bytes of tensors Python holds."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self) -> None:
         self.fits: list[weakref.ref] = []
         self.bytes: list[int] = []
         self.alive: list[str] = []
@@ -252,32 +274,30 @@ class Inventory:
         self.fits.append(weakref.ref(thing))
         return thing
 
-    def window_done(self, result: WindowResult) -> None:
+    def on_window_fit(self, result: WindowResult) -> None:
         self.alive += [type(thing).__name__ for ref in self.fits if (thing := ref()) is not None]
         storages = {
             found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
             for found in gc.get_objects()
             if issubclass(type(found), Tensor)
         }
-        masks = self.checkpoint.masks.tensors()
-        self.bytes.append(sum(storages.values()) - sum(bits.nbytes for bits in masks.values()))
+        self.bytes.append(sum(storages.values()))
 
 
 @pytest.mark.parametrize(("by", "per_layer"), [("block", 1), ("half", 2), ("matrix", 7)])
 def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: Path, by: str, per_layer: int) -> None:
     model = tiny_model("llama", num_hidden_layers=6)
     chain = chain_of(model, tokens_ST, 4)
-    checkpoint = Checkpoint(model, CPU.device)
-    kept = Inventory(checkpoint)
+    kept = Inventory()
     settings = module().keywords
 
     def make_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
         return kept.made(settings["optimizer"](parameters))
 
     def make_module(*arguments: object) -> LightningModule:
-        return kept.made(ReconstructionModule(*arguments, **settings | {"optimizer": make_optimizer}))
+        return kept.made(MaskedWeights(*arguments, **settings | {"optimizer": make_optimizer}))
 
-    made = reconstructor(tmp_path, make_module, max_epochs=1)
+    made = fitter(tmp_path, make_module, max_epochs=1)
     made.callbacks = [Callback()]  # lives as long as the walk, as a progress display does
     make_trainer = made.trainer
     made.trainer = lambda **arguments: kept.made(make_trainer(**arguments))
@@ -285,10 +305,9 @@ def test_memory_is_flat_over_the_windows_of_a_walk(tokens_ST: Tensor, tmp_path: 
         partition(model, by=by),
         chain=chain,
         pruner=Pruner(Magnitude(), Unstructured(sparsity=0.5), chain),
-        reconstructor=made,
-        checkpoint=checkpoint,
-        clock=Clock(),
-        listeners=[kept],
+        fitter=made,
+        weights=WeightOffloader(model, CPU.device),
+        callbacks=[kept],
     )
     assert len(kept.fits) >= 6 * per_layer * 3, "some windows are tried again at a lower rate"
     assert kept.alive == [], "modules, Trainers or optimizers of windows that are done"
@@ -307,15 +326,14 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
     model.model.layers[1].mlp.spare = spare.requires_grad_(False)
     nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
     dense = spare.weight.clone()
-    solver = partial(LeastSquaresModule, tolerance=1e-3, max_iterations=10)
+    solver = partial(LeastSquares, tolerance=1e-3, max_iterations=10)
     chain = chain_of(model, tokens_ST, 4)
     results = walk(
         partition(model, by="matrix"),
         chain=chain,
         pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
-        reconstructor=reconstructor(tmp_path, solver if exact else module(), max_epochs=1),
-        checkpoint=Checkpoint(model, CPU.device),
-        clock=Clock(),
+        fitter=fitter(tmp_path, solver if exact else module(), max_epochs=1),
+        weights=WeightOffloader(model, CPU.device),
     )
     (result,) = [result for result in results if "spare" in result.name]
     assert not result.accepted and "no calibration or no held-out token reaches it" in result.note

@@ -11,15 +11,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lit_recon.fit.__main__ import CONF
+from lit_recon.fit.configure import CONF
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "matrix_least_squares": ({"by": "matrix"}, "LeastSquaresModule"),
-    "matrix_gradient": ({"by": "matrix"}, "ReconstructionModule"),
-    "half": ({"by": "half"}, "ReconstructionModule"),
-    "block": ({"by": "block"}, "ReconstructionModule"),
-    "blocks_4": ({"by": "blocks", "size": 4}, "ReconstructionModule"),
-    "model": ({"by": "model"}, "ReconstructionModule"),
+    "matrix_least_squares": ({"by": "matrix"}, "LeastSquares"),
+    "matrix_gradient": ({"by": "matrix"}, "MaskedWeights"),
+    "half": ({"by": "half"}, "MaskedWeights"),
+    "block": ({"by": "block"}, "MaskedWeights"),
+    "blocks_4": ({"by": "blocks", "size": 4}, "MaskedWeights"),
+    "model": ({"by": "model"}, "MaskedWeights"),
 }
 CRITERIA = sorted(path.stem for path in (CONF / "criterion").glob("*.yaml") if path.stem != "custom")
 

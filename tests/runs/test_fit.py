@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_recon.data.files import Files
 from lit_recon.evaluate.perplexity import perplexity
 from lit_recon.model.architectures import tiny_model
-from lit_recon.pruning.masks import PackedMasks
+from lit_recon.pruning.masks import Masks
 from lit_recon.system.cache import cache_folder
 
 WITHOUT_HALVES = ("bloom", "opt_post_norm")
@@ -50,8 +50,8 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
     assert results["protocol"]["tokens"] == 4 * 31
     assert set(results["relative_error"]) == {"pruned", "reconstructed"}
     assert 0 < results["relative_error"]["reconstructed"] < results["relative_error"]["pruned"]
-    regime = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
-    assert regime == {"inputs": "dense", "targets": "dense", "statistics": "dense"}
+    propagation = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
+    assert propagation == {"inputs": "dense", "targets": "dense", "statistics": "dense"}
     assert {"total", "prunable", "by_matrix", "by_magnitude"} == set(results["sparsity"])
     assert results["sparsity"]["by_magnitude"] == []
     assert len(results["sparsity"]["by_matrix"]) == 21
@@ -82,7 +82,7 @@ def test_the_checkpoint_is_a_hugging_face_folder_with_the_promised_zeros_and_per
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
     tokenizer = AutoTokenizer.from_pretrained("run/checkpoint")
-    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    masks = Masks.load(Path("run/masks.safetensors"))
     assert len(masks) == 21
     for name in masks:
         weight = model.get_parameter(name)
@@ -107,7 +107,7 @@ def test_the_pruned_perplexity_is_that_of_dense_weights_times_masks(
     finished: Ended, model_folder: Path, text_file: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder).requires_grad_(False)
-    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    masks = Masks.load(Path("run/masks.safetensors"))
     for name in masks:
         model.get_parameter(name).mul_(masks[name])
     samples = Files(paths=[str(text_file)], evaluation_samples=4, evaluation_length=32, length=32).samples(
@@ -125,7 +125,7 @@ def test_the_relative_errors_are_those_of_the_final_states_on_the_held_out_sampl
         .samples(AutoTokenizer.from_pretrained(model_folder), seed=0, cache=cache_folder())
         .held_out_ST
     )
-    masks = PackedMasks.load(Path("run/masks.safetensors"))
+    masks = Masks.load(Path("run/masks.safetensors"))
     states = {}
     for state in ("dense", "pruned", "reconstructed"):
         folder = "run/checkpoint" if state == "reconstructed" else model_folder
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_numbers_and_bytes_and_another_seed_others(
 def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]) -> None:
     assert tiny_run("pattern=n_m", "pattern.n=2", "pattern.m=4").status == 0
     model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
-    for name in PackedMasks.load(Path("run/masks.safetensors")):
+    for name in Masks.load(Path("run/masks.safetensors")):
         groups = model.get_parameter(name).reshape(-1, 4)
         assert torch.all((groups == 0).sum(1) == 2), name
 
@@ -181,7 +181,7 @@ def found_in(folder: str = "run") -> list[dict]:
 
 def masks_in(folder: str = "run") -> dict[str, torch.Tensor]:
     """The masks of a run."""
-    masks = PackedMasks.load(Path(folder, "masks.safetensors"))
+    masks = Masks.load(Path(folder, "masks.safetensors"))
     return {name: masks[name] for name in masks}
 
 
@@ -452,8 +452,8 @@ def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothi
 
 BAD_INPUT = {
     ("windows.head=no",): ["windows.head=no", "true or false"],
-    ("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1"): [
-        *("overwrite=off", "plan=no", "stream=yes", "allow_unscored=1", "true or false")
+    ("overwrite=off", "plan=no", "allow_unscored=1"): [
+        *("overwrite=off", "plan=no", "allow_unscored=1", "true or false")
     ],
     ("model=foo",): ["model=foo", "hf, smollm2"],
     ("modell=hf",): ["modell", "Did you mean model?"],

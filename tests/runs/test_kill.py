@@ -16,7 +16,7 @@ SETTINGS = {
     "block": (),
     "half, sparse": ("windows=half", "chain.inputs=sparse", "chain.statistics=sparse", "prune_by=block"),
     "matrix, on disk": ("windows=matrix", "store=disk", "+trainer.limit_train_batches=2"),
-    "in memory": ("stream=false",),
+    "in memory": ("model.name=IN_MEMORY",),  # a folder whose weights cannot be mapped
     "overlapping": ("windows=blocks", "windows.size=2", "windows.stride=1", "chain.inputs=mix"),
 }
 EXACTING = ("half, sparse", "matrix, on disk")  # a commit within what is pruned at once; activations in files
@@ -32,14 +32,20 @@ def found(run: Path) -> dict[str, object]:
 
 @pytest.fixture
 def go(
-    launcher: Launcher, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher,
+    model_folder: Path,
+    unmappable_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Ended]:
-    """Start or go on with a run, and have it killed where it is asked for."""
+    """Start or resume a run, and have it killed where it is asked for."""
     monkeypatch.chdir(tmp_path)
 
     def go(run: str, *overrides: str, after: float | None = None, **faults: object) -> Ended:
         begun = (Path(run) / "config.yaml").is_file()
-        settings = [*tiny_settings(model_folder, text_file), *overrides, f"output_dir={run}"]
+        given = [override.replace("IN_MEMORY", str(unmappable_folder)) for override in overrides]
+        settings = [*tiny_settings(model_folder, text_file), *given, f"output_dir={run}"]
         running = launcher.start(*([f"resume={run}"] if begun else settings), **faults)
         if after is not None:
             time.sleep(after)

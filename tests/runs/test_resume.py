@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.offload import Checkpoint
+from lit_recon.model.offload import WeightOffloader
 from lit_recon.system.lock import hold
 
 SLOW = "trainer.max_epochs=20"  # long enough to be interrupted in a window
@@ -136,7 +136,7 @@ def test_what_was_stopped_is_gone_on_with_from_there(
 NOISY = """
 import torch
 from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.modules.masked_weights import ReconstructionModule
+from lit_recon.modules.masked_weights import MaskedWeights
 
 
 class Random(Wanda):
@@ -144,7 +144,7 @@ class Random(Wanda):
         return torch.rand_like(weight_OI)
 
 
-class Noisy(ReconstructionModule):
+class Noisy(MaskedWeights):
     def training_step(self, batch, batch_idx):
         noise = torch.rand(()) * torch.randn_like(batch.targets_BTD)
         return super().training_step(batch, batch_idx) + (self.window(batch.inputs_BTD, batch.calls) * noise).mean()
@@ -185,22 +185,6 @@ def test_a_limit_that_what_was_begun_does_not_keep_is_refused_with_numbers(go: G
     ended = go("resume=run", "memory_limit=1MB")
     refused(ended, run, before, "memory_limit=1.00 MB: windows=block with data.batch_size=2", "need 0.")
     assert go("resume=run", "memory_limit=100GB").status == 0
-
-
-@pytest.mark.parametrize("streams", [("true", "false"), ("false", "true")], ids=lambda streams: " then ".join(streams))
-def test_a_run_may_go_on_streamed_or_not(
-    go: Go, settings: list[str], whole: dict[str, object], streams: tuple[str, str], model_folder: Path
-) -> None:
-    first, second = streams
-    assert go(*settings, "stop_after=1", f"stream={first}").status == 0
-    assert_done_up_to(Path("run/checkpoint"), 1, model_folder)
-    ended = go("resume=run", f"stream={second}")
-    assert ended.status == 0, ended.err
-    assert numbers(Path("run")) == whole["numbers"]
-    if second == "true":
-        assert found("run") == whole
-    else:
-        assert not list(Path("run/checkpoint").glob("model-*")) and Path("run/checkpoint/model.safetensors").is_file()
 
 
 def test_the_curves_of_a_run_in_two_parts_are_those_of_one(go: Go, run: Path, once: tuple[Path, int]) -> None:
@@ -467,7 +451,7 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
 
 def test_a_disk_that_becomes_full_as_a_model_in_memory_is_saved_leaves_the_earlier_checkpoint(small_disk: Path) -> None:
     model, folder = tiny_model("llama", hidden_size=128), small_disk / "checkpoint"
-    checkpoint = Checkpoint(model, torch.device("cpu"))
+    checkpoint = WeightOffloader(model, torch.device("cpu"))
     checkpoint.save(folder, letter_tokenizer(), "first")
     before = content(folder)
     fill(small_disk / "ballast", but=sum(map(len, before.values())) // 2)

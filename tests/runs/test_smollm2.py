@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_recon.pruning.masks import PackedMasks
+from lit_recon.pruning.masks import Masks
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.smollm2,
+    pytest.mark.skipif(
+        Version(transformers.__version__) < Version("5.6"), reason="this transformers is refused for the GGUF file"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def test_reconstruction_recovers_a_quarter_of_the_gap_within_the_memory_bound(ru
 def test_the_checkpoint_generates_text_with_exact_zeros(run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
-    masks = PackedMasks.load(run / "masks.safetensors")
+    masks = Masks.load(run / "masks.safetensors")
     assert len(masks) == 210
     assert all(torch.count_nonzero(model.get_parameter(name)[~masks[name]]) == 0 for name in masks)
     prompt = tokenizer("The for statement is used to iterate", return_tensors="pt")

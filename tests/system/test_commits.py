@@ -1,4 +1,4 @@
-"""Resume points survive what ends processes and what damages files; expected states are those that were written."""
+"""Commits: resume points survive what ends processes and damages files; expected states are those that were written."""
 
 import errno
 import json
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lit_recon.system import atomic_files, tensor_files
 from lit_recon.system import commits as module
-from lit_recon.system.atomic_files import publish
 from lit_recon.system.commits import CommitError, Commits
 
 SHARED, OLD, NEW = "layer.00001", "chain.00001", "chain.00002"
@@ -308,7 +307,7 @@ def test_a_damaged_commit_never_comes_back(folder: Path) -> None:
     assert_whole(folder, 2)
 
 
-def test_a_new_run_does_not_take_up_the_one_before(folder: Path) -> None:
+def test_a_new_run_does_not_resume_the_run_before_it(folder: Path) -> None:
     commits = Commits(folder)
     commits.commit(1, {"new": True}, [])
     assert sorted(path.name for path in folder.iterdir()) == ["00001.json"]
@@ -384,7 +383,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_commit_whole(
         assert commit is not None
         assert_whole(folder, commit.number)
         found.append(commit.number)
-        if commit.number == 1:  # and a run that is taken up there makes the same commit
+        if commit.number == 1:  # and a run that is resumed there makes the same commit
             second(commits)
             assert_whole(folder, 2)
             assert not list(folder.glob("*.partial")) and not (folder / "00009.json").exists()
@@ -448,7 +447,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_is_full_keeps_the_commit_and_can_be_gone_on_with(small_disk: Path) -> None:
+def test_a_full_disk_keeps_the_commit_and_more_can_be_committed_once_there_is_space(small_disk: Path) -> None:
     folder = small_disk / "run" / "commits"
     commits = first(folder)
     ballast = small_disk / "ballast"
@@ -466,38 +465,12 @@ def test_a_disk_that_is_full_keeps_the_commit_and_can_be_gone_on_with(small_disk
     assert Commits(folder).newest().number == 3
 
 
-def test_a_folder_on_a_read_only_disk_is_told(small_disk: Path) -> None:
+def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path) -> None:
     commits = first(small_disk / "commits")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CommitError, match="Read-only.*the previous commit is whole; make the folder writable and go"):
         second(commits)
     assert_whole(small_disk / "commits", 1)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_is_published_in_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_text("new")
-    target.write_text("old")
-    (tmp_path / "target.partial").write_text("left by a process that was killed")
-    if not links:
-
-        def refuse(source: Path, target: Path) -> None:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-        monkeypatch.setattr(os, "link", refuse)
-    for _ in range(2):
-        publish(source, target)
-        assert target.read_text() == source.read_text() == "new"
-        assert target.samefile(source) == links
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
-
-
-def test_what_cannot_be_published_leaves_the_target(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "absent", tmp_path / "target")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (tmp_path / "target").read_text() == "old"
 
 
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Where a run computes: what hardware is taken, and what is refused."""
+"""Device and precision of a run: what is chosen, what is refused, which callbacks a Trainer gets."""
 
 import threading
 from functools import partial
@@ -42,12 +42,14 @@ def test_a_callback_that_cannot_be_copied_is_refused(thing: object) -> None:
         Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, callbacks=held))
 
 
-@pytest.mark.parametrize("given", [Counter(), [Counter()]], ids=["one", "list"])
-def test_each_trainer_has_the_callbacks_anew_beside_those_of_the_run(given: object) -> None:
+@pytest.mark.parametrize("given", [Counter(), [Counter()]], ids=["single", "list"])
+def test_each_trainer_has_copies_of_the_callbacks_next_to_those_of_the_run(given: object) -> None:
     make = Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, logger=False, callbacks=given))
     mine = Callback()
-    first, second = (
-        [one for one in make(callbacks=[mine]).callbacks if isinstance(one, Counter) or one is mine] for _ in range(2)
-    )
-    assert [type(one) for one in first] == [Counter, Callback]
+
+    def callbacks() -> list[Callback]:
+        return [found for found in make(callbacks=[mine]).callbacks if isinstance(found, Counter) or found is mine]
+
+    first, second = callbacks(), callbacks()
+    assert [type(callback) for callback in first] == [Counter, Callback]
     assert first[0] is not second[0] and first[1] is second[1] is mine

@@ -1,4 +1,4 @@
-"""An output folder belongs to one process, which other processes are told of; a dead one owns nothing."""
+"""Lock of an output folder: it belongs to one process, which is named to others; a process that ended owns nothing."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().strip()
 
 
-def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_the_message_names_the_owner(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     owner, said = start(folder)
     assert said == "held"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run at once, but not inside of a commit."""
+"""Signals: Ctrl-C and SIGTERM stop a run at once, but not inside of a commit."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lit_recon.system.signals import SAME, Terminated, protected, stoppable
+from lit_recon.system.signals import SAME_REQUEST, Terminated, protected, stoppable
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that others can send")
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -148,7 +148,7 @@ def test_a_signal_that_is_sent_twice_is_one_request(monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt), stoppable():
         with pytest.raises(Terminated):
             signal.raise_signal(signal.SIGTERM)
-        monkeypatch.setattr(time, "monotonic", lambda: now + 2 * SAME + 60)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2 * SAME_REQUEST + 60)
         signal.raise_signal(signal.SIGINT)
 
 

@@ -1,1 +1,7 @@
-"""The output folder of a run: what it leaves behind."""
+"""The output folder of a run: what it leaves behind.
+
+folder.py      what may be written, what is cleared, what resume finds there
+checkpoint.py  the Hugging Face folder, written whole or growing with the walk
+read_back.py   the checkpoint read as a user will read it
+results.py     results.json, the final table, the model card
+"""

@@ -1,21 +1,43 @@
-"""checkpoint/ of a streamed run: a Hugging Face folder with one shard per layer, whole at every moment.
+"""The checkpoint of a run, a Hugging Face folder: written whole, or growing with the walk.
 
-It starts as a copy of the dense checkpoint. Each finished layer replaces its shard by one rename, so that a run that
-ends early, however it ends, leaves a model that loads: pruned and reconstructed as far as it came, dense from there.
+The growing one has a shard per layer and is whole at every moment. It starts as a copy of the dense checkpoint. Each
+finished layer replaces its shard by one rename, so that a run that ends early, however it ends, leaves a model that
+loads: pruned and reconstructed as far as it came, dense from there.
 """
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.mapped_files import DenseFiles, layer_state
 from lit_recon.system.atomic_files import publish, replaced, replaced_folder
+from lit_recon.system.quiet_libraries import no_progress_bars
 from lit_recon.system.tensor_files import write_tensors
 
 INDEX = "model.safetensors.index.json"
+
+
+def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Write a model that is in memory, its tokenizer and a model card as a Hugging Face folder, all at once.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    with replaced_folder(folder) as partial:
+        try:
+            with no_progress_bars():
+                model.save_pretrained(partial)
+        except SafetensorError as error:  # it says of a full disk only in words what the system's number is
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 class ShardedFolder:

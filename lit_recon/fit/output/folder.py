@@ -9,14 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_recon.activations.disk_store import free_space, nearest
-from lit_recon.report.figures import read_results
 from lit_recon.report.page import write_report
+from lit_recon.report.run_files import read_results
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import CommitError
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
 
+ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is in progress
 NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),

@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from lit_recon import __version__
-from lit_recon.evaluate.perplexity import Protocol
+from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.plan.estimate import Plan
-from lit_recon.pruning.masks import PackedMasks
+from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration, in_gb
@@ -30,7 +30,7 @@ class Results:
 
     perplexity: dict[str, float]
     relative_error: dict[str, float]
-    protocol: Protocol
+    protocol: EvaluationProtocol
     model: dict[str, Any]
     recipe: dict[str, str]
     sparsity: dict[str, Any]
@@ -59,7 +59,7 @@ class Results:
             file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
 
-def sparsity(masks: PackedMasks, plan: Plan) -> dict[str, Any]:
+def sparsity(masks: Masks, plan: Plan) -> dict[str, Any]:
     """Share of zeros: in the whole model, among what was prunable, and in each matrix."""
     removed = {name: int((~masks[name]).sum()) for name in masks}
     sizes = {name: masks[name].numel() for name in masks}

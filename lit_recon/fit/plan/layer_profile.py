@@ -1,4 +1,4 @@
-"""What one real batch of one layer tells of all: seconds, what its backward keeps, which rows reach its matrices."""
+"""Profile of a layer on one real batch: seconds, what its backward keeps, which rows reach its matrices."""
 
 import time
 from collections import Counter
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from lit_recon.activations.chain import Chain
-from lit_recon.activations.matrix_inputs import Leaders
-from lit_recon.model.decoder import LayerCall, float32_on
-from lit_recon.model.matrices import Product, observed
+from lit_recon.model.decoder import LayerCall
+from lit_recon.model.layerwise import float32_on
+from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import Window
+from lit_recon.system.device import Compute
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What one batch of one window showed.
+class LayerProfile:
+    """Seconds and memory of one window on one batch.
 
     Attributes:
-        saved_bytes: What autograd keeps for a backward, beside the weights.
+        saved_bytes: What autograd keeps for a backward, besides the weights.
         seconds: A forward without it.
         parameters: Of the window, those that are trained.
         weight_bytes: Of one weight in the model.
@@ -31,15 +32,15 @@ class Probe:
     weight_bytes: int
 
 
-def probe(window: Window, chain: Chain) -> Probe:
-    """Run a window on one batch, with what autograd keeps for its backward beside the weights."""
-    rows_B = torch.arange(min(chain.batch_size, chain.num_samples))
-    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device).float()
-    calls = chain.calls(rows_B)
+def profile(window: Window, chain: Chain, batch_size: int) -> LayerProfile:
+    """Run a window on one batch of its chain, and count what autograd keeps for its backward besides the weights."""
+    compute, rows_B = chain.passes.compute, _first_batch(chain, batch_size)
+    inputs_BTD = chain.inputs_STD[rows_B].to(compute.device).float()
+    calls = chain.passes.batching.calls(rows_B)
     kept: dict[int, int] = {}
-    with float32_on(window, chain.compute.device):
-        _seconds(window, inputs_BTD, calls, chain)  # the first call of a shape pays for set-up
-        seconds = min(_seconds(window, inputs_BTD, calls, chain) for _ in range(5))
+    with float32_on(window, compute.device):
+        _seconds(window, inputs_BTD, calls, compute)  # the first call of a shape pays for set-up
+        seconds = min(_seconds(window, inputs_BTD, calls, compute) for _ in range(5))
         weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
 
         def count(tensor: Tensor) -> None:  # nothing is unpacked; a tensor kept here would keep the graph for ever
@@ -49,36 +50,40 @@ def probe(window: Window, chain: Chain) -> Probe:
 
         for parameter in window.trained():
             parameter.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), chain.compute.autocast():
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), compute.autocast():
             window(inputs_BTD, calls)
         window.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in window.trained())
-    return Probe(sum(kept.values()), seconds, parameters, chain.decoder.model.dtype.itemsize)
+    return LayerProfile(sum(kept.values()), seconds, parameters, chain.passes.decoder.model.dtype.itemsize)
 
 
 @torch.no_grad()
-def _seconds(window: Window, inputs_BTD: Tensor, calls: list[LayerCall], chain: Chain) -> float:
+def _seconds(window: Window, inputs_BTD: Tensor, calls: list[LayerCall], compute: Compute) -> float:
     start = time.perf_counter()
-    with chain.compute.autocast():
+    with compute.autocast():
         window(inputs_BTD, calls).sum().item()  # reading a value waits for a GPU
     return time.perf_counter() - start
 
 
 @torch.no_grad()
-def observe(layer: Window, chain: Chain) -> tuple[set[str], Counter[str]]:
+def rows_per_matrix(layer: Window, chain: Chain, batch_size: int) -> tuple[set[str], Counter[str]]:
     """Which matrices of a layer have an input of their own, and how many rows each is given by all samples.
 
     Seen on one batch. An expert is given the tokens that are routed to it.
     """
-    rows_B = torch.arange(min(chain.batch_size, chain.num_samples))
-    leaders, names, rows = Leaders(), set(), Counter[str]()
+    compute, rows_B = chain.passes.compute, _first_batch(chain, batch_size)
+    shared, names, rows = SharedInputs(), set(), Counter[str]()
 
     def note(product: Product) -> None:
-        names.add(leaders.of(product))
+        names.add(shared.of(product))
         rows[product.matrix.name] += product.rows_NI.shape[0]
 
-    inputs_BTD = chain.inputs_STD[rows_B].to(chain.compute.device).float()
-    with float32_on(layer, chain.compute.device), chain.compute.autocast(), observed(layer.matrices(), note):
-        layer(inputs_BTD, chain.calls(rows_B))
-    share = len(chain.tokens_ST) / len(rows_B)
+    inputs_BTD = chain.inputs_STD[rows_B].to(compute.device).float()
+    with float32_on(layer, compute.device), compute.autocast(), observing_products(layer.matrices(), note):
+        layer(inputs_BTD, chain.passes.batching.calls(rows_B))
+    share = len(chain.passes.tokens_ST) / len(rows_B)
     return names, Counter({name: int(count * share) for name, count in rows.items()})
+
+
+def _first_batch(chain: Chain, batch_size: int) -> Tensor:
+    return torch.arange(min(batch_size, chain.passes.batching.num_samples))

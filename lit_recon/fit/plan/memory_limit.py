@@ -1,4 +1,4 @@
-"""A limit of memory chooses what is done at once: the paper's finding that quality hardly depends on a window's size.
+"""A limit of memory chooses batch and windows: the paper's finding that quality hardly depends on a window's size.
 
 A smaller batch comes first, with as many more batches per optimizer step, which changes nothing but the time; then the
 next smaller kind of window. Single matrices are worse, so they are never chosen. What is mapped from the dense model's
@@ -14,14 +14,16 @@ from accelerate.utils import convert_file_size_to_int
 from lit_recon.activations.disk_store import nearest
 from lit_recon.activations.store import Needed
 from lit_recon.activations.teacher import check_halves
-from lit_recon.fit.job import Job, Loaded
-from lit_recon.fit.plan.estimate import Plan, make_plan, name_of
-from lit_recon.model.windows import AnyWindow
+from lit_recon.fit.job import Job, num_arrays
+from lit_recon.fit.plan.estimate import Plan, Workload, make_plan, name_of
+from lit_recon.fit.session import Session
+from lit_recon.model.windows import AnyWindow, WindowKind
+from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.atomic_files import can_link
 from lit_recon.system.units import in_gb
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
-ORDER = ("model", "blocks", "block", "half")  # from large to small
+ORDER = (WindowKind.MODEL, WindowKind.BLOCKS, WindowKind.BLOCK, WindowKind.HALF)  # from large to small
 
 
 def parse_limit(limit: str | int) -> int:
@@ -41,7 +43,7 @@ def parse_limit(limit: str | int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is done at once.
+    """Kind of windows and size of batches.
 
     Attributes:
         kind: Kind of windows.
@@ -52,35 +54,35 @@ class Choice:
     batch_size: int
 
 
-def plan_of(job: Job, loaded: Loaded) -> Plan:
-    """The plan of a run as it is."""
+def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
+    """The plan of a run as it is, or with another batch size."""
+    samples, method = job.samples, job.method
     return make_plan(
-        loaded.windows,
-        loaded.chain,
-        job.workload,
-        units=loaded.units,
-        kind=job.windows.by,
-        size=job.windows.blocks,
-        array_bytes=loaded.array_bytes,
-        mapped_bytes=loaded.checkpoint.files.nbytes if loaded.checkpoint.files else 0,
-        linked=can_link(nearest(job.output)),
+        session,
+        Workload(method.schedule, samples.evaluation_ST.numel(), needs_gram(method.module)),
+        kind=method.windows.by,
+        size=method.windows.blocks,
+        batch_size=batch_size or job.execution.batch_size,
+        array_bytes=_array_bytes(job, session, session.windows),
+        linked=can_link(nearest(job.output.folder)),
     )
 
 
-def choose(job: Job, loaded: Loaded) -> Choice:
+def choose(job: Job, session: Session) -> Choice:
     """The largest batch of the largest windows, up to those that were asked for, that fit into the limit.
 
     Raises:
         ValueError: Nothing fits; the message has the numbers.
     """
-    assert job.memory_limit is not None
-    needs = {choice: need for choice, need in _needs(job, loaded)}
+    limit = job.execution.memory_limit
+    assert limit is not None
+    needs = {choice: need for choice, need in _needs(job, session)}
     for choice, need in needs.items():
-        if need <= job.memory_limit:
+        if need <= limit:
             return choice
     smallest = min(needs, key=lambda choice: needs[choice])
     raise ValueError(
-        f"memory_limit={in_gb(job.memory_limit)}: even windows={smallest.kind} with data.batch_size="
+        f"memory_limit={in_gb(limit)}: even windows={smallest.kind} with data.batch_size="
         f"{smallest.batch_size} need {in_gb(needs[smallest])}, as asked for it would be "
         f"{in_gb(needs[next(iter(needs))])}. Raise the limit, or use shorter or fewer samples (data.length, "
         "data.num_samples), store=disk, or store.targets=recompute."
@@ -88,71 +90,73 @@ def choose(job: Job, loaded: Loaded) -> Choice:
 
 
 def check_limit(plan: Plan, job: Job) -> None:
-    """Check that a run as it is fits into its limit: what one began with is not chosen again when it is taken up.
+    """Check that a run as it is fits into its limit: what it began with is not chosen again when it is resumed.
 
     Raises:
         ValueError: It does not; the message has the numbers.
     """
-    assert job.memory_limit is not None
-    need = plan.own_by_kind[name_of(job.windows.by, job.windows.blocks)]
-    if need > _SLACK * job.memory_limit:
+    limit, windows = job.execution.memory_limit, job.method.windows
+    assert limit is not None
+    need = plan.own_by_kind[name_of(windows.by, windows.blocks)]
+    if need > _SLACK * limit:
         raise ValueError(
-            f"memory_limit={in_gb(job.memory_limit)}: windows={job.windows.by} with data.batch_size={job.batch_size}, "
+            f"memory_limit={in_gb(limit)}: windows={windows.by} with data.batch_size={job.execution.batch_size}, "
             f"with which the run began, need {in_gb(need)}. Raise the limit, or start a new run."
         )
 
 
-def _needs(job: Job, loaded: Loaded) -> Iterator[tuple[Choice, int]]:
+def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
+    """The run with what was chosen."""
+    method, execution = job.method, job.execution
+    if choice == Choice(method.windows.by, execution.batch_size):
+        return job, session
+    accumulate = method.schedule.accumulate * (execution.batch_size // choice.batch_size)
+    windows = method.windows.of_kind(choice.kind)
+    changed = replace(
+        method,
+        windows=windows,
+        trainer=partial(method.trainer, accumulate_grad_batches=accumulate),
+        schedule=replace(method.schedule, accumulate=accumulate),
+    )
+    session.chain.passes.batching.batch_size = choice.batch_size
+    job = replace(job, method=changed, execution=replace(execution, batch_size=choice.batch_size))
+    return job, replace(session, windows=windows.cut(session.model, session.matrices))
+
+
+def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, int]]:
     """All choices in the order of preference, and the memory that each needs."""
-    kinds = list(ORDER[ORDER.index(job.windows.by) :]) if job.windows.by in ORDER else [job.windows.by]
-    if job.windows.blocks > len(loaded.chain.decoder.layers):
-        kinds = [kind for kind in kinds if kind != "blocks"]
-    halves = loaded.windows
-    if "half" in kinds and job.windows.by != "half":
+    windows = job.method.windows
+    kinds: list[str] = list(ORDER[ORDER.index(WindowKind(windows.by)) :]) if windows.by in ORDER else [windows.by]
+    if windows.blocks > len(session.matrices):
+        kinds = [kind for kind in kinds if kind != WindowKind.BLOCKS]
+    halves: Sequence[AnyWindow] = session.windows
+    if WindowKind.HALF in kinds and windows.by != WindowKind.HALF:
         try:
-            halves = job.windows.of_kind("half").cut(loaded.model)
-            check_halves(halves, job.regime, recompute=job.store.recompute)
+            halves = windows.of_kind(WindowKind.HALF).cut(session.model, session.matrices)
+            check_halves(halves, job.method.propagation, recompute=job.execution.store.recompute)
         except ValueError:  # layers that have no halves, or halves that have no logits or no targets
-            kinds.remove("half")
-    batch_size, plans = job.batch_size, {}
-    while True:
-        loaded.chain.batch_size = batch_size
-        plans[batch_size] = plan_of(job, loaded)
-        if batch_size % 2:  # then no whole number of smaller batches makes up a step
-            break
-        batch_size //= 2
-    loaded.chain.batch_size = job.batch_size
+            kinds.remove(WindowKind.HALF)
+    plans = {size: plan_job(job, session, size) for size in _batch_sizes(job.execution.batch_size)}
+    asked = _array_bytes(job, session, session.windows)
     for kind in kinds:
         for batch_size, plan in plans.items():
-            name = name_of(kind, job.windows.blocks)
+            name = name_of(kind, windows.blocks)
             if name in plan.own_by_kind:
-                on_gpu = job.compute.device.type == "cuda"  # whose memory the arrays take none of
-                arrays = _array_bytes(kind, halves if kind == "half" else (), job, loaded)
-                more = 0 if on_gpu else arrays.memory - loaded.array_bytes.memory
-                yield Choice(kind, batch_size), plan.own_by_kind[name] + more
+                arrays = _array_bytes(job, session, halves if kind == WindowKind.HALF else (), kind)
+                # On a GPU the arrays take none of its memory.
+                more = 0 if job.execution.compute.device.type == "cuda" else arrays.memory - asked.memory
+                yield Choice(str(kind), batch_size), plan.own_by_kind[name] + more
 
 
-def _array_bytes(kind: str, windows: Sequence[AnyWindow], job: Job, loaded: Loaded) -> Needed:
-    """What the chain's arrays take with other windows."""
-    return Needed(*(size // loaded.num_arrays * job.num_arrays(kind, windows) for size in loaded.array_bytes))
+def _batch_sizes(largest: int) -> Iterator[int]:
+    """The batch size and its halves, down to one of which no whole number of smaller batches makes up a step."""
+    yield largest
+    while largest % 2 == 0:
+        largest //= 2
+        yield largest
 
 
-def adopt(choice: Choice, job: Job, loaded: Loaded) -> tuple[Job, Loaded]:
-    """The run with what was chosen."""
-    if choice == Choice(job.windows.by, job.batch_size):
-        return job, loaded
-    accumulate = job.workload.accumulate * (job.batch_size // choice.batch_size)
-    partition = job.windows.of_kind(choice.kind)
-    windows = partition.cut(loaded.model)
-    described = {"windows": partition.describe(), "batch_size": f"{choice.batch_size}, {accumulate} per step"}
-    changed = replace(
-        job,
-        windows=partition,
-        batch_size=choice.batch_size,
-        trainer=partial(job.trainer, accumulate_grad_batches=accumulate),
-        workload=replace(job.workload, accumulate=accumulate),
-        recipe=job.recipe | described,
-    )
-    loaded.chain.batch_size = choice.batch_size
-    num_arrays, array_bytes = job.num_arrays(choice.kind, windows), _array_bytes(choice.kind, windows, job, loaded)
-    return changed, replace(loaded, windows=windows, num_arrays=num_arrays, array_bytes=array_bytes)
+def _array_bytes(job: Job, session: Session, windows: Sequence[AnyWindow], kind: str | None = None) -> Needed:
+    """What the chain's arrays take, with these windows."""
+    count = num_arrays(job.method, job.execution.store, windows, kind)
+    return session.chain.passes.store.needed(session.chain.inputs_STD.shape, count)

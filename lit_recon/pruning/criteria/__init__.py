@@ -1,5 +1,8 @@
 """Pruning criteria, one file each: how important is each weight of a matrix?
 
+    magnitude.py  |W|
+    wanda.py      |W| * ||x||
+
 A criterion is three functions; what it needs to know of a matrix's inputs it gathers during the dense pass, batch
 by batch. `python -m lit_recon.fit criterion=custom criterion._target_=mine.MyCriterion` uses a class of your own.
 """

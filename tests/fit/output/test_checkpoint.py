@@ -1,4 +1,4 @@
-"""checkpoint/ of a streamed run: one that users can read at every moment, whatever has been put into it so far."""
+"""checkpoint/ is what users read: exact zeros, equal logits; of a streamed run at every moment, else whole or not."""
 
 import json
 import os
@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import content, letter_tokenizer
+from conftest import CPU, chain_of, content, letter_tokenizer, masks_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_recon.fit.output.checkpoint import INDEX, ShardedFolder
-from lit_recon.model.architectures import tiny_model
+from lit_recon.fit.output.checkpoint import INDEX, ShardedFolder, save_whole
+from lit_recon.model.architectures import VOCABULARY, tiny_model
 from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.matrices import find_matrices
+from lit_recon.model.offload import WeightOffloader
+from lit_recon.model.partition import partition
+from lit_recon.pruning.criteria.magnitude import Magnitude
+from lit_recon.pruning.masks import Masks
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner, prune
+from lit_recon.system.atomic_files import replaced_folder
 
 
 def saved(kind: str, folder: Path, **changes: object) -> PreTrainedModel:
@@ -142,3 +151,84 @@ def test_a_folder_of_other_files_or_with_one_missing_is_not_there_and_is_replace
     shards.start(letter_tokenizer(), "card")
     assert not (shards.folder / "model.safetensors").exists()
     assert_layers(shards.folder, model, {})
+
+
+def pruned(model: PreTrainedModel) -> Masks:
+    """The masks of a model of which every window was pruned and written out."""
+    tokens_ST = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    chain, offloader, masks = chain_of(model, tokens_ST, 1), WeightOffloader(model, CPU.device), Masks()
+    pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
+    for window in partition(model):
+        offloader.onload(window)
+        found = masks_of(pruner, window)
+        prune(window, found)
+        chain.advance(window)
+        offloader.offload(window)
+        masks.update(Masks.pack(found))
+    return masks
+
+
+def test_the_saved_folder_is_read_by_transformers_with_exact_zeros_and_equal_logits(
+    model: PreTrainedModel, tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    masks = pruned(model)
+    save_whole(tmp_path / "checkpoint", model, letter_tokenizer(), "# card\n")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    assert type(read) is type(model)
+    assert set(masks) == {matrix.name for layer in find_matrices(model) for matrix in layer}
+    for name in masks:
+        weight, mask = read.get_parameter(name), masks[name]
+        assert torch.count_nonzero(weight[~mask]) == 0, name
+        assert torch.count_nonzero(weight[mask]) == mask.sum() and 0.49 < mask.float().mean() < 0.51, name
+    with torch.no_grad():
+        assert torch.equal(read(tokens_ST, use_cache=False).logits, model(tokens_ST, use_cache=False).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint")("abc")["input_ids"] == [2, 3, 4]
+    assert (tmp_path / "checkpoint" / "README.md").read_text() == "# card\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_tied_embeddings_stay_tied(tokens_ST: Tensor, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    pruned(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_whole(tmp_path / "checkpoint", model, letter_tokenizer(), "card")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    assert read.config.tie_word_embeddings
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    with safe_open(tmp_path / "checkpoint" / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # not a dict
+    with torch.no_grad():
+        assert torch.equal(read(tokens_ST).logits, model(tokens_ST).logits)
+
+
+@pytest.mark.parametrize(
+    "fails", [(PreTrainedModel, "save_pretrained"), (PreTrainedTokenizerFast, "save_pretrained"), (Path, "write_text")]
+)
+def test_a_save_that_fails_half_way_leaves_no_checkpoint_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: tuple[type, str]
+) -> None:
+    model = tiny_model("llama")
+    pruned(model)
+    whole = getattr(*fails)
+
+    def fail(*arguments: object, **settings: object) -> None:
+        whole(*arguments, **settings)  # what it writes is there, when the disk is full
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*fails, fail)
+        with pytest.raises(OSError, match="no space left"):
+            save_whole(tmp_path / "checkpoint", model, letter_tokenizer(), "card")
+        assert not (tmp_path / "checkpoint").exists()
+    save_whole(tmp_path / "checkpoint", model, letter_tokenizer(), "card")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_with_folders_in_it_takes_the_place_of_another(tmp_path: Path) -> None:
+    """As of tokenizers with several chat templates."""
+    for text in ("first", "second"):
+        with replaced_folder(tmp_path / "made") as partial:
+            (partial / "additional_chat_templates").mkdir(parents=True)
+            (partial / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+        assert (tmp_path / "made" / "additional_chat_templates" / "tool_use.jinja").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

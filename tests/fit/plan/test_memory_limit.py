@@ -8,7 +8,7 @@ import pytest
 from conftest import Ended
 from omegaconf import OmegaConf
 
-from lit_recon.fit.plan import memory_limit as budget
+from lit_recon.fit.plan import memory_limit
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import parse_limit
 
@@ -31,14 +31,14 @@ def test_what_is_no_size_is_refused_with_examples(limit: str) -> None:
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of plans by hand: for each sample of a batch 1 GB per half, 2 per block, 6 for all."""
-    real = budget.make_plan
+    real = memory_limit.make_plan
 
     def plan(*arguments: object, **settings: object) -> Plan:
-        made, batch = real(*arguments, **settings), arguments[1].batch_size  # type: ignore[attr-defined]
+        made, batch = real(*arguments, **settings), settings["batch_size"]
         own = {"matrix": GB, "half": batch * GB, "block": 2 * batch * GB, "model": 6 * batch * GB}
         return Plan(**{**made.__dict__, "own_by_kind": own})
 
-    monkeypatch.setattr(budget, "make_plan", plan)
+    monkeypatch.setattr(memory_limit, "make_plan", plan)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_never_fits_is_refused_with_numbers_and_without_a_trace(
     assert not Path("run").exists()
 
 
-def test_a_limit_is_kept_when_a_run_is_gone_on_with(
+def test_a_limit_is_kept_when_a_run_is_resumed(
     tiny_run: Callable[..., Ended], command: Callable[..., Ended], planned: None
 ) -> None:
     assert tiny_run("memory_limit=1.1GB", "data.batch_size=4", "stop_after=1").status == 0

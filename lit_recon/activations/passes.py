@@ -1,0 +1,187 @@
+"""Passes of any module over all samples, batch after batch: the hidden states in, the outputs into another array.
+
+Padded samples run one by one, cut to their text, so that no observer ever sees a pad position.
+
+Shapes: S samples (calibration first, then held-out), B samples of a batch, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lit_recon.activations.store import MemoryStore, Store, on_device
+from lit_recon.data.packing import PADDING
+from lit_recon.model.decoder import Decoder, LayerCall
+from lit_recon.system.device import Compute
+
+PARTS = ("calibration", "held_out")  # of the samples
+CALIBRATION = PARTS[:1]
+Forward = Callable[..., Tensor]  # of hidden states and calls
+
+
+class Observer(Protocol):
+    """Looks at what happens in a pass, for example at the inputs of matrices."""
+
+    def observing(self, part: str) -> AbstractContextManager:
+        """A context around the samples of a part, one of PARTS."""
+
+
+@dataclass
+class Batching:
+    """How samples are read: in which batches, with which arguments of the layers, to which device.
+
+    Attributes:
+        num_samples: How many samples, the first ones, are for calibration.
+        batch_size: Samples per batch.
+        compute: Device and precision.
+        calls: The arguments of every layer for the samples with some indices.
+        valid_ST: Where samples hold text; None if all do everywhere.
+        store: Where arrays of samples are kept.
+    """
+
+    num_samples: int
+    batch_size: int
+    compute: Compute
+    calls: Callable[[Tensor], list[LayerCall]]
+    valid_ST: Tensor | None = None
+    store: Store = field(default_factory=MemoryStore)
+
+    def batches(self, first: int, last: int) -> Iterator[slice]:
+        """Consecutive batches of the samples from `first` up to `last`."""
+        for start in range(first, last, self.batch_size):
+            yield slice(start, min(start + self.batch_size, last))
+
+
+class Passes:
+    """Passes over all samples.
+
+    Args:
+        decoder: Embeds the tokens and knows every layer's arguments.
+        tokens_ST: Calibration samples, then held-out samples; PADDING where a sample holds no text.
+        num_samples: How many of them are for calibration.
+        batch_size: Samples per batch.
+        compute: Device and precision.
+        store: Where arrays are kept; None for memory.
+
+    Attributes:
+        batching: How samples are read.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokens_ST: Tensor,
+        *,
+        num_samples: int,
+        batch_size: int,
+        compute: Compute,
+        store: Store | None = None,
+    ) -> None:
+        is_text_ST = tokens_ST != PADDING
+        self.decoder, self.tokens_ST = decoder, tokens_ST
+        self.batching = Batching(
+            num_samples=num_samples,
+            batch_size=batch_size,
+            compute=compute,
+            calls=self._calls,
+            valid_ST=None if is_text_ST.all() else is_text_ST,
+            store=store or MemoryStore(),
+        )
+
+    @property
+    def compute(self) -> Compute:
+        """Device and precision."""
+        return self.batching.compute
+
+    @property
+    def store(self) -> Store:
+        """Where arrays are kept."""
+        return self.batching.store
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are never trained on."""
+        return len(self.tokens_ST) - self.batching.num_samples
+
+    def embedded(self) -> Tensor:
+        """A new array with the embeddings of all samples, (S, T, D)."""
+        embedded_STD: Tensor | None = None
+        for rows in self.batching.batches(0, len(self.tokens_ST)):
+            embedded_BTD = self.decoder.embed(self.tokens_ST[rows])[0]
+            if embedded_STD is None:
+                embedded_STD = self.store.zeros((len(self.tokens_ST), *embedded_BTD.shape[1:]))
+            embedded_STD[rows] = embedded_BTD
+            self.store.release(embedded_STD, rows)
+        assert embedded_STD is not None
+        return embedded_STD
+
+    def copy(self, array_STD: Tensor) -> Tensor:
+        """A copy of an array in the store."""
+        copy_STD = self.store.zeros(array_STD.shape)
+        self.each_batch(Tensor.copy_, copy_STD, array_STD)
+        return copy_STD
+
+    def each_batch(self, change: Callable[..., object], *arrays_STD: Tensor) -> None:
+        """Change the first array by the others, batch after batch."""
+        for rows in self.batching.batches(0, len(self.tokens_ST)):
+            change(*(array_STD[rows] for array_STD in arrays_STD))
+            for array_STD in arrays_STD:
+                self.store.release(array_STD, rows)
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be inputs or targets of training
+    def run(
+        self,
+        forward: Forward,
+        inputs_STD: Tensor,
+        outputs_STD: Tensor | None,
+        observers: Sequence[Observer] = (),
+        parts: Sequence[str] = PARTS,
+    ) -> None:
+        """Run a window, or some layers of it, over all samples.
+
+        Args:
+            forward: Makes outputs of hidden states and calls.
+            inputs_STD: What it is run on.
+            outputs_STD: Where the outputs go; may be `inputs_STD`, and None drops them.
+            observers: Look at the calibration samples, and at the held-out ones.
+            parts: Which of them to run.
+        """
+        split, total = self.batching.num_samples, len(self.tokens_ST)
+        ranges = {"calibration": (0, split), "held_out": (split, total)}
+        for part in parts:
+            with ExitStack() as stack:
+                for observer in observers:
+                    stack.enter_context(observer.observing(part))
+                for rows in self.batching.batches(*ranges[part]):
+                    self.store.prefetch(inputs_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
+                    self._run_rows(forward, inputs_STD, outputs_STD, rows)
+                    self.store.release(inputs_STD, rows)
+                    if outputs_STD is not None:
+                        self.store.release(outputs_STD, rows)
+
+    def _run_rows(self, forward: Forward, inputs_STD: Tensor, outputs_STD: Tensor | None, rows: slice) -> None:
+        """One batch, without its padding."""
+        for part, length in self._unpadded(rows):
+            inputs_BTD = on_device(inputs_STD[part, :length], self.compute.device)
+            with self.compute.autocast():
+                outputs_BTD = forward(inputs_BTD, self.decoder.calls(self.tokens_ST[part, :length])).float()
+            if outputs_STD is not None:
+                outputs_STD[part, :length] = outputs_BTD
+                outputs_STD[part, length:] = 0  # not what happened to be there: a resumed walk has other memory
+
+    def _unpadded(self, rows: slice) -> Iterator[tuple[slice, int]]:
+        """The batch as it is; or, where it holds padding, each of its samples and its length."""
+        valid_ST = self.batching.valid_ST
+        if valid_ST is None or valid_ST[rows].all():
+            yield rows, self.tokens_ST.shape[1]
+            return
+        for row in range(rows.start, rows.stop):
+            yield slice(row, row + 1), int(valid_ST[row].sum())
+
+    def _calls(self, rows_B: Tensor) -> list[LayerCall]:
+        """Every layer's arguments for some samples, masks of padded ones included."""
+        return self.decoder.calls(self.tokens_ST[rows_B])

@@ -1,0 +1,108 @@
+"""Steps of the walk: a window; or a layer with all its matrices, which stays dense until the last of them is done.
+
+A step says what observes its dense pass, and what each of its windows is trained on.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Protocol
+
+from lit_recon.activations.chain import Chain
+from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.gram import NormalEquations
+from lit_recon.activations.matrix_inputs import MatrixInputs
+from lit_recon.activations.passes import Observer
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
+
+TrainingData = Activations | NormalEquations
+
+
+class Step(Protocol):
+    """What the chain steps over at once.
+
+    Attributes:
+        window: The window between whose ends it steps.
+        observers: Look at the dense pass, besides the criterion's statistics.
+    """
+
+    window: Window
+    observers: Sequence[Observer]
+
+    def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
+        """Each window to be pruned and fitted, in order, and what it is trained on; None: no token reaches it."""
+
+    def install(self) -> None:
+        """Put what was fitted in copies into the model."""
+
+
+class WindowStep:
+    """A window of layers, or a half."""
+
+    def __init__(self, window: Window, chain: Chain) -> None:
+        self.window, self.chain = window, chain
+        self.observers: Sequence[Observer] = ()
+
+    def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
+        """The window and the chain's activations."""
+        yield self.window, Activations.from_chain(self.chain)
+
+    def install(self) -> None:
+        """Nothing to do: the window is fitted in place."""
+
+
+class MatrixStep:
+    """The matrices of a layer, each fitted in a copy while the layer is dense.
+
+    Args:
+        window: The window of the layer.
+        matrices: Its matrices.
+        chain: The chain at the layer.
+        needs_gram: Whether they are trained on normal equations rather than on activations.
+    """
+
+    def __init__(self, window: Window, matrices: Sequence[MatrixWindow], chain: Chain, *, needs_gram: bool) -> None:
+        self.window, self.matrices, self.chain = window, matrices, chain
+        self.needs_gram = needs_gram
+        self.inputs = MatrixInputs(window, chain)
+        propagation = chain.propagation
+        summed = needs_gram and propagation.one_source
+        # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs.
+        self.observers: Sequence[Observer] = [self.inputs] if summed and propagation.independent else ()
+        self._own_pass = summed and not propagation.independent
+
+    def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
+        """Each matrix, with a copy of its weight to work on, and its normal equations or its activations."""
+        clock, passes = self.chain.clock, self.chain.passes
+        if self._own_pass:
+            with clock.phase("teacher"):
+                passes.run(self.window, self.chain.inputs_STD, None, [self.inputs])
+        for matrix in self.matrices:
+            with clock.phase("teacher"):
+                data: TrainingData | None
+                data = self.inputs.normal_equations(matrix) if self.needs_gram else self.inputs.activations(matrix)
+            matrix.open()
+            yield matrix, data
+            del data  # before the next matrix's activations are made
+
+    def install(self) -> None:
+        """Put the weights of all matrices into the layer."""
+        for matrix in self.matrices:
+            matrix.install()
+
+
+def steps(windows: Sequence[AnyWindow], chain: Chain, *, needs_gram: bool) -> Iterator[tuple[Step, range]]:
+    """The steps over some windows in order, each with the indices of the layers that come after it.
+
+    Args:
+        windows: The windows.
+        chain: The chain at the first of them, and at each step's window when that is taken.
+        needs_gram: Whether single matrices are trained on normal equations.
+    """
+    groups = [(window, list(members)) for window, members in groupby(windows, key=lambda window: window.enclosing)]
+    upcoming = [*(window.indices for window, _ in groups[1:]), range(0)]
+    for (window, members), following in zip(groups, upcoming, strict=True):
+        matrices = [member for member in members if isinstance(member, MatrixWindow)]
+        if matrices:
+            yield MatrixStep(window, matrices, chain, needs_gram=needs_gram), following
+        else:
+            yield WindowStep(window, chain), following

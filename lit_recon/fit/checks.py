@@ -1,0 +1,187 @@
+"""Rules between settings, and between settings and a model: asked before weights are loaded, and again with weights.
+
+Each raises a ValueError, or adds a problem, that says what was given, what is allowed and what to do.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_recon.activations.matrix_inputs import check_experts
+from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.store import StoreSettings, check_targets
+from lit_recon.activations.teacher import check_halves
+from lit_recon.fit.job import PRUNE_BY, Method
+from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
+from lit_recon.model.partition import Partition, layer_windows
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
+from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.pruning.patterns import Pattern
+from lit_recon.pruning.pruner import check_nested
+from lit_recon.reconstruction.window_fit import check_retry_rates, needs_gram
+from lit_recon.system.command_line import Problems
+
+
+def check_settings(
+    problems: Problems,
+    *,
+    windows: Partition | None,
+    module: Callable[..., Any] | None,
+    propagation: Propagation | None,
+    store: StoreSettings | None,
+    prune_by: str,
+    retry_rates: Sequence[float],
+    trainer: dict[str, Any],
+) -> None:
+    """Add what is wrong with settings, alone and together; None for a part that could not be made."""
+    if isinstance(windows, Partition):
+        if module and needs_gram(module) and windows.by != WindowKind.MATRIX:
+            problems.add(
+                f"{getattr(module, 'func', module).__name__} (module=least_squares) solves for single matrices; use "
+                f"windows=matrix, not {windows.by}."
+            )
+        by_matrix = windows.by == WindowKind.MATRIX
+        if propagation and prunes_apart(prune_by, propagation) and by_matrix and prune_by == WindowKind.HALF:
+            problems.add(
+                "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers "
+                "that stay dense; use window, block or model."
+            )
+        if store:
+            problems.check(check_targets, windows.by, store.targets)
+    if prune_by not in PRUNE_BY:
+        problems.add(f"prune_by={prune_by}: expected one of {', '.join(PRUNE_BY)}.")
+    if isinstance(module, partial):
+        clipped = trainer["gradient_clip_val"] if trainer["precision"] == "16-mixed" else None
+        check_optimizer(module, problems, clipped=clipped)
+    problems.check(check_retry_rates, retry_rates)
+    if trainer.get("logger") is not None:
+        problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
+    problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
+
+
+def prunes_apart(prune_by: str, propagation: Propagation) -> bool:
+    """Whether it makes a difference that something else than each window is pruned at once."""
+    return prune_by != "window" and propagation.statistics == "sparse"
+
+
+def check_model(model: PreTrainedModel, method: Method, matrices: LayerMatrices | None = None) -> None:
+    """Check that a method fits a model; asked of its shapes alone, and again with weights.
+
+    Args:
+        model: The model, or its skeleton on the meta device.
+        method: What is to be done.
+        matrices: Its matrices by layer, as a pass has shown them; None: as their modules' kinds tell.
+
+    Raises:
+        ValueError: What does not fit.
+    """
+    method.windows.check(model)
+    matrices = find_matrices(model) if matrices is None else matrices
+    found = [matrix for layer in matrices for matrix in layer]
+    check_pattern(found, method.pattern)
+    if method.windows.by == WindowKind.MATRIX:
+        check_experts([matrix for matrix in found if matrix.input_dim is not None], method.propagation)
+
+
+def check_windows(
+    windows: Sequence[AnyWindow], pruning_windows: Sequence[Window], method: Method, *, recompute: bool
+) -> None:
+    """Check that a method fits the windows of a loaded model.
+
+    Raises:
+        ValueError: Pruning windows overlap with windows in part, targets cannot be recomputed, or a matrix cannot be
+            scored.
+    """
+    check_nested(pruning_windows, windows)
+    check_halves(windows, method.propagation, recompute=recompute)
+    layers = {id(window.enclosing): window.enclosing for window in windows}.values()
+    check_scored([matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.allow_unscored)
+
+
+def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
+    """Raise a ValueError where a window would be trained not at all or for ever."""
+    if not all(isinstance(number, int) for number in (max_epochs, max_steps, accumulate)):
+        raise ValueError("trainer.max_epochs, max_steps and accumulate_grad_batches are whole numbers.")
+    if max_epochs == 0 or max_steps == 0 or (max_epochs < 0 and max_steps < 0) or accumulate < 1:
+        raise ValueError(
+            f"trainer.max_epochs={max_epochs} max_steps={max_steps} accumulate_grad_batches={accumulate}: expected "
+            "max_epochs or max_steps of at least 1 (-1 leaves one of them open), accumulating 1 batch or more."
+        )
+
+
+def check_pattern(matrices: Sequence[Matrix], pattern: Pattern) -> None:
+    """Raise a ValueError for matrices that the pattern does not fit."""
+    misfits: list[str] = []
+    for matrix in matrices:
+        if matrix.input_dim is not None:
+            try:
+                pattern.check(matrix.name, *matrix.by_expert(matrix.weight).shape[1:])
+            except ValueError as error:
+                misfits.append(str(error))
+    more = [f"... and {len(misfits) - 3} more matrices."] if len(misfits) > 3 else []
+    if misfits:
+        raise ValueError("\n".join(misfits[:3] + more))
+
+
+def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: bool) -> None:
+    """Raise a ValueError where no LightningModule can be made of its settings.
+
+    Args:
+        module: Makes it from (window, masks, variance).
+        model: The model, which needs no weights.
+        single: Whether windows are single matrices.
+    """
+    layer = layer_windows(model)[0]
+    window = MatrixWindow(layer.matrices()[0], layer) if single else layer
+    masks = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in window.matrices()}
+    function = getattr(module, "func", module)  # of a class, its constructor's signature, which names what is wrong
+    try:
+        inspect.signature(function).bind(window, masks, 1.0, **getattr(module, "keywords", {}))
+    except TypeError as error:
+        raise ValueError(f"module: {error}") from error
+    maker = function.__init__ if inspect.isclass(function) else function
+    if (getattr(maker, "__module__", None) or "").startswith("lit_recon."):  # others may look at the window
+        module(window, masks, 1.0)
+
+
+def check_optimizer(module: "partial[Any]", problems: Problems, *, clipped: float | None) -> None:
+    """Find bad rates and unknown options of a module's optimizer and schedule, by making them.
+
+    Args:
+        module: Makes the module; has both among its arguments, or neither.
+        problems: Takes what is wrong.
+        clipped: The norm that gradients in float16, which are scaled, are clipped to; None where they are not.
+    """
+    if "optimizer" not in module.keywords:
+        return
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+    schedule = module.keywords.get("scheduler")
+    ours = getattr(module.func, "configure_optimizers", None) is MaskedWeights.configure_optimizers
+    if optimizer and schedule and ours:  # another may call it otherwise
+        with suppress(Exception):  # of a function that is made for other numbers of steps
+            steps = {"num_warmup_steps": 10, "num_training_steps": 100}
+            problems.check(schedule, optimizer=optimizer, **steps, about="module.scheduler: ")
+    if clipped and getattr(optimizer, "_step_supports_amp_scaling", False):
+        problems.add(
+            f"trainer.gradient_clip_val={clipped} with trainer.precision=16-mixed: a fused optimizer scales gradients "
+            "back only as it steps; give module.optimizer.fused=false."
+        )
+
+
+def check_scored(matrices: Sequence[Matrix], *, allow_unscored: bool) -> None:
+    """Raise a ValueError for matrices that cannot be scored, unless that is allowed."""
+    unscored = [matrix for matrix in matrices if matrix.input_dim is None]
+    if not unscored or allow_unscored:
+        return
+    share = sum(m.weight.numel() for m in unscored) / sum(m.weight.numel() for m in matrices)
+    names = ", ".join(matrix.name for matrix in unscored[:3]) + (", ..." if len(unscored) > 3 else "")
+    raise ValueError(
+        f"{len(unscored)} of {len(matrices)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
+        f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
+    )

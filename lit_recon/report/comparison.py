@@ -1,0 +1,125 @@
+"""The table that compares runs, one row per run, for the terminal and in Markdown.
+
+A row names the settings in which its run differs from the others, so that a study needs no legend; settings that all
+runs share stand above the table.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
+from lit_recon.system.clock import WALK
+from lit_recon.system.units import duration
+
+DEFAULT_MODULES = {"MaskedWeights", "ReconstructionModule"}  # not named in rows; the second is its name up to 0.2.0
+COLUMNS = {  # of the comparison: as a line of text, and on the terminal
+    "run": "run",
+    "window": "window",
+    "perplexity, dense": "PPL\n\ndense",
+    "perplexity, pruned": "\n\npruned",
+    "perplexity, reconstructed": "\nrecon-\nstructed",
+    "share of the gap": "share\nof the\ngap",
+    "relative error": "rel.\nerror",
+    "time, walk": "time\n\nwalk",
+    "time, total": "\n\ntotal",
+    "peak GB, walk": "peak GB\n\nwalk",
+    "peak GB, planned": "\n\nplan",
+    "peak GB, total": "\n\ntotal",
+}
+
+
+def by_short_name(runs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Results by the short name of their run: its path below the folder that holds all runs.
+
+    Args:
+        runs: results.json by the folder of the run.
+    """
+    folders = {run: Path(os.path.abspath(run)) for run in runs}
+    parent = os.path.commonpath([folder.parent for folder in folders.values()])
+    return {folders[run].relative_to(parent).as_posix(): results for run, results in runs.items()}
+
+
+def settings(results: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of a run, each as text that needs no label."""
+    recipe, protocol = results["recipe"], results["protocol"]
+    texts = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
+    texts |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
+    return texts | {
+        "model": results["model"]["name"],
+        "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
+        "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
+        "seed": f"seed {results['seed']}",
+    }
+
+
+def shared_and_different(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """Settings of runs as text: the main ones that all runs share, and for each run its window and what differs.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    by_run = {name: settings(results) for name, results in runs.items()}
+    values = defaultdict(set)
+    for texts in by_run.values():
+        for key, text in texts.items():
+            values[key].add(text)
+    shared = {key: found.pop() for key, found in values.items() if len(found) == 1 and key != "module"}
+    different = {}
+    for name, texts in by_run.items():
+        named = [text for key, text in texts.items() if key not in {*shared, "windows"} and text not in DEFAULT_MODULES]
+        different[name] = ", ".join([texts["windows"], *named])
+    main = ("model", "criterion", "pattern", "calibration", "evaluation")
+    return ", ".join(shared[key] for key in main if key in shared), different
+
+
+def cells(results: Mapping[str, Any]) -> list[str]:
+    """Numbers of a run as text, in the order of COLUMNS."""
+    seconds, error = results["seconds"], results.get("relative_error") or {}
+    return [
+        *(as_perplexity(results["perplexity"][state]) for state in ("dense", "pruned", "reconstructed")),
+        as_share(results["gap_recovered"]),
+        as_error(error.get("reconstructed")),
+        duration(sum(seconds[phase] for phase in WALK)),
+        duration(seconds["total"]),
+        as_memory(results.get("walk_peak_memory_bytes")).removesuffix(" GB"),
+        as_memory((results.get("predicted") or {}).get("walk_peak_memory_bytes")).removesuffix(" GB"),
+        as_memory(results["peak_memory_bytes"]).removesuffix(" GB"),
+    ]
+
+
+def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Table for the terminal, 120 columns wide; the settings of a run stand below its name.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    shared, different = shared_and_different(runs)
+    table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run\nwindow", overflow="fold", vertical="bottom")
+    for header in list(COLUMNS.values())[2:]:
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, results in runs.items():
+        # Text: what looks like markup in a name is not read as markup
+        table.add_row(Text.assemble((name, "bold"), f"\n{different[name]}"), *cells(results))
+    return table
+
+
+def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Table in GitHub's Markdown, without the settings that all runs share.
+
+    Args:
+        runs: results.json by the name of the run.
+    """
+    _, different = shared_and_different(runs)
+    rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
+    for name, results in runs.items():
+        rows.append([re.sub(r"([\\|*`<\[~])", r"\\\1", text) for text in (name, different[name], *cells(results))])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

