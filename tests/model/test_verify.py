@@ -1,4 +1,4 @@
-"""What a model cannot take is found before a run begins; that replayed layers are the model is in test_windows.py."""
+"""What a model cannot take is found before a run begins; that replayed layers are the model is in test_partition.py."""
 
 import pytest
 import torch
