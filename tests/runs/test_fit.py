@@ -207,8 +207,8 @@ MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" f
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
-        (("windows=blocks", "windows.size=2"), ["blocks_00_01", "block_02"]),
-        (("windows=blocks", "windows.size=2", "windows.stride=1"), ["blocks_00_01", "blocks_01_02"]),
+        (("windows=blocks", "windows.size=3"), ["blocks_00_02"]),
+        (("windows=blocks", "windows.stride=1"), ["blocks_00_01", "blocks_01_02"]),
         (("windows=model",), ["model"]),
         (("windows=half",), [f"half_{layer:02}_{side}" for layer in range(3) for side in ("attention", "mlp")]),
         (
