@@ -3,7 +3,7 @@
 The only file that sees the configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,10 @@ def resumed(cfg: DictConfig) -> DictConfig:
 def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
     """The object that a configuration node describes, or None with what is wrong added to the problems."""
     target = str(node.get("_target_", ""))
-    if target in MOVED:
-        problems.add(f"{name}._target_={target} has moved; use {MOVED[target]}.")
+    unresolved = OmegaConf.to_container(node, resolve=False)
+    if moved := [(key, old) for key, old in _targets(unresolved, name) if old in MOVED]:
+        for key, old in moved:
+            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
         return None
     try:
         made = instantiate(node, _convert_="all")
@@ -173,6 +175,15 @@ def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
         else:
             problems.add(f"{name}: {error}")
     return None
+
+
+def _targets(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The dotted paths in a configuration, with the settings that give them."""
+    for key, value in node.items():
+        if key == "_target_":
+            yield f"{name}._target_", str(value)
+        elif isinstance(value, dict):
+            yield from _targets(value, f"{name}.{key}")
 
 
 def _check_call(cfg: DictConfig, parts: Mapping[str, Any], problems: Problems) -> Compute | None:

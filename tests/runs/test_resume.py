@@ -229,9 +229,9 @@ def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_commit_before_it(
 ) -> None:
     if name == "manifest":
         damage(run / "commits" / "00002.json")
-        message = "commit 2 is damaged: 00002.json: content changed; going on from commit 1"
+        message = "commit 2 is damaged: 00002.json: content changed; resuming from commit 1"
     else:
-        message = f"commit 2 is damaged: {damage(run / 'commits' / f'{name}.safetensors')}; going on from commit 1"
+        message = f"commit 2 is damaged: {damage(run / 'commits' / f'{name}.safetensors')}; resuming from commit 1"
     ended = go("resume=run")
     assert ended.status == 0, ended.err
     if name == "manifest" and damage is remove:
@@ -409,7 +409,7 @@ def test_a_disk_that_fails_at_any_step_is_told_and_the_run_can_be_gone_on_with(
         assert committed == (step > steps // 4)
         assert ("the previous commit is whole" if committed else "nothing is committed yet") in ended.err
         assert ("free space" if failure == "ENOSPC" else "make the folder writable") in ended.err
-        assert ended.err.endswith(f"go on with resume={run}\n") and len(ended.err.splitlines()) == 1
+        assert ended.err.endswith(f"resume with resume={run}\n") and len(ended.err.splitlines()) == 1
         begun = Path(run, "config.yaml").exists()
         ended = go(f"resume={run}") if begun else go(*settings, f"output_dir={run}")
         assert ended.status == 0, ended

@@ -44,7 +44,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         finished = (folder / "results.json").is_file()
         raise ValueError(
             f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
-            + ("" if finished else f"go on with it (resume={folder}), ")
+            + ("" if finished else f"resume it (resume={folder}), ")
             + "or replace it with overwrite=true."
         )
 
