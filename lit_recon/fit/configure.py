@@ -148,8 +148,8 @@ def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
     """The object that a configuration node describes, or None with what is wrong added to the problems."""
     target = str(node.get("_target_", ""))
     unresolved = OmegaConf.to_container(node, resolve=False)
-    if moved := [(key, old) for key, old in _targets(unresolved, name) if old in MOVED]:
-        for key, old in moved:
+    if replaced := [(key, old) for key, old in _targets(unresolved, name) if old in MOVED]:
+        for key, old in replaced:
             problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
         return None
     try:

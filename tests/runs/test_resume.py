@@ -441,7 +441,7 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
     fill(small_disk / "ballast", but=0)
     ended = running.wait()
     assert ended.status == 1, ended
-    assert "No space left on device" in ended.err and "the previous commit is whole; free space and go on" in ended.err
+    assert "No space left on device" in ended.err and "the previous commit is whole; free space and resume" in ended.err
     assert "Traceback" not in ended.err
     (small_disk / "ballast").unlink()
     ended = go(f"resume={run}")
