@@ -25,7 +25,8 @@ def check_transformers(oldest: str) -> None:
     if Version(transformers.__version__) < Version(oldest):
         raise ValueError(
             f"it is a GGUF file, whose tokenizer transformers {transformers.__version__} misreads; upgrade it to "
-            f"{oldest} or newer, or use a model that is no GGUF file: model=hf model.name=<folder or Hub id>"
+            f"{oldest} or newer (5.23 and newer need Python 3.11), or use a model that is no GGUF file: model=hf "
+            "model.name=<folder or Hub id>"
         )
 
 

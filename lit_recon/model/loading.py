@@ -33,7 +33,12 @@ from lit_recon.system.quiet_libraries import no_progress_bars
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_LIBRARY_ERRORS = (SafetensorError, hub_errors.HTTPError, hub_errors.StrictDataclassError)
+_LIBRARY_ERRORS = (
+    SafetensorError,
+    hub_errors.HTTPError,
+    hub_errors.StrictDataclassError,
+    TypeError,  # of a setting of the wrong type in config.json, which transformers checks since 5.4
+)
 _HUB_ANSWERS = (  # the first that fits: a gated repository is also one that was not found
     (hub_errors.GatedRepoError, "only for approved accounts; ask on its Hub page, then log in with hf auth login"),
     (hub_errors.RepositoryNotFoundError, "neither a folder here nor a Hub model; if private, log in: hf auth login"),
