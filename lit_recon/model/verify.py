@@ -45,7 +45,8 @@ def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, i
     (expected_BTV,) = outputs
     cpu = Compute(torch.device("cpu"), "32-true")
     decoder = Decoder(model, cpu.device)
-    logits_BTV = Head(decoder)(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
+    hidden_BTD = final_states(decoder, tokens_BT, batch_size=1, compute=cpu)
+    logits_BTV = Head(decoder)(hidden_BTD).float()
     worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
     if not worst <= TOLERANCE[model.dtype]:
         raise ValueError(
