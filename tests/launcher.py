@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -191,18 +192,25 @@ def _child(request: Mapping[str, Any]) -> None:
 
 def _import_everything() -> None:
     """What runs import on their way, and what they would make at their first call."""
+    from transformers import AutoModelForCausalLM
+
     from lit_recon.fit import __main__ as fit
     from lit_recon.fit.output import folder as output
+    from lit_recon.model.architectures import tiny_model
 
     kinds = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "phi", "mixtral")]
     for name in (*LAZY, *kinds):
         importlib.import_module(name)
     sys.argv = ["fit", "--cfg", "job"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         fit.main()
+        with tempfile.TemporaryDirectory() as folder:  # the first model that is read compiles a thousand expressions
+            tiny_model("llama").save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(folder)
     output.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None  # by which a walk ends
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ def test_perplexity_is_exp_of_the_models_own_mean_cross_entropy(
     assert perplexity(model, tokens_ST, batch_size=batch_size, compute=CPU) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("positions", [0.5, 1, 5, 22, 23, 24], ids=str)
+@pytest.mark.parametrize(
+    "positions", [0.5, 5, 23, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 22, 24))], ids=str
+)
 def test_slices_of_logits_smaller_than_a_sequence_change_nothing(
     model: PreTrainedModel, tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, positions: float
 ) -> None:

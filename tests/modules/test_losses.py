@@ -98,8 +98,15 @@ def test_halves_that_stand_side_by_side_have_no_head(shape: str) -> None:
     assert partition(tiny_model(shape), by="block", head=True)[-1].head
 
 
-@pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("shape", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("shape", "is_padded"),
+    [
+        ("llama", True),
+        ("mixtral", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("mixtral", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_head_on_a_run_over_the_model_lowers_the_divergence_that_is_measured(
     shape: str, is_padded: bool, tmp_path: Path
 ) -> None:

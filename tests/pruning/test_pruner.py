@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_SHAPE, chain_of, masks_of
+from conftest import EVERY_SHAPE, chain_of, masks_of, pairs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -169,8 +169,10 @@ SETTINGS = SMALLER | LARGER | SAME
 WALKED = ("llama", "gpt2", "phi", "gpt_neox", "cohere2")
 
 
-@pytest.mark.parametrize("shape", WALKED)
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    pairs(SETTINGS, WALKED, ["halves within overlapping pairs", "the model around halves"], ["llama"]),
+)
 def test_masks_of_sparse_statistics_are_those_of_units_pruned_by_hand(case: str, shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
     windows, units = (layer_windows(model, **settings) for settings in SETTINGS[case])
