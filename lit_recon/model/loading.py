@@ -130,7 +130,7 @@ class LanguageModel(ABC):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
             model, info = self._read(AutoModelForCausalLM, **settings)
-        if missing := sorted(info["missing_keys"]):  # transformers goes on with random values in their place
+        if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         return model.requires_grad_(False).eval()
 
@@ -179,7 +179,7 @@ class HubModel(LanguageModel):
     def _location(self) -> dict[str, Any]:
         folder = Path(self.name).expanduser()
         source = str(folder) if folder.is_dir() else self.name
-        # Unless told no, transformers asks on the terminal whether to run a repository's own code.
+        # Without this, transformers asks on the terminal whether to run a repository's own code.
         return {"pretrained_model_name_or_path": source, "revision": self.revision, "trust_remote_code": False}
 
     def _setting_problems(self) -> list[str]:

@@ -66,8 +66,8 @@ def _check_length(decoder: Decoder, name: str, length: int) -> None:
             call_layer(decoder.layers[0], hidden_BTD, calls[0])
     except (IndexError, RuntimeError) as error:
         positions = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
-        told = f", as max_position_embeddings={positions} in its config.json tells" if positions else ""
+        why = f", as max_position_embeddings={positions} in its config.json says" if positions else ""
         raise ValueError(
-            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{told}; use shorter ones "
+            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{why}; use shorter ones "
             f"({' '.join(str(error).split())})."
         ) from error

@@ -350,7 +350,7 @@ def test_there_must_be_a_run_that_is_not_finished(go: Go, once: tuple[Path, int]
 def test_a_run_in_work_by_another_process_is_refused(go: Go, run: Path, whole: dict[str, object]) -> None:
     with hold(run):
         before = content(run)
-        refused(go("resume=run"), run, before, f"run is in work by process {os.getpid()} on ")
+        refused(go("resume=run"), run, before, f"run is in use by process {os.getpid()} on ")
     assert go("resume=run").status == 0
     assert found(run) == whole
 
