@@ -159,9 +159,8 @@ def prune_and_reconstruct(
         "allow_unscored": allow_unscored,
     }
     with _prepared(model), quietly(), stoppable():
-        store = store or StoreSettings(kind="auto")
-        method, execution = _checked(parts, TRAINER | dict(trainer or {}), store, batch_size, seed)
-        return _walk(model, samples, method, execution, shown=progress)
+        settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
+        return _walk(model, samples, *_checked(parts, settings, kept, batch_size, seed), shown=progress)
 
 
 def _walk(
