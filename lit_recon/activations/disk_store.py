@@ -112,7 +112,7 @@ class DiskStore:
 
 
 def _ranges(rows: Rows, total: int) -> Iterator[tuple[int, int]]:
-    """First sample and the one behind the last, of each run of consecutive samples."""
+    """First sample and the one after the last, of each run of consecutive samples."""
     if isinstance(rows, slice):
         first, last, _ = rows.indices(total)
         if first < last:

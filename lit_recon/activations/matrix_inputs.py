@@ -107,7 +107,7 @@ class MatrixInputs:
 
         def note(product: Product) -> None:
             name, experts = product.matrix.name, product.matrix.experts
-            if self._shared.of(product) == name:
+            if self._shared.leader_of(product) == name:
                 width, device = product.inputs.shape[-1], product.inputs.device
                 sums = self._sums[part].setdefault(name, [GramSums.zero(width, device) for _ in range(experts)])
                 sums[product.expert].add(product.rows_NI)
@@ -148,7 +148,7 @@ class _Capture:
         """Keep the rows of a part."""
 
         def note(product: Product) -> None:
-            self.shared.of(product)
+            self.shared.leader_of(product)
             if product.matrix.name == self.matrix.name:
                 self.rows[part].add(product.rows_NI, product.expert)
 

@@ -16,7 +16,7 @@ in the last column:
     mix     local    dense       5       3       -
     mix     local    sparse      5       4       -
 
-Memory counts arrays of all samples' hidden states, passes those over the window per sample beside training.
+Memory counts arrays of all samples' hidden states, passes those over the window per sample besides training.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Propagation:
 
     @property
     def passes(self) -> int:
-        """Passes over a window per sample beside training."""
+        """Passes over a window per sample besides training."""
         local = self.targets == "local"
         apart = self.statistics == "sparse" and not (local and self.inputs == "sparse")
         return self.needs_dense + local + apart + self.needs_sparse

@@ -100,7 +100,7 @@ def steps(windows: Sequence[AnyWindow], chain: Chain, *, needs_gram: bool) -> It
     """
     groups = [(window, list(members)) for window, members in groupby(windows, key=lambda window: window.enclosing)]
     upcoming = [*(window.indices for window, _ in groups[1:]), range(0)]
-    for (window, members), following in zip(groups, upcoming, strict=True):
+    for (window, members), following in zip(groups, upcoming, strict=False):  # of no windows, nothing comes
         matrices = [member for member in members if isinstance(member, MatrixWindow)]
         if matrices:
             yield MatrixStep(window, matrices, chain, needs_gram=needs_gram), following

@@ -3,7 +3,7 @@
 The only file that sees the configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
-    retry_rates = OmegaConf.select(cfg, "module.retry_rates")
+    retry_rates = _plain(OmegaConf.select(cfg, "module.retry_rates")) or []
     parts = {name: _instantiate(cfg[name], name, problems) for name in PARTS}
     trainer = _plain(cfg.trainer)
     check_settings(
@@ -63,26 +63,15 @@ def prepare(cfg: DictConfig) -> Job:
         propagation=parts["chain"],
         store=parts["store"],
         prune_by=cfg.prune_by,
-        retry_rates=list(retry_rates) if OmegaConf.is_list(retry_rates) else [],
+        retry_rates=retry_rates,
         trainer=trainer,
     )
     compute = _check_call(cfg, parts, problems)
     limit = None if cfg.memory_limit is None else problems.check(parse_limit, cfg.memory_limit)
     problems.raise_all()
     assert compute is not None
-    model, source, criterion, pattern, propagation, store, windows, module, make_trainer = parts.values()
-    method = Method(
-        criterion=criterion,
-        pattern=pattern,
-        windows=windows,
-        propagation=propagation,
-        prune_by=cfg.prune_by if prunes_apart(cfg.prune_by, propagation) else "window",
-        module=module,
-        retry_rates=tuple(retry_rates or ()),
-        trainer=compute.trainers(make_trainer),
-        schedule=Schedule.from_trainer(trainer),
-        allow_unscored=cfg.allow_unscored,
-    )
+    model, source, store = parts["model"], parts["data"], parts["store"]
+    method = _method(cfg, parts, compute, Schedule.from_trainer(trainer), retry_rates)
     execution = Execution(
         compute=compute,
         store=store,
@@ -94,7 +83,7 @@ def prepare(cfg: DictConfig) -> Job:
     model.check()
     skeleton = model.skeleton()
     check_model(skeleton, method)
-    check_module(module, skeleton, single=windows.by == WindowKind.MATRIX)
+    check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
     folder = Path(str(cfg.output_dir))  # a name of digits is read as a number
@@ -109,6 +98,24 @@ def prepare(cfg: DictConfig) -> Job:
         method=method,
         execution=execution,
         output=output,
+    )
+
+
+def _method(
+    cfg: DictConfig, parts: Mapping[str, Any], compute: Compute, schedule: Schedule, retry_rates: list[float]
+) -> Method:
+    """The method, of parts that could all be made."""
+    return Method(
+        criterion=parts["criterion"],
+        pattern=parts["pattern"],
+        windows=parts["windows"],
+        propagation=parts["chain"],
+        prune_by=cfg.prune_by if prunes_apart(cfg.prune_by, parts["chain"]) else "window",
+        module=parts["module"],
+        retry_rates=tuple(retry_rates),
+        trainer=compute.trainers(parts["trainer"]),
+        schedule=schedule,
+        allow_unscored=cfg.allow_unscored,
     )
 
 
@@ -147,8 +154,10 @@ def resumed(cfg: DictConfig) -> DictConfig:
 def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
     """The object that a configuration node describes, or None with what is wrong added to the problems."""
     target = str(node.get("_target_", ""))
-    if target in MOVED:
-        problems.add(f"{name}._target_={target} has moved; use {MOVED[target]}.")
+    unresolved = OmegaConf.to_container(node, resolve=False)
+    if replaced := [(key, old) for key, old in _targets(unresolved, name) if old in MOVED]:
+        for key, old in replaced:
+            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
         return None
     try:
         made = instantiate(node, _convert_="all")
@@ -173,6 +182,15 @@ def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
         else:
             problems.add(f"{name}: {error}")
     return None
+
+
+def _targets(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The dotted paths in a configuration, with the settings that give them."""
+    for key, value in node.items():
+        if key == "_target_":
+            yield f"{name}._target_", str(value)
+        elif isinstance(value, dict):
+            yield from _targets(value, f"{name}.{key}")
 
 
 def _check_call(cfg: DictConfig, parts: Mapping[str, Any], problems: Problems) -> Compute | None:

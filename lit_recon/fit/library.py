@@ -148,26 +148,31 @@ def prune_and_reconstruct(
     Raises:
         ValueError: What the command refuses: settings that do not fit each other or the model.
     """
-    store = store or StoreSettings(kind="auto")
+    parts = {
+        "criterion": criterion or Wanda(),
+        "pattern": pattern or Unstructured(sparsity=0.5),
+        "windows": windows or Partition(),
+        "propagation": propagation or Propagation(),
+        "prune_by": prune_by,
+        "module": module,
+        "retry_rates": retry_rates,
+        "allow_unscored": allow_unscored,
+    }
+    with _prepared(model), quietly(), stoppable():
+        settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
+        return _walk(model, samples, *_checked(parts, settings, kept, batch_size, seed), shown=progress)
+
+
+def _walk(
+    model: PreTrainedModel, samples: Samples, method: Method, execution: Execution, *, shown: bool
+) -> Reconstruction:
+    """Open a session and walk over it."""
+    check_model(model, method)
+    check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     masks = _KeptMasks()
-    with _prepared(model), quietly(), stoppable(), TemporaryDirectory() as activations:
-        method, compute = _method(
-            TRAINER | dict(trainer or {}),
-            criterion=criterion or Wanda(),
-            pattern=pattern or Unstructured(sparsity=0.5),
-            windows=windows or Partition(),
-            propagation=propagation or Propagation(),
-            prune_by=prune_by,
-            module=module,
-            retry_rates=retry_rates,
-            store=store,
-            allow_unscored=allow_unscored,
-        )
-        execution = Execution(compute=compute, store=store, batch_size=batch_size, seed=seed)
-        check_model(model, method)
-        check_module(module, model, single=method.windows.by == WindowKind.MATRIX)
+    with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))
-        bar = ProgressBar(Console(), len(session.windows), shown=progress)
+        bar = ProgressBar(Console(), len(session.windows), shown=shown)
         try:
             with session.chain.passes.store, bar:
                 results = reconstruct(session, method, execution, callbacks=[bar, masks], trainer_callbacks=[bar])
@@ -187,23 +192,36 @@ class _KeptMasks(WalkCallback):
         self.masks.update(Masks.pack(masks))
 
 
-def _method(settings: dict[str, Any], *, store: StoreSettings, **parts: Any) -> tuple[Method, Compute]:
-    """A checked method, and where it will compute.
+def _checked(
+    parts: dict[str, Any], settings: dict[str, Any], store: StoreSettings, batch_size: int, seed: int
+) -> tuple[Method, Execution]:
+    """A method and its execution.
 
     Args:
+        parts: Of the method, but for its trainer and schedule.
         settings: Arguments of the Trainer.
         store: Where hidden states are kept.
-        **parts: Of the method, but for its trainer and schedule.
+        batch_size: Samples per batch.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ValueError: They do not fit each other.
     """
-    problems = Problems()
-    make = partial(Trainer, **settings)
-    checked = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "retry_rates")}
-    check_settings(problems, **checked, store=store, trainer=settings)
+    problems, make = Problems(), partial(Trainer, **settings)
+    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "retry_rates")}
+    check_settings(problems, **related, store=store, trainer=settings)
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if type(value) is not int or value < least:
+            problems.add(f"{name}={value!r}: expected a whole number, {least} or more.")
     compute = problems.check(Compute.choose, make, settings["precision"], about="trainer: ")
     problems.raise_all()
     apart = prunes_apart(parts["prune_by"], parts["propagation"])
-    parts |= {"prune_by": parts["prune_by"] if apart else "window"}
-    return Method(**parts, trainer=compute.trainers(make), schedule=Schedule.from_trainer(settings)), compute
+    method = Method(
+        **parts | {"prune_by": parts["prune_by"] if apart else "window"},
+        trainer=compute.trainers(make),
+        schedule=Schedule.from_trainer(settings),
+    )
+    return method, Execution(compute=compute, store=store, batch_size=batch_size, seed=seed)
 
 
 @contextmanager

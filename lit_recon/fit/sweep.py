@@ -37,7 +37,7 @@ def _run(name: str) -> int:
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Terminated):  # Ctrl-C reaches both, SIGTERM this process only
                 process.terminate()
-            process.wait()  # it tells what it leaves
+            process.wait()  # it says what it leaves
             stop("interrupted: the runs of the sweep that were left are not started.", status=1)
     if status < 0:
         sys.stderr.write(f"{name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n")

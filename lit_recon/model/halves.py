@@ -149,7 +149,7 @@ def _trained(
     """By side, the parameters that are trained in its half; and those that both halves depend on.
 
     A side's own parameters are trained in its half. What stands outside of both sides, such as norms, belongs to the
-    first half whose output it changes, which its gradient tells.
+    first half whose output it changes, as its gradient shows.
     """
     inside = {
         side: {

@@ -33,7 +33,12 @@ from lit_recon.system.quiet_libraries import no_progress_bars
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_LIBRARY_ERRORS = (SafetensorError, hub_errors.HTTPError, hub_errors.StrictDataclassError)
+_LIBRARY_ERRORS = (
+    SafetensorError,
+    hub_errors.HTTPError,
+    hub_errors.StrictDataclassError,
+    TypeError,  # of a setting of the wrong type in config.json, which transformers checks since 5.4
+)
 _HUB_ANSWERS = (  # the first that fits: a gated repository is also one that was not found
     (hub_errors.GatedRepoError, "only for approved accounts; ask on its Hub page, then log in with hf auth login"),
     (hub_errors.RepositoryNotFoundError, "neither a folder here nor a Hub model; if private, log in: hf auth login"),
@@ -125,7 +130,7 @@ class LanguageModel(ABC):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
             model, info = self._read(AutoModelForCausalLM, **settings)
-        if missing := sorted(info["missing_keys"]):  # transformers goes on with random values in their place
+        if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         return model.requires_grad_(False).eval()
 
@@ -174,7 +179,7 @@ class HubModel(LanguageModel):
     def _location(self) -> dict[str, Any]:
         folder = Path(self.name).expanduser()
         source = str(folder) if folder.is_dir() else self.name
-        # Unless told no, transformers asks on the terminal whether to run a repository's own code.
+        # Without this, transformers asks on the terminal whether to run a repository's own code.
         return {"pretrained_model_name_or_path": source, "revision": self.revision, "trust_remote_code": False}
 
     def _setting_problems(self) -> list[str]:

@@ -132,7 +132,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
         }
         size = max((entry.stop for entry in entries.values()), default=_LENGTH + length)
         if size != path.stat().st_size:
-            raise ValueError(f"its header tells of {size} bytes, and it has {path.stat().st_size}")
+            raise ValueError(f"its header speaks of {size} bytes, and it has {path.stat().st_size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is cut short, damaged or a Git LFS pointer ({error})") from error
     return entries

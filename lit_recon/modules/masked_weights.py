@@ -96,7 +96,7 @@ class MaskedWeights(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer was told; also under bf16-mixed, where Lightning refuses fused optimizers needlessly."""
+        """Clip as the Trainer asks; also under bf16-mixed, where Lightning refuses fused optimizers needlessly."""
         plugin = self.trainer.precision_plugin
         if plugin.precision == "bf16-mixed":  # it has no scaler that a fused optimizer would undo in its step
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")

@@ -63,7 +63,7 @@ class Masks:
         return {name: bits for name, (bits, _) in self._packed.items()}
 
     def metadata(self) -> dict[str, str]:
-        """What a file of `tensors` says beside them: the shapes as JSON."""
+        """What a file of `tensors` says besides them: the shapes as JSON."""
         shapes = json.dumps({name: shape for name, (_, shape) in self._packed.items()})
         return {"shapes": shapes, "packing": "numpy.packbits, True = kept"}
 

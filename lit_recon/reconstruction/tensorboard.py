@@ -20,7 +20,7 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         run: The run's folder; events go to `<run>/tensorboard`.
-        last_step: The last step of a run that is taken up; what it logged after that is hidden.
+        last_step: The last step of a run that is resumed; what it logged after that is hidden.
 
     Attributes:
         last_step: The last step of the windows so far.
@@ -85,7 +85,7 @@ class RunLogger(TensorBoardLogger):
         """Nothing: Lightning calls this after each logged step, and a flush to disk each time is slow."""
 
     def finalize(self, status: str) -> None:
-        """Nothing: the next window goes on in the same file. `close` ends the log."""
+        """Nothing: the next window continues in the same file. `close` ends the log."""
 
     def close(self) -> None:
         """Write what is left and close the event file."""

@@ -44,7 +44,7 @@ class FirstHeldOut(Callback):
 
 
 class FiniteLoss(Callback):
-    """Ends a fit whose loss is not finite; `diverged` tells the Reconstructor."""
+    """Ends a fit whose loss is not finite; `diverged` says so to the WindowFitter."""
 
     def __init__(self) -> None:
         self.diverged = False

@@ -65,9 +65,9 @@ def needs_gram(module: Callable[..., LightningModule]) -> bool:
 
 def check_retry_rates(rates: Sequence[float]) -> None:
     """Raise a ValueError for rates of retries that are no shares of the learning rate."""
-    if not all(type(rate) in (int, float) and 0 < rate < 1 for rate in rates):
+    if not isinstance(rates, (list, tuple)) or not all(type(rate) in (int, float) and 0 < rate < 1 for rate in rates):
         raise ValueError(
-            f"module.retry_rates={list(rates)}: expected shares of the learning rate between 0 and 1, such as "
+            f"module.retry_rates={rates}: expected shares of the learning rate between 0 and 1, such as "
             "[0.25,0.0625], or [] for one try per window."
         )
 

@@ -22,7 +22,7 @@ class Problems:
         self.found.append(problem)
 
     def check(self, function: Callable[..., Any], *args: Any, about: str = "", **kwargs: Any) -> Any:
-        """The function's result, or None with its error noted, behind `about`."""
+        """The function's result, or None with its error noted, after `about`."""
         try:
             return function(*args, **kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:

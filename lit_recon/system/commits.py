@@ -141,7 +141,7 @@ class Commits:
                 damaged.append(f"commit {number} is damaged: {damage}")
                 continue
             for line in damaged:
-                log.warning("%s: %s; going on from commit %d", self.folder, line, number)
+                log.warning("%s: %s; resuming from commit %d", self.folder, line, number)
             self._current, self._written = number, dict(content["files"])
             self._in_use = set(self._written)
             return Commit(number, content["state"], {name: self.path(name) for name in self._written})
@@ -162,7 +162,7 @@ class Commits:
             kept = "the previous commit is whole" if self._is_committed() else "nothing is committed yet"
             remedy = "free space" if error.errno in FULL else "make the folder writable"
             raise CommitError(
-                f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and go on with "
+                f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and resume with "
                 f"resume={self.folder.parent}"
             ) from error
 

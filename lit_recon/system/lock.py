@@ -33,7 +33,7 @@ def hold(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(
-            f"output_dir={folder} is in work by {_owner(about)}; wait for it or stop it, or choose another output_dir."
+            f"output_dir={folder} is in use by {_owner(about)}; wait for it or stop it, or choose another output_dir."
         ) from error
     except OSError as error:
         raise ValueError(

@@ -46,7 +46,7 @@ def quiet() -> None:
 
 
 def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """Print what ended a thread; but TensorBoard's hands errors of the disk to the main thread, which tells them."""
+    """Print what ended a thread; but TensorBoard's hands errors of the disk to the main thread, which reports them."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 

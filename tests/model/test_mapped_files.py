@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ended, content, letter_tokenizer, numbers
+from conftest import Ended, content, letter_tokenizer, numbers, unmappable
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -43,12 +43,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def to_other_files(folder: Path) -> None:
-    """Put the weights of a folder into a file from which they cannot be mapped."""
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -67,7 +61,7 @@ def test_a_streamed_run_finds_what_one_in_memory_finds(
     dense = tensors(folder)
     for name in ("streamed", "whole"):
         if name == "whole":
-            to_other_files(folder)
+            unmappable(folder.rename(tmp_path / "mapped"), folder)
         ended = run_on(folder, f"output_dir={name}", *settings)
         assert ended.status == 0 and ("in memory as a whole" in ended.out) == (name == "whole"), ended
     assert len(list(Path("streamed/checkpoint").glob("*.safetensors"))) == 4  # three layers and the rest

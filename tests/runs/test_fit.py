@@ -373,7 +373,7 @@ def test_ctrl_c_after_the_walk_leaves_a_whole_checkpoint_and_only_measuring_to_b
         patch.setattr("lit_recon.fit.run.read_back", interrupt)
         ended = tiny_run()
     assert ended.status == 1
-    assert ended.err.endswith("interrupted: go on with resume=run\n")
+    assert ended.err.endswith("interrupted: resume it with resume=run\n")
     model = AutoModelForCausalLM.from_pretrained("run/checkpoint")
     assert torch.count_nonzero(model.model.layers[2].mlp.up_proj.weight) == 48 * 32 // 2
     before = content(Path("run/checkpoint"))

@@ -229,9 +229,9 @@ def test_a_damaged_file_is_named_and_the_run_goes_on_from_the_commit_before_it(
 ) -> None:
     if name == "manifest":
         damage(run / "commits" / "00002.json")
-        message = "commit 2 is damaged: 00002.json: content changed; going on from commit 1"
+        message = "commit 2 is damaged: 00002.json: content changed; resuming from commit 1"
     else:
-        message = f"commit 2 is damaged: {damage(run / 'commits' / f'{name}.safetensors')}; going on from commit 1"
+        message = f"commit 2 is damaged: {damage(run / 'commits' / f'{name}.safetensors')}; resuming from commit 1"
     ended = go("resume=run")
     assert ended.status == 0, ended.err
     if name == "manifest" and damage is remove:
@@ -350,7 +350,7 @@ def test_there_must_be_a_run_that_is_not_finished(go: Go, once: tuple[Path, int]
 def test_a_run_in_work_by_another_process_is_refused(go: Go, run: Path, whole: dict[str, object]) -> None:
     with hold(run):
         before = content(run)
-        refused(go("resume=run"), run, before, f"run is in work by process {os.getpid()} on ")
+        refused(go("resume=run"), run, before, f"run is in use by process {os.getpid()} on ")
     assert go("resume=run").status == 0
     assert found(run) == whole
 
@@ -409,7 +409,7 @@ def test_a_disk_that_fails_at_any_step_is_told_and_the_run_can_be_gone_on_with(
         assert committed == (step > steps // 4)
         assert ("the previous commit is whole" if committed else "nothing is committed yet") in ended.err
         assert ("free space" if failure == "ENOSPC" else "make the folder writable") in ended.err
-        assert ended.err.endswith(f"go on with resume={run}\n") and len(ended.err.splitlines()) == 1
+        assert ended.err.endswith(f"resume with resume={run}\n") and len(ended.err.splitlines()) == 1
         begun = Path(run, "config.yaml").exists()
         ended = go(f"resume={run}") if begun else go(*settings, f"output_dir={run}")
         assert ended.status == 0, ended
@@ -441,7 +441,7 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
     fill(small_disk / "ballast", but=0)
     ended = running.wait()
     assert ended.status == 1, ended
-    assert "No space left on device" in ended.err and "the previous commit is whole; free space and go on" in ended.err
+    assert "No space left on device" in ended.err and "the previous commit is whole; free space and resume" in ended.err
     assert "Traceback" not in ended.err
     (small_disk / "ballast").unlink()
     ended = go(f"resume={run}")

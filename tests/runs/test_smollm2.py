@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.smollm2,
     pytest.mark.skipif(
-        Version(transformers.__version__) < Version("5.6"), reason="this transformers is refused for the GGUF file"
+        Version(transformers.__version__) < Version("5.20"), reason="this transformers is refused for the GGUF file"
     ),
 ]
 

@@ -193,7 +193,7 @@ def test_a_damaged_file_is_named_and_the_commit_before_is_taken(
     with caplog.at_level(logging.WARNING):
         assert_whole(folder, 1)
     (message,) = caplog.messages
-    assert f"commit 2 is damaged: {NEW}.safetensors: {what}; going on from commit 1" in message
+    assert f"commit 2 is damaged: {NEW}.safetensors: {what}; resuming from commit 1" in message
 
 
 @pytest.mark.parametrize("damage", [truncate, remove, flip])
@@ -417,7 +417,7 @@ def test_a_full_or_read_only_disk_at_any_step_says_how_to_go_on(
         message = str(raised.value)
         assert NEW in message or "00002.json" in message
         assert os.strerror(number) in message and "the previous commit is whole; " in message
-        assert message.endswith(f"and go on with resume={tmp_path / 'run'}")
+        assert message.endswith(f"and resume with resume={tmp_path / 'run'}")
         assert ("free space" in message) == (number in (errno.ENOSPC, errno.EDQUOT))
         assert not list(folder.glob("*.partial"))
         if (folder / "00002.json").exists():  # the very last step: syncing the folder

@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_and_the_message_names_the_owner(tmp_path: P
     since = json.loads((folder / "lease.json").read_text())["since"]
     assert abs((datetime.now().astimezone() - datetime.fromisoformat(since)).total_seconds()) < 60
     message = (
-        f"output_dir={folder} is in work by process {owner.pid} on {socket.gethostname()} since {since}; wait for it "
+        f"output_dir={folder} is in use by process {owner.pid} on {socket.gethostname()} since {since}; wait for it "
         "or stop it, or choose another output_dir."
     )
     second, said = start(folder)
@@ -75,7 +75,7 @@ def test_a_garbled_owner_is_another_process(tmp_path: Path, about: bytes | None)
         (tmp_path / "lease.json").unlink()
         if about is not None:
             (tmp_path / "lease.json").write_bytes(about)
-        with pytest.raises(ValueError, match="is in work by another process; wait"), hold(tmp_path):
+        with pytest.raises(ValueError, match="is in use by another process; wait"), hold(tmp_path):
             pass
         assert (tmp_path / "lease.lock").exists()
 

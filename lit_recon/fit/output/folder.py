@@ -44,13 +44,13 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         finished = (folder / "results.json").is_file()
         raise ValueError(
             f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
-            + ("" if finished else f"go on with it (resume={folder}), ")
+            + ("" if finished else f"resume it (resume={folder}), ")
             + "or replace it with overwrite=true."
         )
 
 
 def announce_output(folder: Path, config: str) -> Path:
-    """Write the configuration of a run that begins, beside that of one that it will overwrite; where it is written."""
+    """Write the configuration of a run that begins, next to that of a run that it will overwrite; its path."""
     own = folder / "config.yaml"
     path = folder / NEXT_CONFIG if own.exists() else own
     with replaced(path) as file:
@@ -93,7 +93,7 @@ def check_disk(folder: Path, needed: int) -> None:
 def clear_output(folder: Path) -> None:
     """Remove what an earlier run left in the folder of this one, and only that; its configuration stays till the last.
 
-    A run that is killed meanwhile is still a run, which can be taken up.
+    A run that is killed during that is still a run, which can be resumed.
     """
     for name in RUN_FILES:
         path = folder / name
@@ -143,7 +143,7 @@ def finish(output: Path, console: Console) -> bool:
     """Do what is left of a run that was ended between its results and its report; False: it is no such run.
 
     Raises:
-        Refusal: The run is in work, or its results cannot be read.
+        Refusal: The run is in progress, or its results cannot be read.
         CommitError: The disk is full or read-only.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -161,7 +161,7 @@ def finish(output: Path, console: Console) -> bool:
 
 
 def draw_report(output: Path) -> None:
-    """Remove the commits, of which none will be taken up any more, and draw the report."""
+    """Remove the commits, from which nothing will be resumed any more, and draw the report."""
     left = f"{output} is finished but for its report, which resume={output} draws"
     try:
         shutil.rmtree(output / "commits", ignore_errors=True)

@@ -233,7 +233,7 @@ def _windows_bytes(
 
 
 def _training_bytes(profile: LayerProfile) -> int:
-    """What is there for a window beside its weights, and what the backward keeps of a batch.
+    """Memory of a window besides its weights, and what the backward keeps of a batch.
 
     Per parameter in float32 a gradient, two moments, and the mask that gradients are multiplied by; the pruned weight
     to go back to; the boolean mask. Autocast's copies in 16 bits are among what the backward keeps.

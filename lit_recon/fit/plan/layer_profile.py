@@ -75,7 +75,7 @@ def rows_per_matrix(layer: Window, chain: Chain, batch_size: int) -> tuple[set[s
     shared, names, rows = SharedInputs(), set(), Counter[str]()
 
     def note(product: Product) -> None:
-        names.add(shared.of(product))
+        names.add(shared.leader_of(product))
         rows[product.matrix.name] += product.rows_NI.shape[0]
 
     inputs_BTD = chain.inputs_STD[rows_B].to(compute.device).float()
