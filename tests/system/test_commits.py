@@ -468,9 +468,7 @@ def test_a_full_disk_keeps_the_commit_and_more_can_be_committed_once_there_is_sp
 def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path) -> None:
     commits = first(small_disk / "commits")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(
-        CommitError, match="Read-only.*previous commit is whole; make the folder writable and resume"
-    ):
+    with pytest.raises(CommitError, match="Read-only.*previous commit is whole; make the folder writable and resume"):
         second(commits)
     assert_whole(small_disk / "commits", 1)
 
