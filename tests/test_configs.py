@@ -9,7 +9,7 @@ from hydra.utils import get_object, instantiate
 from lit_recon.fit.configure import CONF
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
-MEMBERS = [file for file in FILES if not file.startswith("experiment/")]  # experiments: tests/test_experiments.py
+MEMBERS = [file for file in FILES if not file.startswith("experiment/")]  # experiments: tests/runs/test_experiments.py
 REQUIRED = {
     "model/hf": ["model.name=a/b"],
     "data/files": ["data.paths=[a.txt]"],
