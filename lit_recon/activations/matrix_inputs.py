@@ -93,6 +93,10 @@ class MatrixInputs:
         )
         return Activations(inputs.inputs_STI, _products(window, sources.inputs_STI, batching), batching)
 
+    def forget(self) -> None:
+        """Release the inputs that are kept."""
+        self._names, self._captured = set(), ()
+
     def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
         """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
         passes = self.chain.passes

@@ -88,6 +88,7 @@ class MatrixStep:
         """Put the weights of all matrices into the layer."""
         for matrix in self.matrices:
             matrix.install()
+        self.inputs.forget()
 
 
 def steps(windows: Sequence[AnyWindow], chain: Chain, *, needs_gram: bool) -> Iterator[tuple[Step, range]]:

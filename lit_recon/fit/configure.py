@@ -45,6 +45,25 @@ MOVED = {  # before version 0.3.0
     "lit_recon.store.StoreSettings": "lit_recon.activations.store.StoreSettings",
 }
 
+FOLDERS = {  # of modules that files of the user's own import from
+    "activations": "activations.datamodule",
+    "blocks": "model.decoder",
+    "captured": "activations.matrix_inputs",
+    "chain": "activations.chain",
+    "criteria": "pruning.criteria",
+    "halves": "model.halves",
+    "losses": "modules.losses",
+    "masks": "pruning.patterns",
+    "matrices": "model.matrices",
+    "models": "model.loading",
+    "modules.reconstruction": "modules.masked_weights",
+    "moments": "activations.gram",
+    "packed_masks": "pruning.masks",
+    "partition": "model.partition",
+    "regime": "activations.propagation",
+    "windows": "model.windows",
+}
+
 
 def prepare(cfg: DictConfig) -> Job:
     """Build what a run needs and check it all, before any weight is loaded or any file written.
@@ -53,7 +72,8 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
-    retry_rates = _plain(OmegaConf.select(cfg, "module.retry_rates")) or []
+    retry_rates = _plain(OmegaConf.select(cfg, "module.retry_rates"))
+    retry_rates = [] if retry_rates is None else retry_rates  # a module that is solved exactly has none
     parts = {name: _instantiate(cfg[name], name, problems) for name in PARTS}
     trainer = _plain(cfg.trainer)
     check_settings(
@@ -172,7 +192,9 @@ def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
             problems.add(f"{cause.full_key} has no value; give {cause.full_key}=<value>.")
         elif isinstance(cause, ImportError):
             reason = " ".join(str(cause).split())
-            moved = [f"{old} is {new} now. " for old, new in MOVED.items() if old.rpartition(".")[0] in reason]
+            moved = [
+                f"lit_recon.{a} is lit_recon.{b} now. " for a, b in FOLDERS.items() if f"'lit_recon.{a}'" in reason
+            ]
             problems.add(
                 f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
                 "where the file is in the working directory or the package is installed."

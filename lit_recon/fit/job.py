@@ -18,6 +18,7 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
+from lit_recon.reconstruction.window_fit import RETRY_RATES, needs_gram
 from lit_recon.system.device import Compute
 
 PRUNE_BY = ("window", "half", "block", "model")
@@ -84,7 +85,9 @@ class Method:
             "batch_size": f"{batch_size}{accumulated}",
         }
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
-        return found | ({"learning_rate": f"{rate:g}"} if rate is not None else {})
+        found |= {"learning_rate": f"{rate:g}"} if rate is not None else {}
+        others = tuple(self.retry_rates) != RETRY_RATES and not needs_gram(self.module)
+        return found | ({"retry_rates": ", ".join(map(str, self.retry_rates)) or "none"} if others else {})
 
 
 @dataclass(frozen=True, kw_only=True)

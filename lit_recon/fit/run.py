@@ -138,7 +138,7 @@ def load(job: Job, activations: Path, clock: Clock) -> Session:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Walked:
     """What is left of a walk once the model has been saved."""
 

@@ -187,6 +187,6 @@ def _with_gradient(parameters: dict[str, nn.Parameter], run: Callable[[], Tensor
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-    # Behind a side that answers zeros a norm's gradient is zero, not missing.
+    # After a side that answers zeros a norm's gradient is zero, not missing.
     named = zip(parameters, gradients, strict=True)
     return {name for name, gradient in named if gradient is not None and torch.count_nonzero(gradient)}

@@ -115,7 +115,7 @@ class WeightOffloader:
 
     @torch.no_grad()
     def restore_layer(self, index: int, path: Path) -> None:
-        """Take over a layer that an earlier run wrote: mapped where the model is streamed, else copied."""
+        """Restore a layer that an earlier run wrote: mapped where the model is streamed, else copied."""
         self.map_layer(index, path)
         if self.files is None:
             state = self.layer_tensors(index)

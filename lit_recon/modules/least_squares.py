@@ -38,8 +38,8 @@ class LeastSquares(LightningModule):
         masks: Mapping[str, Tensor],
         variance: float,
         *,
-        tolerance: float,
-        max_iterations: int,
+        tolerance: float = 1e-3,
+        max_iterations: int = 200,
     ) -> None:
         super().__init__()
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:

@@ -76,9 +76,11 @@ def walk(
             statistics = pruner.statistics(step.window)
             chain.dense_pass(step.window, [statistics, *step.observers])  # 2
             masks = pruner.masks(step.window, statistics)  # 3
+            del statistics  # may be as large as the weights
             for window, data in step.training_data():
                 prune(window, masks)
                 results.append(fitter.fit(window, masks, data))  # 4
+                del data  # before the next matrix's data are made, or the chain advances
                 for callback in callbacks:
                     callback.on_window_fit(results[-1])
             step.install()

@@ -31,7 +31,7 @@ RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
 DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowResult:
     """Errors of one window before and after its fit, and whether the fit was accepted.
 
@@ -55,7 +55,17 @@ class WindowResult:
 def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
     """The result of a single matrix that has nothing to be trained on, and so no error."""
     note = f"{reason}: kept its pruned weights"
-    return WindowResult(window.name, 0.0, 0.0, 0.0, 0.0, accepted=False, steps=0, seconds=0.0, note=note)
+    return WindowResult(
+        name=window.name,
+        relative_error_before=0.0,
+        relative_error_after=0.0,
+        held_out_before=0.0,
+        held_out_after=0.0,
+        accepted=False,
+        steps=0,
+        seconds=0.0,
+        note=note,
+    )
 
 
 def needs_gram(module: Callable[..., LightningModule]) -> bool:
@@ -124,12 +134,14 @@ class WindowFitter:
         masks = {matrix.name: masks[matrix.name] for matrix in window.matrices() if matrix.name in masks}
         # What is drawn depends on the window alone, not on what was drawn before, so that a run can be resumed.
         seed_everything(self.seed + window.indices.start, verbose=False)
-        variance = data.variance()
-        if variance == 0:  # of a matrix of zeros
-            return kept_pruned(window, "its dense outputs are all the same")
-        with window.head.on(self.device) if window.head else nullcontext():
-            result = self._reconstruct(window, masks, data, variance)
-        release_memory()
+        try:
+            variance = data.variance()
+            if variance == 0:  # of a matrix of zeros
+                return kept_pruned(window, "its dense outputs are all the same")
+            with window.head.on(self.device) if window.head else nullcontext():
+                result = self._reconstruct(window, masks, data, variance)
+        finally:
+            release_memory()
         return replace(result, seconds=round(time.perf_counter() - start, 3))
 
     def _reconstruct(
@@ -158,13 +170,13 @@ class WindowFitter:
         if self.logger:
             self.logger.end_window()
         return WindowResult(
-            window.name,
-            before,
-            after,
-            held_out_before,
-            held_out_after,
-            accepted,
-            steps,
+            name=window.name,
+            relative_error_before=before,
+            relative_error_after=after,
+            held_out_before=held_out_before,
+            held_out_after=held_out_after,
+            accepted=accepted,
+            steps=steps,
             seconds=0.0,
             note=_note(reason, rate, accepted=accepted),
             measure="relative error" if window.head is None else "KL divergence",

@@ -1,6 +1,7 @@
 """What moved since an earlier version is refused with its new place, or goes on under its old name."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Ended
@@ -33,6 +34,22 @@ def test_a_path_from_before_is_refused_with_the_new_one(old: str, tiny_run: Call
     ended = tiny_run(f"{setting}={old}")
     assert ended.status == 2
     assert f"{setting}={old} has moved; use {MOVED[old]}." in ended.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("from lit_recon.modules.reconstruction import ReconstructionModule", "modules.masked_weights now"),
+        ("from lit_recon.criteria.wanda import Wanda", "lit_recon.criteria is lit_recon.pruning.criteria now"),
+        ("from lit_recon.activations import Batch", "lit_recon.activations is lit_recon.activations.datamodule now"),
+    ],
+)
+def test_a_file_of_ones_own_that_imports_from_an_old_place_is_refused_with_the_new_one(
+    tiny_run: Callable[..., Ended], line: str, said: str
+) -> None:
+    Path("mine.py").write_text(line + "\n\n\nclass Mine: ...\n")
+    ended = tiny_run("module=custom", "module._target_=mine.Mine")
+    assert ended.status == 2 and said in ended.err and "Expected <file>.<class>" in ended.err
 
 
 @pytest.mark.parametrize("new", [path for path in MOVED.values() if path.startswith("lit_recon.")])

@@ -1,4 +1,4 @@
-"""Runs are killed and gone on with: what they leave is that of a run that nothing has interrupted, byte for byte."""
+"""Runs are killed and resumed: what they leave is that of a run that nothing has interrupted, byte for byte."""
 
 import random
 import re

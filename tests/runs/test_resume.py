@@ -18,8 +18,8 @@ from launcher import Launcher, Running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lit_recon.fit.output.checkpoint import save_whole
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.offload import WeightOffloader
 from lit_recon.system.lock import hold
 
 SLOW = "trainer.max_epochs=20"  # long enough to be interrupted in a window
@@ -364,7 +364,7 @@ def interrupted(running: Running, number: int, total: int) -> int:
     assert ended.status == 1 and "Traceback" not in ended.err
     message = re.search(
         rf"interrupted: (\d) of {total} windows are done \(block_00 to block_0\d\); run/checkpoint holds them and is "
-        r"dense from there\. Go on with: python -m lit_recon\.fit resume=run \(about \d+\.\d s more\)",
+        r"dense from there\. Resume with: python -m lit_recon\.fit resume=run \(about \d+\.\d s more\)",
         ended.err,
     )
     assert message, ended.err
@@ -451,12 +451,11 @@ def test_a_disk_that_becomes_full_in_the_walk_keeps_what_was_done(
 
 def test_a_disk_that_becomes_full_as_a_model_in_memory_is_saved_leaves_the_earlier_checkpoint(small_disk: Path) -> None:
     model, folder = tiny_model("llama", hidden_size=128), small_disk / "checkpoint"
-    checkpoint = WeightOffloader(model, torch.device("cpu"))
-    checkpoint.save(folder, letter_tokenizer(), "first")
+    save_whole(folder, model, letter_tokenizer(), "first")
     before = content(folder)
     fill(small_disk / "ballast", but=sum(map(len, before.values())) // 2)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        checkpoint.save(folder, letter_tokenizer(), "second")
+        save_whole(folder, model, letter_tokenizer(), "second")
     assert caught.value.errno == errno.ENOSPC
     assert content(folder) == before and {path.name for path in small_disk.iterdir()} == {"checkpoint", "ballast"}
 

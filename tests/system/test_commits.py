@@ -429,7 +429,7 @@ def test_a_full_or_read_only_disk_at_any_step_says_how_to_go_on(
 
 def test_before_the_first_commit_the_message_does_not_promise_one(tmp_path: Path) -> None:
     commits = Commits(tmp_path / "commits")
-    with pytest.raises(CommitError, match="report.html.*nothing is committed yet; free space and go on"):
+    with pytest.raises(CommitError, match="report.html.*nothing is committed yet; free space and resume with"):
         with commits.writing(tmp_path / "report.html"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -468,7 +468,7 @@ def test_a_full_disk_keeps_the_commit_and_more_can_be_committed_once_there_is_sp
 def test_a_folder_on_a_read_only_disk_is_named_with_the_remedy(small_disk: Path) -> None:
     commits = first(small_disk / "commits")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(CommitError, match="Read-only.*the previous commit is whole; make the folder writable and go"):
+    with pytest.raises(CommitError, match="Read-only.*previous commit is whole; make the folder writable and resume"):
         second(commits)
     assert_whole(small_disk / "commits", 1)
 

@@ -70,11 +70,11 @@ class ShardedFolder:
             _write_text(partial / "README.md", card)
 
     def put(self, index: int, source: Path) -> None:
-        """Have a finished layer's file as its shard."""
+        """Publish a finished layer's file as its shard."""
         publish(source, self.folder / self._shard(index))
 
     def put_back(self, index: int) -> None:
-        """Have a layer's dense shard."""
+        """Return a layer's shard to its dense weights."""
         self._save(self.folder / self._shard(index), self._names[index])
 
     def describe(self, card: str) -> None:

@@ -20,7 +20,7 @@ from lit_recon.system.units import duration, in_gb
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a run found; the fields are those of results.json.
 

@@ -42,7 +42,7 @@ class Workload:
     needs_gram: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will do and what it will take.
 
