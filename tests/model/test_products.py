@@ -116,7 +116,10 @@ def test_products_of_fused_experts_are_of_the_tokens_routed_to_each(
     tokens_BT: Tensor,
 ) -> None:
     model = tiny_model(shape)
-    model.set_experts_implementation(implementation)
+    try:
+        model.set_experts_implementation(implementation)
+    except ImportError as refused:  # grouped products with transformers 5.0 and PyTorch before 2.9
+        pytest.skip(str(refused))
     index = 1
     block = decoder_layers(model)[1][index].mlp
     reached: list[Tensor] = []

@@ -34,7 +34,7 @@ def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
             with no_progress_bars():
                 model.save_pretrained(partial)
         except SafetensorError as error:  # it says of a full disk only in words what the system's number is
-            number = re.search(r"os error (\d+)", str(error))
+            number = re.search(r"(?:os error |Os { code: )(\d+)", str(error))  # the latter: safetensors 0.4
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
