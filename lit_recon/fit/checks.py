@@ -16,7 +16,7 @@ from lit_recon.activations.matrix_inputs import check_experts
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings, check_targets
 from lit_recon.activations.teacher import check_halves
-from lit_recon.fit.job import PRUNE_BY, Method
+from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
@@ -42,7 +42,7 @@ def check_settings(
     if isinstance(windows, Partition):
         if module and needs_gram(module) and windows.by != WindowKind.MATRIX:
             problems.add(
-                f"{getattr(module, 'func', module).__name__} (module=least_squares) solves for single matrices; use "
+                f"{callable_name(module)} (module=least_squares) solves for single matrices; use "
                 f"windows=matrix, not {windows.by}."
             )
         by_matrix = windows.by == WindowKind.MATRIX

@@ -79,7 +79,7 @@ class Method:
             "criterion": type(self.criterion).__name__,
             "pattern": self.pattern.describe(),
             "windows": self.windows.describe(),
-            "module": _name(self.module),
+            "module": callable_name(self.module),
             **self.propagation.describe(),
             "epochs": str(self.schedule.epochs),
             "batch_size": f"{batch_size}{accumulated}",
@@ -176,7 +176,7 @@ def num_arrays(method: Method, store: StoreSettings, windows: Sequence[AnyWindow
     )
 
 
-def _name(make: Any) -> str:
+def callable_name(make: Any) -> str:
     """Name of a class, also of one that is wrapped in partial calls."""
     while isinstance(make, partial):
         make = make.func

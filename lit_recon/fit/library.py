@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_settings, prunes_apart
 from lit_recon.fit.configure import CONF
 from lit_recon.fit.job import Execution, Method, Schedule
 from lit_recon.fit.session import open_session, reconstruct
@@ -167,7 +167,6 @@ def _walk(
     model: PreTrainedModel, samples: Samples, method: Method, execution: Execution, *, shown: bool
 ) -> Reconstruction:
     """Open a session and walk over it."""
-    check_model(model, method)
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:

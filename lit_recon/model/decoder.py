@@ -9,7 +9,7 @@ Positions that hold no text (PADDING, at the end of a sample) are masked out, as
 Shapes: B samples, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +101,21 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del module.forward
         else:
             module.forward = earlier
+
+
+@contextmanager
+def tensors_returned(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which modules' own parameters and buffers may be moved; the tensors of before return afterwards."""
+    owners = list(modules)
+    homes = [(parameter, parameter.data) for owner in owners for parameter in owner.parameters(recurse=False)]
+    buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items()]
+    try:
+        yield
+    finally:
+        for parameter, home in homes:
+            parameter.data = home
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer
 
 
 class Decoder:

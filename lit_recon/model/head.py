@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lit_recon.model.decoder import Decoder, patched_forward
+from lit_recon.model.decoder import Decoder, patched_forward, tensors_returned
 
 SLICE = 64  # tokens whose logits are there at once: 67 MB of them for a vocabulary of 260,000
 
@@ -42,18 +42,10 @@ class Head:
     def on(self, device: torch.device) -> Iterator[None]:
         """All of the model but its layers on `device`; what may be mapped from a file returns afterwards."""
         model, layers = self.decoder.model, self.decoder.layers
-        inside = {id(one) for one in (*layers.parameters(), *layers.modules())}
-        homes = [(one, one.data) for one in model.parameters() if id(one) not in inside]
-        outside = [module for module in model.modules() if id(module) not in inside]
-        buffers = [(owner, name, one) for owner in outside for name, one in owner._buffers.items()]
-        self._move(device)
-        try:
+        inside = {id(module) for module in layers.modules()}
+        with tensors_returned(module for module in model.modules() if id(module) not in inside):
+            self._move(device)
             yield
-        finally:
-            for parameter, home in homes:
-                parameter.data = home
-            for owner, name, buffer in buffers:
-                owner._buffers[name] = buffer
 
     def _move(self, device: torch.device) -> None:
         layers = list(self.decoder.layers)

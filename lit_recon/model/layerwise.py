@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lit_recon.model.decoder import Decoder, call_layer
+from lit_recon.model.decoder import Decoder, call_layer, tensors_returned
 from lit_recon.system.device import Compute
 
 LayerContext = Callable[[nn.Module, str], AbstractContextManager]  # of a layer and its name in the model
@@ -26,18 +26,11 @@ def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     Buffers keep their dtype: the rotary frequencies of a bf16 model are float32 and would not survive the way back.
     """
-    homes = [(parameter, parameter.data) for parameter in module.parameters()]
-    buffers = [(owner, name, one) for owner in module.modules() for name, one in owner._buffers.items()]
-    try:
-        for parameter, home in homes:
-            parameter.data = home.to(device, torch.float32)
+    with tensors_returned(module.modules()):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(device, torch.float32)
         module.to(device)  # buffers
         yield
-    finally:
-        for parameter, home in homes:
-            parameter.data = home
-        for owner, name, buffer in buffers:
-            owner._buffers[name] = buffer
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def propagation_of(inputs: str, targets: str, statistics: str) -> Propagation:
     return Propagation(inputs=inputs, targets=targets, statistics=statistics, mix=SHARE)
 
 
-def close(values: Tensor, expected: Tensor, what: str) -> None:
+def assert_close(values: Tensor, expected: Tensor, what: str) -> None:
     """Equal but for the order of sums."""
     assert values.shape == expected.shape, f"{what}: {values.shape}, expected {expected.shape}"
     worst = (values - expected).abs().max() / expected.abs().max()
@@ -207,12 +207,12 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
 
         chain.dense_pass(window, [watched])
 
-        close(chain.inputs_STD, trained_on_STD, f"{window.name}: inputs")
-        close(chain.targets_STD, expected_STD, f"{window.name}: targets")
+        assert_close(chain.inputs_STD, trained_on_STD, f"{window.name}: inputs")
+        assert_close(chain.targets_STD, expected_STD, f"{window.name}: targets")
         plain = {matrix.name for matrix in window.matrices() if matrix.experts == 1}
         assert plain and plain <= set(seen)
         for name in plain:
-            close(torch.cat(watched.rows[name]), seen[name], f"{window.name}: statistics of {name}")
+            assert_close(torch.cat(watched.rows[name]), seen[name], f"{window.name}: statistics of {name}")
 
         before = [parameter.clone() for parameter in window.shared_with_next()]
         change(window.trained(), seed=position)
@@ -230,12 +230,12 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
         for parameter, value in zip(window.shared_with_next(), before, strict=True):
             parameter.copy_(value)
         if chain.dense:
-            close(chain.dense.states_STD, dense_STD, f"dense chain behind {window.name}")
+            assert_close(chain.dense.states_STD, dense_STD, f"dense chain behind {window.name}")
         if chain.sparse:
-            close(chain.sparse.states_STD, sparse_STD, f"sparse chain behind {window.name}")
+            assert_close(chain.sparse.states_STD, sparse_STD, f"sparse chain behind {window.name}")
     assert (dense_STD - sparse_STD).abs().max() > 0.1, "the chains have come apart"
     logits = model(tokens_ST, use_cache=False).logits, Head(decoder)(sparse_STD)
-    close(logits[1], logits[0], "the model of changed windows")
+    assert_close(logits[1], logits[0], "the model of changed windows")
     assert (chain.dense is None) == (propagation == ("sparse", "local", "sparse"))
     assert (chain.sparse is None) == (propagation == ("dense", "dense", "dense"))
 
@@ -266,12 +266,14 @@ def test_a_changed_shared_norm_is_dense_for_targets_alone(
     if propagation[1] == "dense":  # what the first half, by its changed norm, no longer adds
         was_STD, is_STD = (attention(norm(states_STD)) for norm in (dense_norm, layer.input_layernorm))
         apart_STD = was_STD - mixed(propagation[0], was_STD, is_STD)
-    close(chain.targets_STD, states_STD + layer.mlp(dense_norm(states_STD)) + apart_STD, "targets")
+    assert_close(chain.targets_STD, states_STD + layer.mlp(dense_norm(states_STD)) + apart_STD, "targets")
     norm = dense_norm if propagation[2] == "dense" else layer.input_layernorm
     rows = torch.cat(watched.rows["model.layers.0.mlp." + ("fc1" if shape == "phi" else "up_proj") + ".weight"])
-    close(rows, norm(states_STD)[:CALIBRATION].flatten(0, 1), "statistics")
+    assert_close(rows, norm(states_STD)[:CALIBRATION].flatten(0, 1), "statistics")
     outputs_STD = second(states_STD, chain.passes.decoder.embed(tokens_ST)[1])
-    close(outputs_STD, states_STD + layer.mlp(layer.input_layernorm(states_STD)), "the norm is the changed one again")
+    assert_close(
+        outputs_STD, states_STD + layer.mlp(layer.input_layernorm(states_STD)), "the norm is the changed one again"
+    )
 
 
 @torch.no_grad()
@@ -294,7 +296,7 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     assert (chain.dense.states_STD - chain.sparse.states_STD).abs().max() > 0.1, "the chains have come apart"
     perfect_STD = chain.targets_STD + chain.sparse.aside_STD
     chain.dense.step("second", chain._outputs_STD, chain.passes.each_batch)
-    close(perfect_STD, chain.dense.states_STD, "behind the layer")
+    assert_close(perfect_STD, chain.dense.states_STD, "behind the layer")
 
 
 @pytest.mark.parametrize("propagation", CHOICES, ids=" ".join)
@@ -420,7 +422,7 @@ def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str,
     assert torch.equal(logits_BTV[text_BT], expected_BTV[text_BT])
     for row in range(3):
         alone_BTV = model(tokens_BT[row : row + 1, : LENGTHS[row]], use_cache=False).logits
-        close(logits_BTV[row : row + 1, : LENGTHS[row]], alone_BTV, "a sample without its padding")
+        assert_close(logits_BTV[row : row + 1, : LENGTHS[row]], alone_BTV, "a sample without its padding")
 
 
 def test_calls_of_padded_samples_are_those_of_their_own_tokens(padded_ST: Tensor) -> None:
@@ -452,8 +454,8 @@ def test_padding_changes_no_input_or_target_where_there_is_text(
         for one in (chain, *alone):
             one.dense_pass(window)
         for row, (one, length) in enumerate(zip(alone, LENGTHS, strict=True)):
-            close(chain.inputs_STD[row, :length], one.inputs_STD[0], "inputs")
-            close(chain.targets_STD[row, :length], one.targets_STD[0], "targets")
+            assert_close(chain.inputs_STD[row, :length], one.inputs_STD[0], "inputs")
+            assert_close(chain.targets_STD[row, :length], one.targets_STD[0], "targets")
         change(window.trained(), seed=position)
         for one in (chain, *alone):
             one.advance(window)
@@ -543,7 +545,7 @@ def test_statistics_of_padded_samples_are_those_of_their_text(shape: str, statis
             window(alone.inputs_STD, alone.passes.decoder.embed(tokens_ST)[1])
     assert set(gathered.by_name) == set(expected.by_name)
     for name, by_expert in expected.by_name.items():
-        close(torch.stack(gathered.by_name[name]), torch.stack(by_expert), name)
+        assert_close(torch.stack(gathered.by_name[name]), torch.stack(by_expert), name)
     plain = [matrix.name for matrix in window.matrices() if matrix.experts == 1]
     assert {gathered._rows[name][0] for name in plain} == {sum(LENGTHS[:CALIBRATION])}
 
@@ -558,7 +560,7 @@ def test_statistics_do_not_depend_on_how_samples_are_batched(tokens_ST: Tensor) 
         sums.append({name: torch.stack(by_expert) for name, by_expert in gathered.by_name.items()})
     for other in sums[1:]:
         for name, expected in sums[0].items():
-            close(other[name], expected, name)
+            assert_close(other[name], expected, name)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def linear_inputs(chain: Chain, layer: nn.Module, states_STD: Tensor, index: int
     return seen
 
 
-def close(values: Tensor, expected: Tensor) -> None:
+def assert_close(values: Tensor, expected: Tensor) -> None:
     """Equal but for the order of sums."""
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
 
@@ -117,8 +117,8 @@ def test_inputs_and_targets_are_those_of_the_dense_layer_run_on_the_right_chain(
     for name, window in windows.items():
         made = data.activations(window)
         assert made.batching.num_samples == CALIBRATION and made.batching.valid_ST is None
-        close(made.inputs_STD, inputs[name])
-        close(made.targets_STD, sources[name] @ layer.get_submodule(name).weight.T)
+        assert_close(made.inputs_STD, inputs[name])
+        assert_close(made.targets_STD, sources[name] @ layer.get_submodule(name).weight.T)
     if REGIMES[propagation].inputs == "sparse" and dense_targets:
         assert (inputs["self_attn.q_proj"] - sources["self_attn.q_proj"]).abs().max() > 0.1, (
             "the chains have come apart"
@@ -159,8 +159,8 @@ def test_the_layer_stays_dense_while_its_matrices_are_done_one_by_one(tokens_ST:
     dense = {name: window.matrix.weight.clone() for name, window in windows.items()}
     for name, window in windows.items():
         made = data.activations(window)
-        close(made.inputs_STD, expected[name])
-        close(made.targets_STD, expected[name] @ dense[name].T)
+        assert_close(made.inputs_STD, expected[name])
+        assert_close(made.targets_STD, expected[name] @ dense[name].T)
         window.open()
         window.weight.zero_()
     assert all(torch.equal(window.matrix.weight, dense[name]) for name, window in windows.items())
@@ -180,8 +180,8 @@ def test_products_of_conv1d_are_with_the_weight_as_it_is_stored(tokens_ST: Tenso
     assert list(windows) == list(widths)
     for name, window in windows.items():
         made = data.activations(window)
-        close(made.inputs_STD, inputs[name])
-        close(made.targets_STD, inputs[name] @ window.matrix.weight)
+        assert_close(made.inputs_STD, inputs[name])
+        assert_close(made.targets_STD, inputs[name] @ window.matrix.weight)
         assert (made.inputs_STD.shape[2], made.targets_STD.shape[2]) == widths[name]
 
 
@@ -243,8 +243,8 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
             for expert, rows_NI in enumerate(expected[leaf][part]):
                 of_expert_ST = mine_ST & (experts_ST[samples] == expert)
                 inputs_NI = made.inputs_STD[samples][of_expert_ST]
-                close(ordered(inputs_NI), ordered(rows_NI))
-                close(made.targets_STD[samples][of_expert_ST], inputs_NI @ weight_EOI[expert].T)
+                assert_close(ordered(inputs_NI), ordered(rows_NI))
+                assert_close(made.targets_STD[samples][of_expert_ST], inputs_NI @ weight_EOI[expert].T)
             assert not made.inputs_STD[samples][~mine_ST].any()
     if is_padded:
         assert made.batching.valid_ST is not None and not made.batching.valid_ST.all()
@@ -262,7 +262,7 @@ def test_a_window_of_experts_multiplies_each_row_by_its_own_expert() -> None:
     for batch in range(2):
         for token in range(5):
             expected_O = window.matrix.weight[experts_BT[batch, token]] @ rows_BTI[batch, token]
-            close(products_BTO[batch, token], expected_O)
+            assert_close(products_BTO[batch, token], expected_O)
 
 
 @torch.no_grad()
@@ -321,8 +321,8 @@ def test_rows_of_padded_samples_are_those_of_their_text_in_order(tokens_ST: Tens
     for part, samples in PARTS.items():
         mine = slice(0, made.batching.num_samples) if part == "calibration" else slice(made.batching.num_samples, None)
         rows_NI = normed_STD[samples][tokens_ST[samples] != PADDING]
-        close(made.inputs_STD[mine][made.batching.valid_ST[mine]], rows_NI)
-        close(
+        assert_close(made.inputs_STD[mine][made.batching.valid_ST[mine]], rows_NI)
+        assert_close(
             made.targets_STD[mine][made.batching.valid_ST[mine]], rows_NI @ windows["self_attn.q_proj"].matrix.weight.T
         )
 
@@ -433,7 +433,7 @@ def test_the_gram_matrix_is_that_of_the_calibration_rows_alone(tokens_ST: Tensor
         for equations, part in ((moments.calibration, PARTS["calibration"]), (moments.held_out, PARTS["held_out"])):
             inputs_NI = kept.inputs_STD[part].flatten(0, 1).double()
             targets_NO = kept.targets_STD[part].flatten(0, 1).double()
-            close(equations.gram_EII[0].double(), inputs_NI.T @ inputs_NI)
+            assert_close(equations.gram_EII[0].double(), inputs_NI.T @ inputs_NI)
             torch.testing.assert_close(
                 equations.cross_EOI[0].double(), targets_NO.T @ inputs_NI, rtol=1e-4, atol=1e-3, msg=name
             )

@@ -39,7 +39,7 @@ def split_of(shape: str) -> Split:
     return split_layer(*first_layer(shape)[1:])
 
 
-def close(values: Tensor, expected: Tensor) -> None:
+def assert_close(values: Tensor, expected: Tensor) -> None:
     """Relative to the largest value, like the package."""
     assert (values - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -57,7 +57,7 @@ def test_halves_make_up_the_layer_in_turn_or_side_by_side(shape: str) -> None:
         whole_BTD = attention_BTD + run_half(layer, split_of(shape), "mlp", hidden_BTD, call) - hidden_BTD
     else:
         whole_BTD = run_half(layer, split_of(shape), "mlp", attention_BTD, call)
-    close(whole_BTD, call_layer(layer, hidden_BTD, call))
+    assert_close(whole_BTD, call_layer(layer, hidden_BTD, call))
 
 
 @pytest.mark.parametrize("shape", HAVING)
@@ -105,8 +105,8 @@ def test_the_halves_of_a_sequential_layer_by_hand() -> None:
     _, layer, hidden_BTD, call = first_layer("llama")
     attention_BTD = hidden_BTD + layer.self_attn(layer.input_layernorm(hidden_BTD), *call.args, **call.kwargs)[0]
     mlp_BTD = hidden_BTD + layer.mlp(layer.post_attention_layernorm(hidden_BTD))
-    close(run_half(layer, split_of("llama"), "attention", hidden_BTD, call), attention_BTD)
-    close(run_half(layer, split_of("llama"), "mlp", hidden_BTD, call), mlp_BTD)
+    assert_close(run_half(layer, split_of("llama"), "attention", hidden_BTD, call), attention_BTD)
+    assert_close(run_half(layer, split_of("llama"), "mlp", hidden_BTD, call), mlp_BTD)
 
 
 @pytest.mark.parametrize("shape", ["phi", "cohere2"])
@@ -114,8 +114,8 @@ def test_the_halves_of_a_parallel_layer_by_hand(shape: str) -> None:
     _, layer, hidden_BTD, call = first_layer(shape)
     normed_BTD = layer.input_layernorm(hidden_BTD)
     attention_BTD = hidden_BTD + layer.self_attn(normed_BTD, *call.args, **call.kwargs)[0]
-    close(run_half(layer, split_of(shape), "attention", hidden_BTD, call), attention_BTD)
-    close(run_half(layer, split_of(shape), "mlp", hidden_BTD, call), hidden_BTD + layer.mlp(normed_BTD))
+    assert_close(run_half(layer, split_of(shape), "attention", hidden_BTD, call), attention_BTD)
+    assert_close(run_half(layer, split_of(shape), "mlp", hidden_BTD, call), hidden_BTD + layer.mlp(normed_BTD))
 
 
 def test_norms_behind_a_side_that_is_silent_belong_to_the_side_that_they_follow() -> None:
@@ -132,7 +132,7 @@ def test_norms_behind_a_side_that_is_silent_belong_to_the_side_that_they_follow(
 def test_a_residual_multiplier_stays_with_each_half() -> None:
     _, layer, hidden_BTD, call = first_layer("granite")
     added_BTD = 0.5 * layer.mlp(layer.post_attention_layernorm(hidden_BTD))
-    close(run_half(layer, split_of("granite"), "mlp", hidden_BTD, call), hidden_BTD + added_BTD)
+    assert_close(run_half(layer, split_of("granite"), "mlp", hidden_BTD, call), hidden_BTD + added_BTD)
 
 
 @pytest.mark.parametrize("shape", REFUSED)

@@ -144,7 +144,7 @@ def walk_by_hand(
     return masks
 
 
-def same(masks: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(masks: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """All masks, bit for bit."""
     assert set(masks) == set(expected)
     assert [name for name in masks if not torch.equal(masks[name], expected[name])] == []
@@ -179,7 +179,7 @@ def test_masks_of_sparse_statistics_are_those_of_units_pruned_by_hand(case: str,
     expected = walk_by_hand(model, tokens_ST[:CALIBRATION], windows, units, around=case in LARGER)
     chain = chain_of(model, tokens_ST, CALIBRATION, propagation=SPARSE)
     masks = walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), model, windows)
-    same(masks, expected)
+    assert_same(masks, expected)
     assert all((~mask).float().mean() == 0.5 for mask in masks.values())
 
 
@@ -198,7 +198,9 @@ def test_the_model_around_overlapping_windows_prunes_every_layer_in_each_of_its_
         masks = masks_of(pruner, window)
         prune(window, masks)
         # All matrices of the model were scored at once, while it was dense.
-        same(masks, {matrix.name: wanda_mask(dense, matrix.name, seen[matrix.name]) for matrix in window.matrices()})
+        assert_same(
+            masks, {matrix.name: wanda_mask(dense, matrix.name, seen[matrix.name]) for matrix in window.matrices()}
+        )
         change(model, trained_names(model, window), position)
         chain.advance(window)
         for index in window.indices[window.num_kept :]:
@@ -219,7 +221,7 @@ def test_units_are_scored_on_the_sparse_chain_whatever_windows_are_trained_on(
         windows, units = (layer_windows(again, **settings) for settings in SETTINGS[case])
         propagation = Propagation(inputs=inputs, targets=targets, statistics="sparse")
         chain = chain_of(again, tokens_ST, CALIBRATION, propagation=propagation)
-        same(walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), again, windows), expected)
+        assert_same(walk(Pruner(Wanda(), HALF, chain, pruning_windows=units), again, windows), expected)
 
 
 @pytest.mark.parametrize("case", ["halves within blocks", "blocks within pairs of layers", "halves within the model"])
@@ -258,7 +260,7 @@ def test_masks_of_dense_statistics_do_not_depend_on_windows_nor_units(shape: str
         pruner = Pruner(Wanda(), HALF, chain, pruning_windows=layer_windows(model, matrices, **unit))
         found.append(walk(pruner, model, layer_windows(model, matrices, **settings)))
     for masks in found[1:]:
-        same(masks, found[0])
+        assert_same(masks, found[0])
 
 
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
@@ -269,7 +271,7 @@ def test_masks_of_dense_statistics_are_wandas_on_the_dense_model(shape: str, tok
     masks = walk(Pruner(Wanda(), HALF, chain_of(model, tokens_ST, CALIBRATION)), model, windows)
     seen = linear_inputs(dense, tokens_ST[:CALIBRATION])
     plain = {name: mask for name, mask in masks.items() if mask.dim() == 2}
-    same(plain, {name: wanda_mask(dense, name, seen[name]) for name in plain})
+    assert_same(plain, {name: wanda_mask(dense, name, seen[name]) for name in plain})
     chosen = {id(parameter) for layer in decoder_layers(dense)[1] for parameter in routers(layer)}
     outside = [name for name, parameter in dense.named_parameters() if id(parameter) in chosen]
     assert not set(outside) & set(masks)
@@ -296,7 +298,7 @@ def test_single_matrices_get_the_masks_of_their_layer(tokens_ST: Tensor) -> None
                 else:
                     prune(window, masks)
         found.append(masks)
-    same(*found)
+    assert_same(*found)
 
 
 # Mixtures
@@ -413,7 +415,7 @@ def test_statistics_see_no_held_out_sample(tokens_ST: Tensor) -> None:
         model = tiny_model("mixtral")
         chain = chain_of(model, torch.cat([tokens_ST[:3], held_out]), CALIBRATION)
         made.append(walk(Pruner(Wanda(), HALF, chain), model, layer_windows(model)))
-    same(*made)
+    assert_same(*made)
 
 
 def test_a_matrix_whose_inputs_are_not_known_stays_dense(tokens_ST: Tensor) -> None:

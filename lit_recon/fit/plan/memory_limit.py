@@ -23,7 +23,7 @@ from lit_recon.system.atomic_files import can_link
 from lit_recon.system.units import in_gb
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
-ORDER = (WindowKind.MODEL, WindowKind.BLOCKS, WindowKind.BLOCK, WindowKind.HALF)  # from large to small
+ORDER: list[WindowKind] = [kind for kind in reversed(WindowKind) if kind != WindowKind.MATRIX]  # from large to small
 
 
 def parse_limit(limit: str | int) -> int:
@@ -126,7 +126,7 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
 def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, int]]:
     """All choices in the order of preference, and the memory that each needs."""
     windows = job.method.windows
-    kinds: list[str] = list(ORDER[ORDER.index(WindowKind(windows.by)) :]) if windows.by in ORDER else [windows.by]
+    kinds: list[str] = [*ORDER[ORDER.index(WindowKind(windows.by)) :]] if windows.by in ORDER else [windows.by]
     if windows.blocks > len(session.matrices):
         kinds = [kind for kind in kinds if kind != WindowKind.BLOCKS]
     halves: Sequence[AnyWindow] = session.windows
