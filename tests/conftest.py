@@ -256,9 +256,12 @@ def command(
             status = int(end.code or 0)
         return Ended(status, *capfd.readouterr())
 
-    handlers = logging.root.handlers[:]
+    handlers, before = logging.root.handlers[:], set(sys.modules)
     yield run
     logging.root.handlers = handlers
+    for name in set(sys.modules) - before:  # a file of the test's own
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def numbers(run: Path) -> dict:

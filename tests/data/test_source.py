@@ -145,7 +145,8 @@ def test_the_source_in_the_docstring_works_as_it_stands(tokenizer, tmp_path, mon
         (tmp_path / "poems" / folder / "one.txt").write_text("abc"[number] * 1000)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setitem(sys.modules, "mine", None)  # so that it is gone afterwards
+    del sys.modules["mine"]
     source = instantiate({"_target_": "mine.Poems", "num_samples": 2, "length": 10, "evaluation_length": 10})
     source.check()
     samples = source.samples(tokenizer, seed=0, cache=tmp_path)

@@ -1,6 +1,5 @@
 """What moved since an earlier version is refused with its new place, or goes on under its old name."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +48,6 @@ def test_a_file_of_ones_own_that_imports_from_an_old_place_is_refused_with_the_n
     tiny_run: Callable[..., Ended], line: str, said: str
 ) -> None:
     Path("mine.py").write_text(line + "\n\n\nclass Mine: ...\n")
-    importlib.invalidate_caches()
     ended = tiny_run("module=custom", "module._target_=mine.Mine")
     assert ended.status == 2 and said in ended.err and "Expected <file>.<class>" in ended.err
 
