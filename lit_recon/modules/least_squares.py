@@ -8,6 +8,7 @@ no optimizer is needed. TensorBoard shows the error, with what damping adds, ove
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from lightning import LightningModule
@@ -82,11 +83,11 @@ class LeastSquares(LightningModule):
 
     def _solution(self, *problem: Tensor, on_iteration: Callable[[int, float], None]) -> Tensor:
         """The solution with as little damping as the Gram matrix allows."""
-        limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
+        limited = partial(solve, tolerance=self.tolerance, max_iterations=self.max_iterations)
         damping = self.damping
         while True:
             try:
-                return solve(*problem, damping=damping, **limits, on_iteration=on_iteration)
+                return limited(*problem, damping=damping, on_iteration=on_iteration)
             except torch.linalg.LinAlgError:
                 if damping >= 1:
                     raise

@@ -74,10 +74,11 @@ class RunLogger(TensorBoardLogger):
         for index, window in enumerate(results["windows"]):
             names = ("relative_error_before", "relative_error_after", "held_out_before", "held_out_after")
             self.log_metrics({f"depth/{name}": window[name] for name in names}, index)
-        rows = [f"| perplexity {state} | {value:.3f} |" for state, value in results["perplexity"].items()]
+        perplexities = {state: math.nan if value is None else value for state, value in results["perplexity"].items()}
+        rows = [f"| perplexity {state} | {value:.3f} |" for state, value in perplexities.items()]
         rows += [f"| {key} | {value} |" for key, value in (results["model"] | results["recipe"]).items()]
         self.experiment.add_text("summary", "\n".join(["| | |", "|---|---|", *rows]))
-        finals = {f"perplexity/{state}": value for state, value in results["perplexity"].items()}
+        finals = {f"perplexity/{state}": value for state, value in perplexities.items()}
         finals["gap_recovered"] = results["gap_recovered"] if results["gap_recovered"] is not None else math.nan
         self.log_hyperparams(results["recipe"] | {"seed": results["seed"]}, finals)
 

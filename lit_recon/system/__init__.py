@@ -9,6 +9,7 @@ cache.py            folders that are built once and kept
 signals.py          Ctrl-C and SIGTERM, held back in protected sections
 clock.py            seconds per phase
 memory.py           peak memory, giving memory back
+finite.py           numbers that are not finite, found and named
 units.py            bytes and seconds as text
 command_line.py     problems in one message, refusals, the end of a process
 quiet_libraries.py  log levels and warnings of libraries, their progress bars
