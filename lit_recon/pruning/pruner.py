@@ -51,6 +51,7 @@ class Pruner:
 
     Attributes:
         by_magnitude: By matrix, labels of the experts that saw no token and were scored by magnitude.
+        has_pruned: Whether weights were zeroed already as the last masks were made, one pruning window after the other.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Pruner:
         self.seed = seed
         self.clock = clock or Clock()
         self.by_magnitude: dict[str, list[str]] = {}
+        self.has_pruned = False
         self._larger: Window | None = None  # the pruning window, larger than a window, in which the walk is
         self._masks: dict[str, Tensor] = {}  # of that pruning window
 
@@ -114,6 +116,7 @@ class Pruner:
             window: The window, dense, on the device.
             statistics: What `statistics` gave, after the dense pass.
         """
+        self.has_pruned = False
         if self._larger is not None:
             found = self._masks
         elif smaller := self._smaller(window):
@@ -135,7 +138,7 @@ class Pruner:
         masks: dict[str, Tensor] = {}
         for window in pruning_windows:
             found = self._masks_at(window, boundary)
-            prune(window, found)
+            self.has_pruned |= prune(window, found)
             masks |= found
             self.chain.step_over(boundary, window)
         return masks

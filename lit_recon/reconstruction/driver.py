@@ -85,7 +85,7 @@ def walk(
                 masks = pruner.masks(step.window, statistics)  # 3
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
-                    if prune(window, masks) or not _matches_itself(step.window, chain):
+                    if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain):
                         results.append(fitter.fit(window, masks, data, weights.dtypes(window)))  # 4
                     else:
                         results.append(kept_pruned(window, NOTHING_PRUNED))
