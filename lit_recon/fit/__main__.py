@@ -4,6 +4,9 @@ prepare: the configuration becomes objects, and everything that can be wrong is 
 run:     load, plan, walk, save, read back, evaluate, report
 """
 
+import lit_recon.system.environment  # noqa: F401, before what it is for
+
+# isort: split
 import difflib
 import logging
 import os
