@@ -5,8 +5,8 @@ is only needed for that is removed once results.json is there.
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,11 +43,12 @@ from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
-from lit_recon.system.signals import protected, stoppable
+from lit_recon.system.signals import protected
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,11 @@ def run(job: Job, console: Console) -> None:
     """
     clock, folder = Clock(), job.output.folder
     if job.output.plan_only:
-        with TemporaryDirectory(dir=nearest(folder)) as scratch:
+        with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
             opened.session.chain.passes.store.close()
         return
-    with stoppable(), made(job.output) as output:
+    with made(job.output) as output:
         job, folder = replace(job, output=output), output.folder
         commits = Commits(folder / "commits", resumed=output.resume)
         # Errors of what is written besides the commits are explained like theirs.
@@ -134,7 +135,6 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
                 there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(folder)
                 check_disk(folder, plan.disk_bytes - there)
     except ValueError as error:
-        shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
     for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
@@ -176,12 +176,13 @@ class _Walked:
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
     activations = job.output.folder / ACTIVATIONS
-    opened = _open(job, commits, clock, console, activations=activations)
     try:
+        opened = _open(job, commits, clock, console, activations=activations)
         with opened.session.chain.passes.store:
             return _walk_over(opened, commits, console)
     finally:
-        shutil.rmtree(activations, ignore_errors=True)
+        with suppress(OSError):  # what is read next matters more
+            remove(activations)
 
 
 def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked | None:
@@ -200,7 +201,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
     if len(resume_point.done) < len(session.windows):
-        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True)
+        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
     chain, dense_STD = session.chain, None
     if chain.dense and chain.dense.states_STD.dtype == torch.float32:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lit_recon import __version__
@@ -14,7 +15,7 @@ from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.atomic_files import replaced
+from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
@@ -57,6 +58,7 @@ class Results:
         """Write results.json, whole or not at all."""
         with replaced(path) as file:
             file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
+        sync_folder(path.parent)  # before the commits that these come from are removed
 
 
 def sparsity(masks: Masks, plan: Plan) -> dict[str, Any]:
@@ -89,9 +91,9 @@ def table(results: Results, run: Path) -> Table:
     shown.add_row("peak memory", in_gb(results.peak_memory_bytes))
     kept = [window for window in results.windows if window.note]
     for window in kept:
-        shown.add_row(window.name, window.note)
-    shown.add_row("files", f"{run}/  (checkpoint/, report.html, results.json)")
-    shown.add_row("curves", "tensorboard --logdir " + str(run.parent))
+        shown.add_row(escape(window.name), escape(window.note))
+    shown.add_row("files", escape(f"{run}/  (checkpoint/, report.html, results.json)"))
+    shown.add_row("curves", escape(f"tensorboard --logdir {run.parent}"))
     return shown
 
 
