@@ -127,7 +127,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
-    found = DenseFiles.from_model(model, job.model.files())
+    found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:
         log.info("the model is in memory as a whole: %s", found)
