@@ -151,9 +151,7 @@ class LanguageModel(ABC):
                     model = auto_class.from_config(config, **settings)
             except (ImportError, ValueError) as error:
                 if self.attention != "eager" and _attempt(replace(self, attention="eager").skeleton):
-                    asked = (
-                        f"model.attention={self.attention}" if self.attention else "attn_implementation of its config"
-                    )
+                    asked = f"model.attention={self.attention}" if self.attention else "its attn_implementation"
                     raise ValueError(f"{asked} cannot be used ({error}); give model.attention=sdpa or eager") from error
                 raise
         return model.requires_grad_(False).eval()
@@ -284,7 +282,7 @@ class HubModel(LanguageModel):
 
 
 def _auto_class(config: transformers.PreTrainedConfig) -> Any:
-    """transformers' class for a configuration: of the whole model, where the text decoder is a part of one.
+    """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
 
     Raises:
         ValueError: It has none that generates text.
