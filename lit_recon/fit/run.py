@@ -21,16 +21,26 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.job import Job
-from lit_recon.fit.output.folder import ACTIVATIONS, begin_output, begun, check_disk, draw_report, left_behind
+from lit_recon.fit.output.folder import (
+    ACTIVATIONS,
+    begin_output,
+    begun,
+    check_commits_kept,
+    check_disk,
+    draw_report,
+    left_behind,
+    made,
+)
 from lit_recon.fit.output.read_back import Saved, read_back
 from lit_recon.fit.output.results import Results, model_card, sparsity, table
 from lit_recon.fit.plan.estimate import Plan, describe_plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
-from lit_recon.fit.signature import changes, signature
+from lit_recon.fit.signature import changes, differences, machine, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
 from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.clock import WALK, Clock
@@ -59,13 +69,15 @@ def run(job: Job, console: Console) -> None:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
             opened.session.chain.passes.store.close()
         return
-    commits = Commits(folder / "commits", resumed=job.output.resume)
-    # Errors of what is written besides the commits are explained like theirs.
-    with commits.writing(folder), stoppable(), begun(folder, _config(job), resumed=job.output.resume):
-        walked = _walk(job, commits, clock, console)
-        if walked is not None:
-            release_memory()  # the model that was saved, before it is read back
-            console.print(table(_conclude(walked, clock), folder))
+    with stoppable(), made(job.output) as output:
+        job, folder = replace(job, output=output), output.folder
+        commits = Commits(folder / "commits", resumed=output.resume)
+        # Errors of what is written besides the commits are explained like theirs.
+        with commits.writing(folder), begun(output, _config(job)):
+            walked = _walk(job, commits, clock, console)
+            if walked is not None:
+                release_memory()  # the model that was saved, before it is read back
+                console.print(table(_conclude(walked, clock), folder))
 
 
 @dataclass(frozen=True)
@@ -97,13 +109,21 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     try:
         with clock.phase("load"):
             commit = commits.newest() if job.output.resume else None
+            if job.output.resume and commit is None:
+                check_commits_kept(folder)
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
             session = load(job, activations, clock)
-            facts: dict[str, Any] = {"signature": signature(job)}
+            facts: dict[str, Any] = {
+                "signature": signature(job),
+                "machine": machine(job.execution.compute.device),
+            }
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
+            for name, old, new in differences(commit.state["machine"], facts["machine"]) if commit else ():
+                told = "resume=%s: %s was %s and is %s; the run is resumed, but its last bits may differ"
+                log.warning(told, folder, name, old, new)
             if limited or commit:
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, session)
                 job, session = adopt(choice, job, session)
@@ -211,7 +231,8 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     if commit:
         resume_point.restore(commit)
     checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
-    progress = ProgressBar(console, len(session.windows), done=resume_point.done)
+    together = job.method.windows.by == WindowKind.MATRIX
+    progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
     with session.clock.phase("commit"):
         checkpoint.open()
     try:
@@ -220,7 +241,7 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
                 session,
                 job.method,
                 job.execution,
-                callbacks=[progress, resume_point, checkpoint],
+                callbacks=[resume_point, checkpoint, progress],
                 trainer_callbacks=[progress],
                 logger=logger,
                 done=resume_point.done,

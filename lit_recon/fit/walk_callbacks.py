@@ -33,13 +33,21 @@ class ProgressBar(WalkCallback, Callback):
         console: Where to show it.
         num_windows: Windows of the walk.
         done: Results of those that an earlier run has done.
+        together: Whether several windows are committed together: they count as done when they are.
         shown: Whether anything is shown.
     """
 
     def __init__(
-        self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = (), shown: bool = True
+        self,
+        console: Console,
+        num_windows: int,
+        *,
+        done: Sequence[WindowResult] = (),
+        together: bool = False,
+        shown: bool = True,
     ) -> None:
         self.done: list[WindowResult] = list(done)
+        self._together = together
         self._before = len(done)
         self._num_windows, self._shown, self._console = num_windows, shown, console
         self._start = time.perf_counter()
@@ -80,9 +88,18 @@ class ProgressBar(WalkCallback, Callback):
         number, left = len(self.done), self._left()
         windows = f"{number}/{self._num_windows}"
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
+        change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
+        number_of = "" if self._together else f"{windows} "
+        self._say(f"{number_of}{result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}")
+
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
+        """What was fitted together is done."""
+        if self._together:
+            self._say(f"{len(results)}/{self._num_windows} windows are done: those of {window.name}")
+
+    def _say(self, line: str) -> None:
+        """A line, where there is no bar that moves."""
         if self._shown and self._progress.disable:
-            change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
-            line = f"{windows} {result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}"
             if self._console.is_jupyter:
                 self._console.print(line, highlight=False, markup=False)
             else:
@@ -130,16 +147,13 @@ class CheckpointWriter(WalkCallback):
         """Bring a growing checkpoint to what is committed, and to dense weights elsewhere."""
         if self._shards is None:
             return
-        done, windows = self.resume_point.done, self.session.windows
-        if not done or not self._shards.is_there():
+        done, files = self.resume_point.done, self.resume_point.layer_files()
+        if done and self._shards.is_there():
+            self._shards.mend(self.tokenizer, files)
+        else:
             self._shards.start(self.tokenizer, self.card(done))
-        files = self.resume_point.layer_files()
         for index, path in files.items():
             self._shards.put(index, path)
-        if done and len(done) < len(windows):  # a window of which the commit was damaged
-            for index in windows[len(done)].indices:
-                if index not in files:
-                    self._shards.put_back(index)
         self._shards.describe(self.card(done))
 
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
