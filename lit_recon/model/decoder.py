@@ -142,8 +142,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         _, part = text_part(model)
-        is_whole = isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
-        self.model = part if is_whole else model
+        has_head = isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
+        self.model: PreTrainedModel = part if has_head else model  # type: ignore[assignment]
         self.device = device
         self.prefix, self.layers = decoder_layers(model)
         self._returns_tuple: dict[type, bool] = {}

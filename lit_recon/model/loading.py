@@ -143,12 +143,12 @@ class LanguageModel(ABC):
         config = self.config()
         settings: dict[str, Any] = {"trust_remote_code": False} | self._choices()
         if self.dtype == "auto":
-            settings.pop("dtype")
+            settings.pop("dtype")  # from_config has the configuration's
         with explained(self.describe()):
-            auto_class = _auto_class(config)
+            whole = auto_class(config)
             try:
                 with torch.device("meta"):
-                    model = auto_class.from_config(config, **settings)
+                    model = whole.from_config(config, **settings)
             except (ImportError, ValueError) as error:
                 if self.attention != "eager" and _attempt(replace(self, attention="eager").skeleton):
                     asked = f"model.attention={self.attention}" if self.attention else "its attn_implementation"
@@ -167,8 +167,8 @@ class LanguageModel(ABC):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
             with explained(self.describe()):
-                auto_class = _auto_class(self.config())
-            model, info = self._read(auto_class, **settings)
+                whole = auto_class(self.config())
+            model, info = self._read(whole, **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         if self.left_out is None:
@@ -281,21 +281,19 @@ class HubModel(LanguageModel):
         return problems
 
 
-def _auto_class(config: transformers.PreTrainedConfig) -> Any:
+def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
 
     Raises:
         ValueError: It has none that generates text.
     """
-    choices = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    choices: list[tuple[Any, Any]] = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
     if config.get_text_config() is not config:
         choices.insert(0, (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING))
-    known = [(auto, mapping[type(config)].__name__) for auto, mapping in choices if type(config) in mapping]
+    known = [(auto, mapping[type(config)]) for auto, mapping in choices if type(config) in mapping]
     if not known:
-        raise ValueError(
-            f"transformers has no model for {type(config).__name__} that continues text, as a decoder does"
-        )
-    written = [auto for auto, name in known if name in (config.architectures or [])]
+        raise ValueError(f"transformers knows no decoder for its configuration ({type(config).__name__})")
+    written = [auto for auto, model in known if model.__name__ in (config.architectures or [])]
     return [*written, known[0][0]][0]
 
 
