@@ -59,7 +59,8 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Logits of a few tokens, (1, T, V)."""
-        return model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits
+        decoder = Decoder(model, torch.device("cpu"))
+        return decoder.model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits
 
     def _batch_size(self, tokens_ST: Tensor) -> int:
         return max(1, self.tokens_per_batch // tokens_ST.shape[1])

@@ -21,6 +21,7 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.job import Job
+from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
     ACTIVATIONS,
     begin_output,
@@ -39,6 +40,7 @@ from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
 from lit_recon.fit.signature import changes, differences, machine, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
+from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
@@ -147,7 +149,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
-    found = DenseFiles.from_model(model, job.model.files())
+    found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:
         log.info("the model is in memory as a whole: %s", found)
@@ -231,7 +233,8 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
-    checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
+    companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
+    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
     together = job.method.windows.by == WindowKind.MATRIX
     progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
     with session.clock.phase("commit"):
@@ -277,7 +280,8 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
 
 
 def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
-    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results)
+    loads = auto_class(opened.session.model.config).__name__
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:

@@ -97,8 +97,14 @@ def table(results: Results, run: Path) -> Table:
     return shown
 
 
-def model_card(model: str, recipe: Mapping[str, str], plan: Plan, windows: Sequence[WindowResult]) -> str:
-    """README.md of the checkpoint: how it was made and how to read it."""
+def model_card(
+    model: str,
+    recipe: Mapping[str, str],
+    plan: Plan,
+    windows: Sequence[WindowResult],
+    auto_class: str = "AutoModelForCausalLM",
+) -> str:
+    """README.md of the checkpoint: how it was made and how to read it, by a class of transformers."""
     accepted = sum(window.accepted for window in windows)
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     left = plan.windows - len(windows)
@@ -121,9 +127,9 @@ exact zeros.
 | windows reconstructed | {accepted} of {len(windows)} |
 {unfinished}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("checkpoint")
+model = {auto_class}.from_pretrained("checkpoint")
 tokenizer = AutoTokenizer.from_pretrained("checkpoint")
 ```
 """
