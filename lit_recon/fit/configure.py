@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, NEXT_CONFIG, check_output
 from lit_recon.fit.plan.memory_limit import parse_limit
@@ -106,6 +106,7 @@ def prepare(cfg: DictConfig) -> Job:
     check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
+    check_samples(skeleton, samples)
     folder = Path(str(cfg.output_dir))  # a name of digits is read as a number
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
     store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
