@@ -330,6 +330,7 @@ def _evaluator(job: Job, clock: Clock) -> Evaluator:
 def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
-        dataset=job.source.describe("evaluation"),
+        dataset=job.samples.evaluation_description,
+        opening=job.samples.opening,
         precision=job.execution.compute.precision,
     )
