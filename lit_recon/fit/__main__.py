@@ -34,6 +34,7 @@ from lit_recon.fit.run import run
 from lit_recon.fit.sweep import fit_apart
 from lit_recon.system.command_line import Refusal, stop
 from lit_recon.system.commits import CommitError
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
 from lit_recon.system.signals import stoppable
 from lit_recon.system.tensor_files import allow_open_files
@@ -58,7 +59,7 @@ def fit(cfg: DictConfig) -> None:
         run(job, console)
     except Refusal as error:
         stop(str(error), status=2)
-    except CommitError as error:
+    except (CommitError, NotFinite) as error:
         stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
         stop(f"interrupted: {str(interrupt) or remedy}", status=1)
