@@ -102,4 +102,5 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Logits of a few tokens, (1, T, V)."""
-        return model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits
+        decoder = Decoder(model, torch.device("cpu"))
+        return decoder.model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits

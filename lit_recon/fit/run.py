@@ -5,8 +5,8 @@ is only needed for that is removed once results.json is there.
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.job import Job
+from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
     ACTIVATIONS,
     begin_output,
@@ -38,16 +39,18 @@ from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
 from lit_recon.fit.signature import changes, differences, machine, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
+from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
-from lit_recon.system.signals import protected, stoppable
+from lit_recon.system.signals import protected
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
@@ -65,11 +68,11 @@ def run(job: Job, console: Console) -> None:
     """
     clock, folder = Clock(), job.output.folder
     if job.output.plan_only:
-        with TemporaryDirectory(dir=nearest(folder)) as scratch:
+        with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
             opened.session.chain.passes.store.close()
         return
-    with stoppable(), made(job.output) as output:
+    with made(job.output) as output:
         job, folder = replace(job, output=output), output.folder
         commits = Commits(folder / "commits", resumed=output.resume)
         # Errors of what is written besides the commits are explained like theirs.
@@ -134,7 +137,6 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
                 there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(folder)
                 check_disk(folder, plan.disk_bytes - there)
     except ValueError as error:
-        shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
     for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
@@ -147,7 +149,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
-    found = DenseFiles.from_model(model, job.model.files())
+    found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:
         log.info("the model is in memory as a whole: %s", found)
@@ -176,12 +178,13 @@ class _Walked:
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
     activations = job.output.folder / ACTIVATIONS
-    opened = _open(job, commits, clock, console, activations=activations)
     try:
+        opened = _open(job, commits, clock, console, activations=activations)
         with opened.session.chain.passes.store:
             return _walk_over(opened, commits, console)
     finally:
-        shutil.rmtree(activations, ignore_errors=True)
+        with suppress(OSError):  # what is read next matters more
+            remove(activations)
 
 
 def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked | None:
@@ -205,7 +208,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
     if len(resume_point.done) < len(session.windows):
-        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True)
+        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
     logits_BTV = evaluator.logits(session.model)
     return _Walked(
@@ -232,7 +235,8 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
-    checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
+    companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
+    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
     together = job.method.windows.by == WindowKind.MATRIX
     progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
     with session.clock.phase("commit"):
@@ -278,7 +282,8 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
 
 
 def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
-    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results)
+    loads = auto_class(opened.session.model.config).__name__
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:
@@ -327,6 +332,7 @@ def _evaluator(job: Job, clock: Clock) -> Evaluator:
 def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
-        dataset=job.source.describe("evaluation"),
+        dataset=job.samples.evaluation_description,
+        opening=job.samples.opening,
         precision=job.execution.compute.precision,
     )

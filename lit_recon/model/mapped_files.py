@@ -161,13 +161,19 @@ class DenseFiles:
 
     Args:
         files: The files.
+        renamed: Names in the model of tensors that have others in the files.
 
     Raises:
         ValueError: One is not a safetensors file, or not all of it is there.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], renamed: Mapping[str, str] | None = None) -> None:
         self._entries = {name: entry for path in files for name, entry in _entries(path).items()}
+        if renamed:
+            self._entries = {
+                renamed.get(name, name): entry._replace(name=renamed.get(name, name))
+                for name, entry in self._entries.items()
+            }
 
     @property
     def names(self) -> list[str]:
@@ -218,11 +224,13 @@ class DenseFiles:
                     os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+    def from_model(
+        cls, model: PreTrainedModel, files: Sequence[Path], renamed: Mapping[str, str] | None = None
+    ) -> "DenseFiles | str":
         """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
         if not files or any(path.suffix != ".safetensors" for path in files):
             return "its weights are not in safetensors files"
-        dense = cls(files)
+        dense = cls(files, renamed)
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():

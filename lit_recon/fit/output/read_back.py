@@ -48,7 +48,7 @@ def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found
         RuntimeError: A pruned weight is not zero, or the model computes other logits than the one that was saved.
     """
     with evaluator.clock.phase("load"):
-        model = HubModel(name=str(saved.folder)).load()
+        model = HubModel(name=str(saved.folder), attention=dense.attention).load()
     zeros = saved.masks.count_zeros(model)
     if not torch.equal(evaluator.logits(model), saved.logits_BTV):
         raise RuntimeError(f"{saved.folder}: the model that was read back computes other logits.")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lit_recon import __version__
@@ -15,10 +16,10 @@ from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.atomic_files import replaced
+from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
-_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "safetensors", "numpy")
+_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
 
@@ -65,6 +66,7 @@ class Results:
         """Write results.json, whole or not at all."""
         with replaced(path) as file:
             file.write((json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n").encode())
+        sync_folder(path.parent)  # before the commits that these come from are removed
 
 
 def _share_recovered(values: Mapping[str, float]) -> float | None:
@@ -121,9 +123,9 @@ def table(results: Results, run: Path) -> Table:
     shown.add_row("", f"{duration(results.seconds['total'])} in total")
     shown.add_row("peak memory", in_gb(results.peak_memory_bytes))
     for about, text in remarks(results.windows):
-        shown.add_row(about, text)
-    shown.add_row("files", f"{run}/  (checkpoint/, report.html, results.json)")
-    shown.add_row("curves", "tensorboard --logdir " + str(run.parent))
+        shown.add_row(escape(about), escape(text))
+    shown.add_row("files", escape(f"{run}/  (checkpoint/, report.html, results.json)"))
+    shown.add_row("curves", escape(f"tensorboard --logdir {run.parent}"))
     return shown
 
 
@@ -145,8 +147,14 @@ def remarks(windows: Sequence[WindowResult]) -> list[tuple[str, str]]:
     return found
 
 
-def model_card(model: str, recipe: Mapping[str, str], plan: Plan, windows: Sequence[WindowResult]) -> str:
-    """README.md of the checkpoint: how it was made and how to read it."""
+def model_card(
+    model: str,
+    recipe: Mapping[str, str],
+    plan: Plan,
+    windows: Sequence[WindowResult],
+    auto_class: str = "AutoModelForCausalLM",
+) -> str:
+    """README.md of the checkpoint: how it was made and how to read it, by a class of transformers."""
     accepted = sum(window.accepted for window in windows)
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     left = plan.windows - len(windows)
@@ -169,9 +177,9 @@ exact zeros.
 | windows reconstructed | {accepted} of {len(windows)} |
 {unfinished}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("checkpoint")
+model = {auto_class}.from_pretrained("checkpoint")
 tokenizer = AutoTokenizer.from_pretrained("checkpoint")
 ```
 """
