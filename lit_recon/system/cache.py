@@ -128,9 +128,11 @@ def _write_manifest(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """Damage of a cached folder as text; None if it is intact. Files that the manifest does not list are ignored."""
     try:
-        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not manifest:
+            return f"{MANIFEST} lists no files"
         changed = [name for name, expected in manifest.items() if _fingerprint(folder / name) != expected]
-    except (OSError, ValueError, TypeError) as error:  # the manifest itself may be what is damaged
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # the manifest itself may be what is damaged
         return str(error)
     return f"changed: {', '.join(changed)}" if changed else None
 
