@@ -109,7 +109,7 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "windows": 3,
         "tokens": 12,
         "precision": "32-true",
-        "opening": "",
+        "opening": "none",
     }
     assert "each after" not in protocol.describe()
     assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
