@@ -19,7 +19,7 @@ from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
-_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "safetensors", "numpy")
+_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
 
