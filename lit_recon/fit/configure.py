@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, NEXT_CONFIG, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
@@ -109,6 +109,7 @@ def prepare(cfg: DictConfig) -> Job:
     check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
+    check_samples(skeleton, samples)
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
     store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
     output = Output(

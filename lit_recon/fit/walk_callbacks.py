@@ -51,7 +51,7 @@ class ProgressBar(WalkCallback, Callback):
         self._num_windows, self._shown, self._console = num_windows, shown, console
         self._start = time.perf_counter()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[windows]}"),
             TimeElapsedColumn(),

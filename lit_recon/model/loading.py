@@ -252,7 +252,7 @@ class HubModel(LanguageModel):
             folder = Path(str(cached_file(self.name, "config.json", revision=self.revision))).parent
         files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size <= _COMPANION_BYTES]
         chosen = filter_repo_objects(
-            sorted(files), allow_patterns=COMPANIONS, ignore_patterns=NO_COMPANIONS, key=lambda path: path.name
+            sorted(files), allow_patterns=[*COMPANIONS], ignore_patterns=[*NO_COMPANIONS], key=lambda path: path.name
         )
         found = {path.name: path.read_bytes() for path in chosen}
         has_code = any(b'"auto_map"' in content for name, content in found.items() if name.endswith(".json"))

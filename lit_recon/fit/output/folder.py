@@ -3,10 +3,9 @@
 import hashlib
 import itertools
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lit_recon.activations.disk_store import free_space, nearest
 from lit_recon.fit.job import Output
 from lit_recon.report.page import write_report
 from lit_recon.report.run_files import read_results
-from lit_recon.system.atomic_files import replaced
+from lit_recon.system.atomic_files import remove, replaced
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import CommitError
 from lit_recon.system.lock import hold
@@ -26,7 +25,7 @@ ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is i
 NEXT_CONFIG = "config.next.yaml"  # of a run that has begun to clear the folder
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "checkpoint.partial", f"{NEXT_CONFIG}.partial"),
+    *("commits", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
@@ -120,11 +119,7 @@ def clear_output(folder: Path) -> None:
     A run that is killed during that is still a run, which can be resumed.
     """
     for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 @contextmanager
@@ -228,7 +223,8 @@ def finish(output: Path, console: Console) -> bool:
         if not _lacks_report(output):  # another process has drawn it, or begun another run
             return False
         draw_report(output)
-    console.print(f"{output} was finished but for its report, which is there now", highlight=False, soft_wrap=True)
+    said = f"{output} was finished but for its report, which is there now"
+    console.print(said, highlight=False, soft_wrap=True, markup=False)
     return True
 
 
@@ -241,7 +237,8 @@ def draw_report(output: Path) -> None:
     """Remove the commits, from which nothing will be resumed any more, and draw the report."""
     left = f"{output} is finished but for its report, which resume={output} draws"
     try:
-        shutil.rmtree(output / "commits", ignore_errors=True)
+        with suppress(OSError):  # a file that another program has open; the report matters more
+            remove(output / "commits")
         write_report(output)
     except KeyboardInterrupt as stop:
         raise type(stop)(left) from stop
