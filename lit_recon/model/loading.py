@@ -16,7 +16,6 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,18 +26,12 @@ from transformers import (
 )
 from transformers.utils import has_file
 
-from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
+from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems, num_tensors
 from lit_recon.system.quiet_libraries import no_progress_bars
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_LIBRARY_ERRORS = (
-    SafetensorError,
-    hub_errors.HTTPError,
-    hub_errors.StrictDataclassError,
-    TypeError,  # of a setting of the wrong type in config.json, which transformers checks since 5.4
-)
 _HUB_ANSWERS = (  # the first that fits: a gated repository is also one that was not found
     (hub_errors.GatedRepoError, "only for approved accounts; ask on its Hub page, then log in with hf auth login"),
     (hub_errors.RepositoryNotFoundError, "neither a folder here nor a Hub model; if private, log in: hf auth login"),
@@ -84,13 +77,18 @@ class LanguageModel(ABC):
         if problems := self._setting_problems():
             raise ValueError("; ".join(problems))
         source, revision = self._location()["pretrained_model_name_or_path"], self._location().get("revision")
-        problems = folder_problems(Path(source)) if Path(source).is_dir() else []
-        if problems:
-            raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+        problems = []
+        if Path(source).is_dir():
+            with explained(self.describe()):
+                problems = folder_problems(Path(source))
+            if problems:
+                raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+            self._check_depth(Path(source))
         skeleton, tokenizer = self.skeleton(), self.tokenizer()  # in this order a silent Hub is waited for only once
         # Without vocabulary files many tokenizer classes of transformers come out empty instead of failing.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
+        with explained(self.describe()):
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
         if getattr(skeleton.config, "quantization_config", None) is not None:
             problems.append("its weights are quantised and cannot be pruned; use the checkpoint it was made from")
         with explained(self.describe()):
@@ -99,9 +97,22 @@ class LanguageModel(ABC):
         if problems:
             raise ValueError(f"model {self.describe()}: {'; '.join(problems)}")
 
+    def _check_depth(self, folder: Path) -> None:
+        """Find a number of layers that the weights cannot have; to build so many would take minutes."""
+        with explained(self.describe()):
+            depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
+        if isinstance(depth, int) and depth > most:
+            raise ValueError(
+                f"model {self.describe()}: its config.json says num_hidden_layers={depth}, and its weights are {most} "
+                "tensors at most; it is the configuration of another model, or damaged"
+            )
+
     def config(self) -> transformers.PreTrainedConfig:
-        """The model's configuration."""
-        return self._read(AutoConfig)
+        """The model's configuration; without a mark of sparse weights that are stored as they are."""
+        config = self._read(AutoConfig)
+        if _is_only_sparse(getattr(config, "quantization_config", None)):
+            del config.quantization_config
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -129,7 +140,7 @@ class LanguageModel(ABC):
         if files and all(path.suffix == ".safetensors" for path in files):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
-            model, info = self._read(AutoModelForCausalLM, **settings)
+            model, info = self._read(AutoModelForCausalLM, config=self.config(), **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         return model.requires_grad_(False).eval()
@@ -197,12 +208,21 @@ class HubModel(LanguageModel):
         return problems
 
 
+def _is_only_sparse(quantization: Any) -> bool:
+    """Whether a configuration of compressed-tensors only says that weights are sparse, and stores them as they are."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config") or {}
+    formats = {quantization.get("format") or "dense", sparsity.get("format") or "dense"}
+    return formats == {"dense"} and not quantization.get("config_groups") and not quantization.get("kv_cache_scheme")
+
+
 @contextmanager
 def explained(model: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one message for the user."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, *_LIBRARY_ERRORS) as error:
+    except Exception as error:  # also KeyError of a setting, UnpicklingError of a file that torch refuses
         raise ValueError(f"model {model}: {_explanation(error)}") from error
 
 
@@ -214,4 +234,5 @@ def _explanation(error: BaseException) -> str:
     for kind, answer in _HUB_ANSWERS:
         if any(isinstance(link, kind) for link in chain):
             return answer
-    return " ".join(str(error).split())
+    prefix = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return prefix + " ".join(str(error).split())

@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class CommitError(OSError):
-    """Error of a full or read-only disk: a file of a run cannot be written. The message says how to resume."""
+    """Error of a disk that is full or read-only, or whose files have changed; the message says how to resume."""
 
 
 @dataclass(frozen=True)

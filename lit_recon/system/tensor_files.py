@@ -5,12 +5,18 @@ import mmap
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from lit_recon.system.atomic_files import CHUNK, Fingerprint
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
 
 DTYPES = {  # names of the safetensors format
     torch.bool: "BOOL",
@@ -33,6 +39,23 @@ def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
     if sys.version_info >= (3, 13) and sys.platform != "win32":
         settings["trackfd"] = False
     return mmap.mmap(file.fileno(), length, **settings)
+
+
+def max_open_files() -> int:
+    """Files that this process may have open at once; maps of files count before Python 3.13."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else sys.maxsize
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as the system allows; most systems allow more than they begin with."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, 10240):  # the second: macOS knows no limit, and allows that
+        if resource.RLIM_INFINITY not in (soft, wanted) and soft < wanted:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
