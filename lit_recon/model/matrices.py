@@ -104,7 +104,7 @@ def routers(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def _matrices_of(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
+    return [parameter for parameter in module.parameters() if parameter.dim() == 2 and min(parameter.shape) > 1]
 
 
 def _num_experts(module: nn.Module) -> int:

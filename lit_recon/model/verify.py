@@ -32,8 +32,8 @@ LOGITS = {torch.float16: 0.05, torch.bfloat16: 0.2}  # tolerance relative to the
 STATES = 1e-4  # of hidden states, relative to each token's, which are in float32; of logits too
 LEAK = 1e-3  # how far a token may change those before it: experts are given other rows then, and round otherwise
 REPLAYED = (
-    "its layers cannot be called one after the other, as reconstruction does; layers that hand each other keys and values, "
-    "or more than hidden states, are not supported"
+    "its layers cannot be called one after the other, as reconstruction does; layers that hand each other more than "
+    "hidden states, such as keys and values, are not supported"
 )
 
 

@@ -171,7 +171,7 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         "prune": f"{plan.prunable * job.method.pattern.sparsity / plan.parameters:.1%} of the parameters: "
         f"{job.method.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of "
         + ("them" if not plan.unscored else f"them; {plan.unscored} matrices stay dense")
-        + (f"; {plan.unused} parameters that no product uses stay as they are" if plan.unused else "")
+        + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
         "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
