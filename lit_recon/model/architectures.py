@@ -39,12 +39,8 @@ _HEADS = {"head_dim": 8}
 _SLIDING = {"sliding_window": 8}
 _MIXED = _SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}  # in turn
 _LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
-_LINEAR |= {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+_LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _GEMMA4 = _GATED | _HEADS | _MIXED | {"vocab_size_per_layer_input": VOCABULARY}
 _LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
