@@ -4,6 +4,9 @@ prepare: the configuration becomes objects, and everything that can be wrong is 
 run:     load, plan, walk, save, read back, evaluate, report
 """
 
+import lit_recon.system.environment  # noqa: F401, before what it is for
+
+# isort: split
 import difflib
 import logging
 import os
@@ -31,7 +34,11 @@ from lit_recon.fit.run import run
 from lit_recon.fit.sweep import fit_apart
 from lit_recon.system.command_line import Refusal, stop
 from lit_recon.system.commits import CommitError
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
+from lit_recon.system.signals import stoppable
+from lit_recon.system.tensor_files import allow_open_files
+from lit_recon.system.terminal import readable_output
 
 
 def fit(cfg: DictConfig) -> None:
@@ -52,14 +59,25 @@ def fit(cfg: DictConfig) -> None:
         run(job, console)
     except Refusal as error:
         stop(str(error), status=2)
-    except CommitError as error:
+    except (CommitError, NotFinite) as error:
         stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
         stop(f"interrupted: {str(interrupt) or remedy}", status=1)
 
 
 def main() -> None:
-    """The command line; Hydra composes the configuration, one for each run of a sweep."""
+    """The command line, which signals end at any moment with a message."""
+    readable_output()
+    allow_open_files()
+    try:
+        with stoppable():
+            _command()
+    except KeyboardInterrupt:
+        stop("interrupted: nothing was written.", status=1)
+
+
+def _command() -> None:
+    """Hydra composes the configuration, one for each run of a sweep."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what is wrong instead of printing it and exiting with 1
     ended: dict[str, int] = {}
 
@@ -69,7 +87,7 @@ def main() -> None:
         else:
             fit(cfg)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="lit_recon.") as scratch:
         os.environ["LIT_RECON_SCRATCH"] = scratch  # conf/fit.yaml: where Hydra leaves a file per sweep
         try:
             hydra.main(config_path=str(CONF.resolve()), config_name="fit", version_base="1.3")(task)()

@@ -14,9 +14,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
-from lit_recon.fit.output.folder import ACTIVATIONS, NEXT_CONFIG, check_output
+from lit_recon.fit.output.folder import ACTIVATIONS, NEXT_CONFIG, check_output, check_writable, folder_state
+from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.model.partition import Partition
@@ -72,6 +73,8 @@ def prepare(cfg: DictConfig) -> Job:
         ValueError: With every problem that could be found at once.
     """
     problems = Problems()
+    folder = Path(str(cfg.output_dir))  # a name of digits is read as a number
+    found = folder_state(folder)
     retry_rates = _plain(OmegaConf.select(cfg, "module.retry_rates"))
     retry_rates = [] if retry_rates is None else retry_rates  # a module that is solved exactly has none
     parts = {name: _instantiate(cfg[name], name, problems) for name in PARTS}
@@ -106,10 +109,17 @@ def prepare(cfg: DictConfig) -> Job:
     check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     tokenizer = model.tokenizer()
     samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
-    folder = Path(str(cfg.output_dir))  # a name of digits is read as a number
+    check_samples(skeleton, samples)
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
     store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
-    output = Output(folder=folder, config=_plain(cfg), resume=cfg.resume is not None, plan_only=cfg.plan)
+    output = Output(
+        folder=folder,
+        config=_plain(cfg),
+        resume=cfg.resume is not None,
+        plan_only=cfg.plan,
+        found=found,
+        named_by_time=_named_by_time(cfg),
+    )
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -227,8 +237,13 @@ def _check_call(cfg: DictConfig, parts: Mapping[str, Any], problems: Problems) -
         problems.add(f"windows._target_={cfg.windows._target_}: expected lit_recon.model.partition.Partition.")
     if parts["data"]:
         problems.check(parts["data"].check)
-    if cfg.resume is None:
-        problems.check(check_output, Path(str(cfg.output_dir)), overwrite=cfg.overwrite)
+    folder = Path(str(cfg.output_dir))
+    if _named_by_time(cfg) and cfg.resume is None:
+        problems.check(check_writable, folder)
+    elif cfg.resume is None:
+        problems.check(check_output, folder, overwrite=cfg.overwrite)
+    if all(parts.values()):
+        problems.check(check_inputs, folder, _plain(cfg))
     if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
         problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
     if not (type(cfg.seed) is int and 0 <= cfg.seed < 2**31):
@@ -240,6 +255,11 @@ def _check_call(cfg: DictConfig, parts: Mapping[str, Any], problems: Problems) -
     if not isinstance(trainer, partial):
         return None
     return problems.check(Compute.choose, trainer, cfg.trainer.precision, about="trainer: ")
+
+
+def _named_by_time(cfg: DictConfig) -> bool:
+    """Whether the output folder's name is made of the time."""
+    return "${now:" in str(cfg._get_node("output_dir"))
 
 
 def _plain(node: Any) -> Any:

@@ -6,7 +6,6 @@ memory is short.
 """
 
 import errno
-import hashlib
 import json
 import math
 import mmap
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.system.tensor_files import DTYPES, allow_open_files, max_open_files, memory_map
+from lit_recon.system.tensor_files import DTYPES, memory_map
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -33,7 +32,6 @@ _RUN = 2**28  # bytes that may be mapped at once in a small model
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
 _FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
 _SAID = 80  # characters of what is wrong in a file that a message repeats
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -113,19 +111,6 @@ def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) ->
             return [Path(found)]
         return [Path(str(cached_file(source, file, revision=revision))) for file in listed_files(Path(found))]
     return []
-
-
-def sampled_hash(files: Iterable[Path]) -> str:
-    """A hash of files by their sizes and a thousand samples of each: any training changes all tensors."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            for offset in sorted({size * index // _SAMPLES for index in range(_SAMPLES)}):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class _Entry(NamedTuple):
@@ -227,8 +212,8 @@ def _mapped(run: Sequence[_Entry]) -> Iterator[Tensor]:
         if error.errno != errno.EMFILE:
             raise
         raise ValueError(
-            f"{run[0].path.name}: the system lets this process have {max_open_files()} files open at once, too few for "
-            "the model; allow more, for example with: ulimit -n 4096"
+            f"{run[0].path.name}: the system lets this process have too few files open at once for the model; allow "
+            "more, for example with: ulimit -n 4096"
         ) from error
     for entry in run:
         if entry.dtype not in _OF_NAME:
@@ -248,15 +233,20 @@ class DenseFiles:
 
     Args:
         files: The files.
+        renamed: Names in the model of tensors that have others in the files.
 
     Raises:
         ValueError: One is not a safetensors file, or not all of it is there.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], renamed: Mapping[str, str] | None = None) -> None:
         self._entries = {name: entry for path in files for name, entry in _entries(path).items()}
-        allow_open_files()
         self._stamps = {path: _stamp(path) for path in files}
+        if renamed:
+            self._entries = {
+                renamed.get(name, name): entry._replace(name=renamed.get(name, name))
+                for name, entry in self._entries.items()
+            }
 
     @property
     def names(self) -> list[str]:
@@ -318,11 +308,13 @@ class DenseFiles:
                     os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+    def from_model(
+        cls, model: PreTrainedModel, files: Sequence[Path], renamed: Mapping[str, str] | None = None
+    ) -> "DenseFiles | str":
         """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
         if not files or any(path.suffix != ".safetensors" for path in files):
             return "its weights are not in safetensors files"
-        dense = cls(files)
+        dense = cls(files, renamed)
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():

@@ -54,13 +54,13 @@ def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, i
     tokens_BT = tokens_ST[fullest : fullest + 1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
     outputs: list[Tensor] = []
-    found = find_matrices(model)
+    decoder, found = Decoder(model, torch.device("cpu")), find_matrices(model)
+    run = lambda: outputs.append(decoder.model(tokens_BT, use_cache=False).logits.float())  # noqa: E731
     with examining(model, f"it cannot be run on {tokens_BT.shape[1]} tokens of the text"):
-        matrices = learn_input_dims(found, lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float()))
+        matrices = learn_input_dims(found, run)
     (logits_BTV,) = outputs
     _check_finite(model, logits_BTV)
     with examining(model, REPLAYED):
-        decoder = Decoder(model, torch.device("cpu"))
         # Of the same shape and next to each other: what layers hand on besides hidden states would be the other's.
         states_2TD = _replayed(decoder, torch.cat([tokens_BT, _changed(tokens_BT, 1)]))
         replayed_BTV, expected_BTD = Head(decoder)(states_2TD[:1]).float(), _own_states(decoder, tokens_BT)
