@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, has_file
 
-from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
+from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems, num_tensors
 from lit_recon.system.quiet_libraries import no_load_report, no_progress_bars
 
 log = logging.getLogger(__name__)
@@ -108,13 +108,18 @@ class LanguageModel(ABC):
         if problems := self._setting_problems():
             raise ValueError("; ".join(problems))
         source, revision = self._location()["pretrained_model_name_or_path"], self._location().get("revision")
-        problems = folder_problems(Path(source)) if Path(source).is_dir() else []
-        if problems:
-            raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+        problems = []
+        if Path(source).is_dir():
+            with explained(self.describe()):
+                problems = folder_problems(Path(source))
+            if problems:
+                raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+            self._check_depth(Path(source))
         skeleton, tokenizer = self.skeleton(), self.tokenizer()  # in this order a silent Hub is waited for only once
         # Without vocabulary files many tokenizer classes of transformers come out empty instead of failing.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
+        with explained(self.describe()):
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
         if getattr(skeleton.config, "quantization_config", None) is not None:
             problems.append("its weights are quantised and cannot be pruned; use the checkpoint it was made from")
         with explained(self.describe()):
@@ -123,9 +128,22 @@ class LanguageModel(ABC):
         if problems:
             raise ValueError(f"model {self.describe()}: {'; '.join(problems)}")
 
+    def _check_depth(self, folder: Path) -> None:
+        """Find a number of layers that the weights cannot have; to build so many would take minutes."""
+        with explained(self.describe()):
+            depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
+        if isinstance(depth, int) and depth > most:
+            raise ValueError(
+                f"model {self.describe()}: its config.json says num_hidden_layers={depth}, and its weights are {most} "
+                "tensors at most; it is the configuration of another model, or damaged"
+            )
+
     def config(self) -> transformers.PreTrainedConfig:
-        """The model's configuration."""
-        return self._read(AutoConfig)
+        """The model's configuration; without a mark of sparse weights that are stored as they are."""
+        config = self._read(AutoConfig)
+        if _is_only_sparse(getattr(config, "quantization_config", None)):
+            del config.quantization_config
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -161,7 +179,7 @@ class LanguageModel(ABC):
         else:
             with explained(self.describe()):
                 whole = auto_class(self.config())
-            model, info = self._read(whole, **settings)
+            model, info = self._read(whole, config=self.config(), **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         if self.left_out is None:
@@ -273,6 +291,15 @@ class HubModel(LanguageModel):
         return problems
 
 
+def _is_only_sparse(quantization: Any) -> bool:
+    """Whether a configuration of compressed-tensors only says that weights are sparse, and stores them as they are."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config") or {}
+    formats = {quantization.get("format") or "dense", sparsity.get("format") or "dense"}
+    return formats == {"dense"} and not quantization.get("config_groups") and not quantization.get("kv_cache_scheme")
+
+
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
 
@@ -325,7 +352,7 @@ def explained(model: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one message for the user."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, *_LIBRARY_ERRORS) as error:
+    except Exception as error:  # also KeyError of a setting, UnpicklingError of a file that torch refuses
         raise ValueError(f"model {model}: {_explanation(error)}") from error
 
 
@@ -337,4 +364,5 @@ def _explanation(error: BaseException) -> str:
     for kind, answer in _HUB_ANSWERS:
         if any(isinstance(link, kind) for link in chain):
             return answer
-    return " ".join(str(error).split())
+    prefix = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return prefix + " ".join(str(error).split())

@@ -25,7 +25,7 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.pruning.masks import Masks
 from lit_recon.system.cache import cache_folder
 
-WITHOUT_HALVES = ("bloom", "opt_post_norm")
+WITHOUT_HALVES = ("bloom", "mpt", "opt_post_norm", "minimax", "gemma4_moe")
 
 
 @pytest.fixture
@@ -531,6 +531,7 @@ def test_every_layer_shape_is_pruned_reconstructed_saved_and_read_back(
     letter_tokenizer().save_pretrained(folder)
     windows = "block" if shape in WITHOUT_HALVES else "half"
     settings = ("trainer.precision=bf16-mixed", "module.optimizer.lr=1e-3")
+    settings += ("chain.inputs=sparse",) if shape == "qwen3_5" else ()  # whose errors grow from layer to layer
     ended = tiny_run(f"model.name={folder}", f"windows={windows}", *settings)
     assert ended.status == 0, ended.err
     results = json.loads(Path("run/results.json").read_text())
