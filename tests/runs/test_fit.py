@@ -476,11 +476,11 @@ BAD_INPUT = {
     ("trainer.max_epochs=-1",): ["max_epochs=-1"],
     ("+trainer.speed=9",): ["speed"],
     ("module.optimizer.lr=-1",): ["module.optimizer", "learning rate: -1"],
-    ("module.warmup=abc",): ["module.warmup=abc", "share of the steps"],
+    ("module.warmup=abc",): ["module.warmup=abc", "a number"],
     ("module.warmup=-1", "windows=matrix"): ["module.warmup=-1", "share of the steps"],
     ("+module.momentum=1",): ["module: ", "momentum"],
     ("windows=matrix", "module=least_squares", "module.max_iterations=0"): ["module.max_iterations=0", "at least 1"],
-    ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "share"],
+    ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "a number"],
     ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
     ("seed=abc",): ["seed=abc", "whole number"],
     ("windows=half", "+windows.size=2"): ["windows.size=2", "windows=blocks", "half"],
@@ -504,7 +504,7 @@ BAD_INPUT = {
     ("criterion=custom",): ["criterion._target_"],
     ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
     ("output_dir=/proc/run",): ["/proc", "output_dir"],
-    ("data.num_samples=x", "sparsity=2"): ["data.num_samples='x'", "sparsity=2"],
+    ("data.num_samples=x", "sparsity=2"): ["data.num_samples=x", "sparsity=2"],
 }
 
 
