@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary, finalize
 import torch
 from torch import Tensor
 
-from lit_recon.system.atomic_files import FULL
+from lit_recon.system.atomic_files import FULL, make_folder, remove
 from lit_recon.system.tensor_files import memory_map
 from lit_recon.system.units import in_gb
 
@@ -54,7 +54,7 @@ class DiskStore:
         Raises:
             OSError: The disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self.folder / f"{self._made}{SUFFIX}"
         self._made += 1
         size = math.prod(shape) * self.dtype.itemsize
@@ -96,7 +96,7 @@ class DiskStore:
         """Remove all files; arrays that are still referred to stay readable."""
         self._remove_files()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+            remove(self.folder)  # or a link to it
 
     def _remove_files(self) -> None:
         for path in self.folder.glob(f"*{SUFFIX}"):

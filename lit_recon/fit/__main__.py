@@ -6,6 +6,9 @@ run:     load, plan, walk, save, read back, evaluate, report
 HYDRA_FULL_ERROR=1 in the environment shows the traceback of what is refused.
 """
 
+import lit_recon.system.environment  # noqa: F401, before what it is for
+
+# isort: split
 import difflib
 import logging
 import os
@@ -36,7 +39,11 @@ from lit_recon.fit.settings import TEXTS, earlier_run
 from lit_recon.fit.sweep import fit_apart
 from lit_recon.system.command_line import Refusal, as_argument, concerning, in_hydras_grammar, shortened, stop
 from lit_recon.system.commits import CommitError
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
+from lit_recon.system.signals import stoppable
+from lit_recon.system.tensor_files import allow_open_files
+from lit_recon.system.terminal import readable_output
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -65,7 +72,7 @@ def fit(cfg: DictConfig, *, tracebacks: bool = False) -> None:
         run(job, console)
     except Refusal as error:
         stop(str(error), status=2, cause=error if tracebacks else None)
-    except CommitError as error:
+    except (CommitError, NotFinite) as error:
         stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
         stop(f"interrupted: {str(interrupt) or remedy}", status=1)
@@ -81,10 +88,21 @@ def _refusing(look: Any, *given: Any) -> Any:
 
 
 def main() -> None:
-    """The command line; Hydra composes the configuration, one for each run of a sweep."""
+    """The command line, which signals end at any moment with a message."""
+    readable_output()
+    allow_open_files()
+    try:
+        with stoppable():
+            _command()
+    except KeyboardInterrupt:
+        stop("interrupted: nothing was written.", status=1)
+
+
+def _command() -> None:
+    """Hydra composes the configuration, one for each run of a sweep."""
     ended: dict[str, int] = {}
     failures: list[Exception] = []
-    with _hydra_that_raises() as tracebacks, tempfile.TemporaryDirectory() as scratch:
+    with _hydra_that_raises() as tracebacks, tempfile.TemporaryDirectory(prefix="lit_recon.") as scratch:
         os.environ["LIT_RECON_SCRATCH"] = scratch  # conf/fit.yaml: where Hydra leaves a file per sweep
 
         def task(cfg: DictConfig) -> None:
@@ -133,9 +151,7 @@ def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> 
     words = [word for word in arguments if not word.startswith("-")]
     for word in words:
         if not re.match(r"[+~]", word) and "=" not in word:
-            return (
-                f"{shortened(word)}: expected <setting>=<value>, such as output_dir=runs/first; ~<setting> removes one."
-            )
+            return f"{shortened(word)}: expected <setting>=<value>, such as output_dir=runs/first, or ~<setting>."
     for word in words:
         group, _, member = word.lstrip("+").partition("=")
         members = sorted(path.stem for path in (conf / group).glob("*.yaml")) if re.fullmatch(r"[\w/]+", group) else []
@@ -145,10 +161,10 @@ def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> 
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown:
         return _explain_unknown(unknown[1], arguments, conf)
-    several = re.search(r"Ambiguous value for argument '(.*?)'$", str(error), re.MULTILINE)
-    if several:
-        name, _, value = several[1].partition("=")
-        return f"{several[1]}: several values; a list is {name}=[{value}], and -m makes a run of each."
+    ambiguous = re.search(r"Ambiguous value for argument '(.*?)'$", str(error), re.MULTILINE)
+    if ambiguous:
+        name, _, value = ambiguous[1].partition("=")
+        return f"{ambiguous[1]}: several values; a list is {name}=[{value}], and -m makes a run of each."
     said = shortened(" ".join(str(error).split()))
     return said if any(word in said for word in words) else f"{shortened(' '.join(words))}: {said}"
 

@@ -4,7 +4,7 @@ With resume_config.py the only file that sees the configuration.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
 from lit_recon.fit.moved import FOLDERS, MOVED
-from lit_recon.fit.output.folder import ACTIVATIONS, check_output
+from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
+from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.resume_config import targets
@@ -36,7 +37,7 @@ from lit_recon.model.windows import WindowKind
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.system.cache import cache_folder
-from lit_recon.system.command_line import Problems, concerning, in_words
+from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ def prepare(cfg: DictConfig) -> Job:
     problems = Problems()
     problems.check(expand_home, cfg)
     chosen = _choose(cfg, problems)
-    limit = _check_call(chosen.call, chosen.parts, problems)
+    found = problems.check(folder_state, Path(chosen.call.get("output_dir", "")), about="output_dir: ")
+    limit = _check_call(cfg, chosen.call, chosen.parts, problems)
     problems.raise_all()
     model, source, call = chosen.parts["model"], chosen.parts["data"], chosen.call
     with concerning(given_of("trainer")):
@@ -132,11 +134,19 @@ def prepare(cfg: DictConfig) -> Job:
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
         samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder())
+        check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
     with concerning(given_of("store")):
         store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
-    output = Output(folder=folder, config=_plain(cfg), resume=call["resume"] is not None, plan_only=call["plan"])
+    output = Output(
+        folder=folder,
+        config=_plain(cfg),
+        resume=call["resume"] is not None,
+        plan_only=call["plan"],
+        found=found,
+        named_by_time=_named_by_time(cfg),
+    )
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -320,7 +330,7 @@ def _trainer_settings(cfg: DictConfig, problems: Problems) -> dict[str, Any]:
     return settings
 
 
-def _check_call(call: Mapping[str, Any], parts: Mapping[str, Any], problems: Problems) -> int | None:
+def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, Any], problems: Problems) -> int | None:
     """Add what is wrong with the settings of the run itself; its limit of memory in bytes."""
     pattern = parts["pattern"]
     if "sparsity" in given() and "sparsity" in call and pattern and pattern.sparsity != call["sparsity"]:
@@ -332,20 +342,25 @@ def _check_call(call: Mapping[str, Any], parts: Mapping[str, Any], problems: Pro
         with_name = f"{given_of('data')}: "
         problems.check(parts["data"].check, about="" if "lit_recon" in type(parts["data"]).__module__ else with_name)
     if {"output_dir", "overwrite", "resume"} <= set(call) and call["resume"] is None:
-        problems.check(_check_output, call["output_dir"], overwrite=call["overwrite"])
+        with_folder = f"output_dir={shortened(call['output_dir'], 100)}: "
+        if _named_by_time(cfg):
+            problems.check(check_writable, Path(call["output_dir"]), about=with_folder)
+        else:
+            problems.check(check_output, Path(call["output_dir"]), overwrite=call["overwrite"], about=with_folder)
+    if all(parts.values()) and "output_dir" in call:
+        problems.check(check_inputs, Path(call["output_dir"]), _plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
     if "seed" in call and not 0 <= call["seed"] < 2**31:
         problems.add(f"seed={call['seed']}: expected a whole number from 0 to 2147483647.")
     if call.get("memory_limit") is None:
         return None
-    with_limit: Callable[..., int] = parse_limit
-    return problems.check(with_limit, call["memory_limit"], about="")
+    return problems.check(parse_limit, call["memory_limit"])
 
 
-def _check_output(folder: str, *, overwrite: bool) -> None:
-    with concerning(f"output_dir={folder}"):
-        check_output(Path(folder), overwrite=overwrite)
+def _named_by_time(cfg: DictConfig) -> bool:
+    """Whether the output folder's name is made of the time."""
+    return "${now:" in str(cfg._get_node("output_dir"))
 
 
 def _plain(node: Any) -> Any:

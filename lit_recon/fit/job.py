@@ -120,12 +120,16 @@ class Output:
         config: The composed configuration.
         resume: Whether the run in `folder` is resumed.
         plan_only: Whether the plan is printed and nothing done.
+        found: What the folder held when it was checked, `fit.output.folder.folder_state`.
+        named_by_time: Whether the folder's name is made of the time, so that another will do as well.
     """
 
     folder: Path
     config: dict[str, Any]
     resume: bool
     plan_only: bool
+    found: str
+    named_by_time: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

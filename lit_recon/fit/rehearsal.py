@@ -80,7 +80,7 @@ def _fit_one_step(
     """Walk over the first window of a small model, stopping its Trainer after the first step."""
     windows = method.windows
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory(prefix="lit_recon.") as scratch:
         method = replace(
             method,
             criterion=_copy(method.criterion),

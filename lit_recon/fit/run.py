@@ -5,14 +5,13 @@ is only needed for that is removed once results.json is there.
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -21,23 +20,37 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.job import Job
-from lit_recon.fit.output.folder import ACTIVATIONS, begin_output, begun, check_disk, draw_report, left_behind
+from lit_recon.fit.output.checkpoint import Companions
+from lit_recon.fit.output.folder import (
+    ACTIVATIONS,
+    begin_output,
+    begun,
+    check_commits_kept,
+    check_disk,
+    draw_report,
+    left_behind,
+    made,
+)
 from lit_recon.fit.output.read_back import Saved, read_back
 from lit_recon.fit.output.results import Results, model_card, sparsity, table
 from lit_recon.fit.plan.estimate import Plan, describe_plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
-from lit_recon.fit.signature import changes, signature
+from lit_recon.fit.signature import changes, differences, machine, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
+from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
+from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
-from lit_recon.system.signals import protected, stoppable
+from lit_recon.system.signals import protected
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
@@ -55,17 +68,19 @@ def run(job: Job, console: Console) -> None:
     """
     clock, folder = Clock(), job.output.folder
     if job.output.plan_only:
-        with TemporaryDirectory(dir=nearest(folder)) as scratch:
+        with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
             opened.session.chain.passes.store.close()
         return
-    commits = Commits(folder / "commits", resumed=job.output.resume)
-    # Errors of what is written besides the commits are explained like theirs.
-    with commits.writing(folder), stoppable(), begun(folder, _config(job), resumed=job.output.resume):
-        walked = _walk(job, commits, clock, console)
-        if walked is not None:
-            release_memory()  # the model that was saved, before it is read back
-            console.print(table(_conclude(walked, clock), folder))
+    with made(job.output) as output:
+        job, folder = replace(job, output=output), output.folder
+        commits = Commits(folder / "commits", resumed=output.resume)
+        # Errors of what is written besides the commits are explained like theirs.
+        with commits.writing(folder), begun(output, _config(job)):
+            walked = _walk(job, commits, clock, console)
+            if walked is not None:
+                release_memory()  # the model that was saved, before it is read back
+                console.print(table(_conclude(walked, clock), folder))
 
 
 @dataclass(frozen=True)
@@ -97,13 +112,21 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     try:
         with clock.phase("load"):
             commit = commits.newest() if job.output.resume else None
+            if job.output.resume and commit is None:
+                check_commits_kept(folder)
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
             session = load(job, activations, clock)
-            facts: dict[str, Any] = {"signature": signature(job)}
+            facts: dict[str, Any] = {
+                "signature": signature(job),
+                "machine": machine(job.execution.compute.device),
+            }
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
+            for name, old, new in differences(commit.state["machine"], facts["machine"]) if commit else ():
+                told = "resume=%s: %s was %s and is %s; the run is resumed, but its last bits may differ"
+                log.warning(told, folder, name, old, new)
             if limited or commit:
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, session)
                 job, session = adopt(choice, job, session)
@@ -114,7 +137,6 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
                 there = sum(path.stat().st_size for path in activations.glob(f"*{SUFFIX}")) + left_behind(folder)
                 check_disk(folder, plan.disk_bytes - there)
     except ValueError as error:
-        shutil.rmtree(activations, ignore_errors=True)
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
     for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
@@ -127,7 +149,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
-    found = DenseFiles.from_model(model, job.model.files())
+    found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:
         log.info("the model is in memory as a whole: %s", found)
@@ -147,7 +169,7 @@ class _Walked:
     saved: Saved
     windows: list[WindowResult]
     logger: RunLogger
-    dense_perplexity: float
+    dense_nats: float
     by_magnitude: list[str]
     peak_bytes: int
     walk_peak_bytes: int
@@ -156,23 +178,29 @@ class _Walked:
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
     """Load, measure the dense model, walk; the model is gone when this returns. None: stopped before the end."""
     activations = job.output.folder / ACTIVATIONS
-    opened = _open(job, commits, clock, console, activations=activations)
     try:
+        opened = _open(job, commits, clock, console, activations=activations)
         with opened.session.chain.passes.store:
             return _walk_over(opened, commits, console)
     finally:
-        shutil.rmtree(activations, ignore_errors=True)
+        with suppress(OSError):  # what is read next matters more
+            remove(activations)
 
 
 def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked | None:
     job, session, commit, facts = opened.job, opened.session, opened.commit, opened.facts
     device, evaluator = job.execution.compute.device, _evaluator(job, session.clock)
     if commit is None:
+        dense = evaluator.measure(session.model)
+        try:
+            dense.check(job.execution.compute.precision)
+        except NotFinite as error:
+            raise Refusal(str(error)) from error
+        facts["dense_nats"] = dense.nats
         with protected():
             begin_output(job.output.folder, _config(job))
-        facts["dense_perplexity"] = evaluator.perplexity(session.model)
     else:
-        facts["dense_perplexity"] = commit.state["dense_perplexity"]
+        facts["dense_nats"] = commit.state["dense_nats"]
     session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
@@ -180,19 +208,16 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
     if len(resume_point.done) < len(session.windows):
-        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True)
+        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
-    chain, dense_STD = session.chain, None
-    if chain.dense and chain.dense.states_STD.dtype == torch.float32:
-        dense_STD = chain.dense.states_STD[chain.passes.batching.num_samples :].clone()
     logits_BTV = evaluator.logits(session.model)
     return _Walked(
         job=job,
         plan=opened.plan,
-        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, dense_STD),
+        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV),
         windows=resume_point.done,
         logger=resume_point.logger,
-        dense_perplexity=facts["dense_perplexity"],
+        dense_nats=facts["dense_nats"],
         by_magnitude=session.pruner.labels(),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
@@ -210,8 +235,10 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
-    checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
-    progress = ProgressBar(console, len(session.windows), done=resume_point.done)
+    companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
+    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
+    together = job.method.windows.by == WindowKind.MATRIX
+    progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
     with session.clock.phase("commit"):
         checkpoint.open()
     try:
@@ -220,7 +247,7 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
                 session,
                 job.method,
                 job.execution,
-                callbacks=[progress, resume_point, checkpoint],
+                callbacks=[resume_point, checkpoint, progress],
                 trainer_callbacks=[progress],
                 logger=logger,
                 done=resume_point.done,
@@ -255,16 +282,17 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
 
 
 def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
-    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results)
+    loads = auto_class(opened.session.model.config).__name__
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:
     """Read the checkpoint back, measure it, and write results and report."""
     job, plan, saved, folder = walked.job, walked.plan, walked.saved, walked.job.output.folder
-    perplexities, errors = read_back(saved, job.model, _evaluator(job, clock))
+    found = read_back(saved, job.model, _evaluator(job, clock))
     results = Results(
-        perplexity={"dense": walked.dense_perplexity} | {state: perplexities[state] for state in PRUNED_STATES},
-        relative_error={state: errors[state] for state in PRUNED_STATES},
+        nats={"dense": walked.dense_nats} | {state: found.nats[state] for state in PRUNED_STATES},
+        relative_error={state: found.errors[state] for state in PRUNED_STATES},
         protocol=_protocol(job),
         model={
             "name": job.model.describe(),
@@ -273,7 +301,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, plan) | {"by_magnitude": walked.by_magnitude},
+        sparsity=sparsity(saved.masks, found.zeros, plan) | {"by_magnitude": walked.by_magnitude},
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
@@ -304,6 +332,7 @@ def _evaluator(job: Job, clock: Clock) -> Evaluator:
 def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
-        dataset=job.source.describe("evaluation"),
+        dataset=job.samples.evaluation_description,
+        opening=job.samples.opening,
         precision=job.execution.compute.precision,
     )

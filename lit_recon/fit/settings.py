@@ -22,7 +22,7 @@ CALL: dict[str, Any] = {
     "plan": bool,
     "resume": str | None,
     "stop_after": int | None,
-    "memory_limit": str | int | float | None,
+    "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
 }

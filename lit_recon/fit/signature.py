@@ -1,25 +1,31 @@
-"""Signature of a run: what a resumed run must share with it, configuration, model, data and code."""
+"""Signature of a run: what a resumed run must share with it, configuration, model, data and code.
+
+And its machine, on which the last bits of its numbers depend: that may differ, and is told.
+"""
 
 import hashlib
-import inspect
 import json
+import os
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 
-from lit_recon import __version__
+import lit_recon
 from lit_recon.fit.job import Job
-from lit_recon.model.mapped_files import sampled_hash
+from lit_recon.fit.output.inputs import own_files
+from lit_recon.system.atomic_files import chunks
 
 # Settings of how a run is carried out, which may differ when it is resumed.
 OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not kept from the call before
 OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit")
 _LIBRARIES = ("torch", "lightning", "transformers")
+_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")  # what may bound them
+_PACKAGE = Path(lit_recon.__file__).parent
 
 
 def signature(job: Job) -> dict[str, Any]:
@@ -30,13 +36,23 @@ def signature(job: Job) -> dict[str, Any]:
         tokens.update(str(tuple(tokens_ST.shape)).encode() + tokens_ST.to(torch.int64).numpy().tobytes())
     return {
         "config": {key: value for key, value in job.output.config.items() if key not in OF_THE_CALL},
-        "model": sampled_hash(job.model.files()),
+        "model": {path.name: _hash(path) for path in job.model.files()},
         "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
         "compute": {"device": job.execution.compute.device.type, "precision": job.execution.compute.precision},
-        "code": _code(job.output.config),
-        "versions": {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES},
+        "code": {name: _hash(path) for name, path in _code(job.output.config).items()},
+        "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in _LIBRARIES},
     }
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of a run's numbers depend on besides its signature."""
+    found = {
+        "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+    }
+    return found | {name: os.environ[name] for name in _INSTRUCTIONS if name in os.environ}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -46,44 +62,53 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for part in ("config", "compute")
         for key, old, new in differences(before[part], now[part])
     ]
-    if before["model"] != now["model"]:
-        found.append("the files of the dense model are not the same")
+    changed = [key for key, _, _ in differences(before["model"], now["model"])]
+    if changed:
+        found.append(f"files of the dense model are not the same ({_listed(changed)})")
     found += [
         f"the dense model's config.json: {key} was {old!r} and is {new!r}"
         for key, old, new in differences(before["model_config"], now["model_config"])
     ]
     if before["data"] != now["data"]:
         found.append("the text gives other samples")
-    found += [
-        f"the file of {name} has changed"
-        for name, old in sorted(before.get("code", {}).items())
-        if now["code"].get(name) != old
-    ]
+    # A module that is not loaded in both was not needed, or what asks for it has changed itself.
+    changed = [name for name in sorted({*before["code"]} & {*now["code"]}) if before["code"][name] != now["code"][name]]
+    if changed:
+        found.append(f"code has changed ({_listed(changed)})")
     for name, old in before["versions"].items():
         if now["versions"].get(name) != old:
             found.append(f"{name} was {old} and is {now['versions'].get(name)}")
     return found
 
 
-def _code(config: Mapping[str, Any]) -> dict[str, str]:
-    """The classes that a configuration names, except those of installed packages, with a hash of their files."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        for node in value if isinstance(value, (list, tuple)) else [value]:
-            found |= _code(node) if isinstance(node, Mapping) else {}
-        if key == "_target_" and isinstance(value, str) and not value.startswith("lit_recon."):
-            path = _source(value)
-            if path and "site-packages" not in Path(path).parts:
-                found[value] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return found
+def _code(config: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of the code that a run is made of, except installed packages', by the names of their modules."""
+    named = own_files(config)
+    package = {
+        f"lit_recon/{path.relative_to(_PACKAGE).as_posix()}": path
+        for path in sorted(_PACKAGE.rglob("*.py"))
+        if "report" not in path.parts[len(_PACKAGE.parts) :]  # computes nothing
+    }
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    loaded = {}
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "").resolve()
+        apart = name != "__main__" and not any(folder in path.parents for folder in (*installed, _PACKAGE))
+        if apart and path.suffix == ".py" and path.is_file() and not {"site-packages", "dist-packages"} & {*path.parts}:
+            loaded[name] = path
+    return package | loaded | named
 
 
-def _source(target: str) -> str | None:
-    """The file of what a dotted path names: of its definition, or of the module where an instance stands."""
-    try:
-        return inspect.getsourcefile(get_object(target))
-    except TypeError:
-        return getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None)
+def _hash(path: Path) -> str:
+    """Hash of all that a file holds."""
+    digest = hashlib.sha256()
+    for chunk in chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -12,9 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lit_recon.fit.output.checkpoint import ShardedFolder, save_whole
+from lit_recon.fit.output.checkpoint import Companions, ShardedFolder, save_whole
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.model.windows import Window
 from lit_recon.reconstruction.driver import WalkCallback
@@ -33,18 +32,26 @@ class ProgressBar(WalkCallback, Callback):
         console: Where to show it.
         num_windows: Windows of the walk.
         done: Results of those that an earlier run has done.
+        together: Whether several windows are committed together: they count as done when they are.
         shown: Whether anything is shown.
     """
 
     def __init__(
-        self, console: Console, num_windows: int, *, done: Sequence[WindowResult] = (), shown: bool = True
+        self,
+        console: Console,
+        num_windows: int,
+        *,
+        done: Sequence[WindowResult] = (),
+        together: bool = False,
+        shown: bool = True,
     ) -> None:
         self.done: list[WindowResult] = list(done)
+        self._together = together
         self._before = len(done)
         self._num_windows, self._shown, self._console = num_windows, shown, console
         self._start = time.perf_counter()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[windows]}"),
             TimeElapsedColumn(),
@@ -80,9 +87,18 @@ class ProgressBar(WalkCallback, Callback):
         number, left = len(self.done), self._left()
         windows = f"{number}/{self._num_windows}"
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
+        change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
+        number_of = "" if self._together else f"{windows} "
+        self._say(f"{number_of}{result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}")
+
+    def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
+        """What was fitted together is done."""
+        if self._together:
+            self._say(f"{len(results)}/{self._num_windows} windows are done: those of {window.name}")
+
+    def _say(self, line: str) -> None:
+        """A line, where there is no bar that moves."""
         if self._shown and self._progress.disable:
-            change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
-            line = f"{windows} {result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}"
             if self._console.is_jupyter:
                 self._console.print(line, highlight=False, markup=False)
             else:
@@ -109,7 +125,7 @@ class CheckpointWriter(WalkCallback):
 
     Args:
         folder: The run's folder.
-        tokenizer: The model's tokenizer.
+        companions: What else is in it, such as the tokenizer.
         resume_point: Commits the windows, before this is called; the layers' files are its files.
         card: Makes the model card from the results so far.
     """
@@ -117,11 +133,11 @@ class CheckpointWriter(WalkCallback):
     def __init__(
         self,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        companions: Companions,
         resume_point: ResumePoint,
         card: Callable[[Sequence[WindowResult]], str],
     ) -> None:
-        self.folder, self.tokenizer, self.resume_point, self.card = folder, tokenizer, resume_point, card
+        self.folder, self.companions, self.resume_point, self.card = folder, companions, resume_point, card
         self.session = resume_point.session
         files = self.session.weights.files
         self._shards = ShardedFolder(folder / "checkpoint", self.session.model, files) if files else None
@@ -130,16 +146,13 @@ class CheckpointWriter(WalkCallback):
         """Bring a growing checkpoint to what is committed, and to dense weights elsewhere."""
         if self._shards is None:
             return
-        done, windows = self.resume_point.done, self.session.windows
-        if not done or not self._shards.is_there():
-            self._shards.start(self.tokenizer, self.card(done))
-        files = self.resume_point.layer_files()
+        done, files = self.resume_point.done, self.resume_point.layer_files()
+        if done and self._shards.is_there():
+            self._shards.mend(self.companions, files)
+        else:
+            self._shards.start(self.companions, self.card(done))
         for index, path in files.items():
             self._shards.put(index, path)
-        if done and len(done) < len(windows):  # a window of which the commit was damaged
-            for index in windows[len(done)].indices:
-                if index not in files:
-                    self._shards.put_back(index)
         self._shards.describe(self.card(done))
 
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
@@ -159,4 +172,4 @@ class CheckpointWriter(WalkCallback):
         with self.session.clock.phase("commit"):
             self.resume_point.masks.save(self.folder / "masks.safetensors")
             if self._shards is None:
-                save_whole(self.folder / "checkpoint", self.session.model, self.tokenizer, self.card(done))
+                save_whole(self.folder / "checkpoint", self.session.model, self.companions, self.card(done))

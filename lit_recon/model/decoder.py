@@ -50,14 +50,25 @@ class LayerCall:
         return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
 
+def text_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of `model` that reads text, and its qualified name: the whole, unless it also sees or hears.
+
+    It is the outermost module whose configuration is the text's.
+    """
+    text = model.config.get_text_config()
+    parts = ((name, part) for name, part in model.named_modules() if getattr(part, "config", None) is text)
+    return next(parts, ("", model))
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder layers of `model` and the qualified name of their list.
 
     Raises:
         ValueError: No outermost ModuleList has `num_hidden_layers` entries, or several have.
     """
+    root, part = text_part(model)
     depth = model.config.get_text_config().num_hidden_layers
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in part.named_modules(prefix=root) if isinstance(module, nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     fitting = [name for name in outermost if len(lists[name]) == depth]
     if len(fitting) != 1:
@@ -124,10 +135,15 @@ class Decoder:
     Args:
         model: The model; its embeddings and head stay on the device that they are on.
         device: Where recorded calls are put: the device on which the layers will be called.
+
+    Attributes:
+        model: The model, or its text part where that has a head of its own.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model = model
+        _, part = text_part(model)
+        has_head = isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
+        self.model: PreTrainedModel = part if has_head else model  # type: ignore[assignment]
         self.device = device
         self.prefix, self.layers = decoder_layers(model)
         self._returns_tuple: dict[type, bool] = {}

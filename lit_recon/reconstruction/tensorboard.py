@@ -5,7 +5,6 @@ done. This logger puts the window's name in front (`block_03/loss/train`), shift
 other on the x axis, and stays open.
 """
 
-import math
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,11 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_recon.report.run_files import finite_or_nan
+from lit_recon.system.atomic_files import make_folder
+
+_OF_RESULTS = ".results"  # ends the name of the event file with what results.json says
+
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard logger of a run.
@@ -21,17 +25,21 @@ class RunLogger(TensorBoardLogger):
     Args:
         run: The run's folder; events go to `<run>/tensorboard`.
         last_step: The last step of a run that is resumed; what it logged after that is hidden.
+        **settings: Of the SummaryWriter.
 
     Attributes:
-        last_step: The last step of the windows so far.
+        last_step: The last step of the windows so far; -1 before the first.
     """
 
-    def __init__(self, run: Path, *, last_step: int | None = None) -> None:
+    def __init__(self, run: Path, *, last_step: int | None = None, **settings: Any) -> None:
         purge: dict[str, Any] = {} if last_step is None else {"purge_step": last_step + 1}
-        super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False, **purge)
+        super().__init__(save_dir=run, name="tensorboard", version="", default_hp_metric=False, **purge, **settings)
+        make_folder(Path(self.log_dir))
+        # This process writes, whatever number the environment gives it among others.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         self._window = ""
         self._offset = 0
-        self.last_step = last_step or 0
+        self.last_step = -1 if last_step is None else last_step
 
     @property
     def log_dir(self) -> str:
@@ -39,8 +47,8 @@ class RunLogger(TensorBoardLogger):
         return self.root_dir
 
     def start_window(self, name: str) -> None:
-        """From here on metrics belong to window `name`, whose step 0 follows the last step so far."""
-        self._window, self._offset = f"{name}/", self.last_step
+        """From here on metrics belong to window `name`, whose step 0 is the one after the last step so far."""
+        self._window, self._offset = f"{name}/", self.last_step + 1
 
     def end_window(self) -> None:
         """From here on metrics have their own names and steps."""
@@ -70,16 +78,24 @@ class RunLogger(TensorBoardLogger):
             super().log_hyperparams(vars(params) if isinstance(params, Namespace) else params, metrics)
 
     def log_results(self, results: Mapping[str, Any]) -> None:
-        """Log what results.json says: errors over depth (x: index of the window), final numbers, a summary in words."""
+        """Log what results.json says: errors over depth (x: index of the window), final numbers, a summary in words.
+
+        To a file of its own, in place of that of a run that was killed before its results were saved.
+        """
+        for path in Path(self.log_dir).glob(f"*{_OF_RESULTS}"):
+            path.unlink()
+        log = RunLogger(Path(self.save_dir), filename_suffix=_OF_RESULTS)
         for index, window in enumerate(results["windows"]):
             names = ("relative_error_before", "relative_error_after", "held_out_before", "held_out_after")
-            self.log_metrics({f"depth/{name}": window[name] for name in names}, index)
-        rows = [f"| perplexity {state} | {value:.3f} |" for state, value in results["perplexity"].items()]
+            log.log_metrics({f"depth/{name}": finite_or_nan(window[name]) for name in names}, index)
+        finals = {f"perplexity/{state}": finite_or_nan(value) for state, value in results["perplexity"].items()}
+        finals["gap_recovered"] = finite_or_nan(results["gap_recovered"])
+        rows = [f"| perplexity {state} | {finals[f'perplexity/{state}']:.3f} |" for state in results["perplexity"]]
         rows += [f"| {key} | {value} |" for key, value in (results["model"] | results["recipe"]).items()]
-        self.experiment.add_text("summary", "\n".join(["| | |", "|---|---|", *rows]))
-        finals = {f"perplexity/{state}": value for state, value in results["perplexity"].items()}
-        finals["gap_recovered"] = results["gap_recovered"] if results["gap_recovered"] is not None else math.nan
-        self.log_hyperparams(results["recipe"] | {"seed": results["seed"]}, finals)
+        text = "\n".join(["| | |", "|---|---|", *rows])
+        log.experiment.add_text("summary", text.encode(errors="backslashreplace").decode())  # names of any encoding
+        log.log_hyperparams(results["recipe"] | {"seed": results["seed"]}, finals)
+        log.close()
 
     def save(self) -> None:
         """Nothing: Lightning calls this after each logged step, and a flush to disk each time is slow."""

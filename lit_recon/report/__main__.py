@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_recon.report.run_files import read_results
+from lit_recon.system.terminal import readable_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, for a README or a paper")
     chosen = parser.parse_args(arguments)
+    readable_output()
     runs = _read(chosen.runs, parser)
 
     # Here and not at the top: matplotlib, jinja2 and rich take a second, which --help and messages do not need.

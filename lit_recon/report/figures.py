@@ -7,11 +7,16 @@ safe for colour-blind readers). No pyplot: no window, no global state.
 
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ValueError:  # of a backend that does not exist, in an environment variable; what is drawn here needs none
+    os.environ.pop("MPLBACKEND", None)
+    import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
@@ -23,6 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from lit_recon.report.run_files import Curve, finite_or_nan, measure, read_curves, read_results
+from lit_recon.system.atomic_files import make_folder, replaced
 from lit_recon.system.units import duration
 
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
@@ -68,10 +74,11 @@ def write_figures(run: Path) -> list[Path]:
             "time": time_per_phase(results["seconds"]),
         }
         images = {name: _png(figure) for name, figure in figures.items() if figure is not None}
-    (run / "figures").mkdir(exist_ok=True)
+    make_folder(run / "figures")
     paths = {run / "figures" / f"{name}.png": image for name, image in images.items()}
     for path, image in paths.items():
-        path.write_bytes(image)
+        with replaced(path) as file:
+            file.write(image)
     return list(paths)
 
 

@@ -68,7 +68,7 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     with replaced(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))  # names that are not UTF-8
     return path
 
 
@@ -81,7 +81,7 @@ def places(run: Path) -> dict[str, Any]:
         "checkpoint": json.dumps((folder / "checkpoint").as_posix(), ensure_ascii=False),  # a Python string
         "logdir": shlex.quote((folder / "tensorboard").as_posix()),
         "files": {name: text for name, text in FILES.items() if (run / name).exists()},
-        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     }
 
 

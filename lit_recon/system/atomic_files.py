@@ -5,6 +5,7 @@ whole. Nothing here needs torch.
 """
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -12,24 +13,28 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
+log = logging.getLogger(__name__)
+
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # errors of a full disk
+PARTIAL, ASIDE = ".partial", ".old"  # what is being written, and what it replaces
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+UNSYNCABLE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS}  # SMB, 9p, some of FUSE
 CHUNK = 1 << 24  # bytes that are read or written at once
 Fingerprint = dict[str, int]  # "bytes" and "crc32" of a file
+_unsynced: set[int] = set()  # file systems that cannot sync, of which a warning has told
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
     """Write a file that takes the place of `path` when all of it is on the disk; an error leaves `path` as it was."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:  # x: never through a link
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path.parent)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):  # the error before matters more
@@ -39,37 +44,95 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder that takes the place of `folder` when all of it is on the disk; an error leaves nothing of it.
+    """Fill a folder that takes the place of `folder` when all of it is on the disk; an error leaves `folder` as it was.
+
+    What was there is renamed aside before and removed after, so that a kill between the two renames loses neither; the
+    next call returns it. A link is replaced, and what it points to stays. Files get the mode of new files.
 
     Yields:
         The temporary folder, which is absent: make it, and write the files there.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial, aside = _partial(folder), folder.with_name(folder.name + ASIDE)
+    if os.path.lexists(aside) and not os.path.lexists(folder):
+        os.replace(aside, folder)
+    remove(aside)
     try:
         yield partial
-        for path in (partial, *partial.rglob("*")):
+        mode = 0o666 & ~_umask()
+        for path in (*partial.rglob("*"), partial):
             if path.is_dir():
                 sync_folder(path)
             else:
+                with suppress(OSError):  # a file system without modes
+                    path.chmod(mode)  # safetensors makes files that only their owner can read
                 with path.open("rb+" if sys.platform == "win32" else "rb") as file:  # Windows syncs what can be written
-                    os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+                    _sync(file.fileno(), path.parent)
+        if os.path.lexists(folder):
+            os.replace(folder, aside)
         os.replace(partial, folder)
         sync_folder(folder.parent)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(folder):
+            os.replace(aside, folder)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # a file that another program has open
+            remove(partial)
+            remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove what is at `path`: a file, a folder with all in it, or a link, but not what it points to; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder where none is, in place of a file or a link that leads nowhere."""
+    if not path.is_dir():
+        remove(path)
+        path.mkdir(parents=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to the disk."""
+    """Sync the names in a folder to the disk, where its file system can do that."""
     if sys.platform == "win32":
         return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, folder: Path) -> None:
+    """Sync what is open to the disk; a file system that cannot is told of once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSYNCABLE:
+            raise
+        device = folder.stat().st_dev
+        if device not in _unsynced:
+            _unsynced.add(device)
+            lost = "a power loss may cost more than the last window"
+            log.warning("%s: its file system cannot sync what is written (%s); %s", folder, error.strerror, lost)
+
+
+def _partial(path: Path) -> Path:
+    """The temporary name of what will be at `path`; what a killed process, or anybody, left there is removed."""
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    return partial
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; it can only be read by setting it, to none for others meanwhile."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def chunks(path: Path) -> Iterator[memoryview]:
@@ -90,13 +153,18 @@ def fingerprint(path: Path) -> Fingerprint:
 
 def can_link(folder: Path) -> bool:
     """Whether the file system of a folder has hard links; if not, `publish` copies."""
-    with TemporaryDirectory(dir=folder) as scratch:
-        first, second = Path(scratch, "first"), Path(scratch, "second")
+    first, second = folder / f"lit_recon.first{PARTIAL}", folder / f"lit_recon.second{PARTIAL}"
+    try:
+        for path in (first, second):
+            remove(path)  # left by a process that was killed
         first.touch()
-        try:
-            os.link(first, second)
-        except OSError:
-            return False
+        os.link(first, second)
+    except OSError:
+        return False
+    finally:
+        for path in (first, second):
+            with suppress(OSError):
+                remove(path)
     return True
 
 
@@ -105,15 +173,15 @@ def publish(source: Path, target: Path) -> None:
 
     Both names are the same file where the file system has hard links, so change neither of them in place.
     """
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
+    partial = _partial(target)
     try:
-        try:
-            os.link(source, partial)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+        os.link(source, partial)
+    except OSError:  # another file system, or one without links
+        with replaced(target) as file:
+            for chunk in chunks(source):
+                file.write(chunk)
+        return
+    try:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)  # also after success: a rename of a file over itself does nothing

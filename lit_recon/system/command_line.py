@@ -38,7 +38,8 @@ class Problems:
         try:
             return function(*args, **kwargs)
         except Exception as error:  # whatever a value of a setting leads to
-            self.add(about + in_words(error), error)
+            said = in_words(error)
+            self.add(said if said.startswith(about.rstrip(": ")) else about + said, error)
             return None
 
     def raise_all(self) -> None:

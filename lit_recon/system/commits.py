@@ -6,9 +6,11 @@ whatever ends a process. Size and CRC-32 in the manifest find files that were tr
 then; for that case the commit before the newest is kept. They guard against accidents, not against malice.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,19 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from lit_recon.system.atomic_files import FULL, READ_ONLY, Fingerprint, fingerprint, replaced, sync_folder
-from lit_recon.system.tensor_files import write_tensors
+from lit_recon.system.atomic_files import FULL, READ_ONLY, Fingerprint, fingerprint, make_folder, replaced, sync_folder
+from lit_recon.system.tensor_files import map_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_REMEDIES = {
+    **dict.fromkeys(FULL, "free space"),
+    **dict.fromkeys(READ_ONLY, "make the folder writable"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+}
 
 
 class CommitError(OSError):
-    """Error of a full or read-only disk: a file of a run cannot be written. The message says how to resume."""
+    """What a run needs of the system and does not get, such as room on a disk. The message says how to resume."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,8 @@ class Commit:
         return self.paths[name]
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a file, mapped into memory; changing them never changes the file."""
-        with safe_open(self.paths[name], framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+        """Tensors of a file, mapped into memory, which may be smaller; to be looked at or copied, not to be changed."""
+        return map_tensors(self.paths[name])
 
 
 class Commits:
@@ -89,7 +94,8 @@ class Commits:
         Raises:
             CommitError: The disk is full or read-only.
         """
-        assert name not in self._in_use, f"{name} belongs to commit {self._current}"
+        if name in self._in_use:
+            raise RuntimeError(f"{name} belongs to commit {self._current}")
         path = self.path(name)
         self._written.pop(name, None)
         with self.writing(path):
@@ -110,8 +116,10 @@ class Commits:
         Raises:
             CommitError: The disk is full or read-only.
         """
-        assert self._current is None or number > self._current, f"commit {number} after {self._current}"
-        assert set(files) <= set(self._written), f"never written: {sorted(set(files) - set(self._written))}"
+        if self._current is not None and number <= self._current:
+            raise RuntimeError(f"commit {number} after {self._current}")
+        if absent := set(files) - set(self._written):
+            raise RuntimeError(f"never written: {sorted(absent)}")
         kept = {name: self._written[name] for name in files}
         manifest = self._manifest(number)
         with self.writing(manifest):
@@ -153,18 +161,23 @@ class Commits:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Turn errors of a full or read-only disk into a CommitError that names `path` and says how to resume."""
+        """Turn errors of a full or read-only disk, and of too many open files, into a CommitError with the remedy.
+
+        Args:
+            path: What is written, a file or a folder; named unless the error itself names something outside of the run.
+        """
         try:
             yield
         except OSError as error:
-            if error.errno not in FULL | READ_ONLY:
+            if error.errno not in _REMEDIES:
                 raise
+            run, named = self.folder.parent, error.filename
+            elsewhere = isinstance(named, (str, bytes)) and not _lies_in(Path(os.fsdecode(named)), run)
+            what = f"{os.fsdecode(named)}, which is not of this run:" if elsewhere else f"{path} cannot be written"
+            reason = error.strerror if elsewhere else f"({error.strerror})"
             kept = "the previous commit is whole" if self._is_committed() else "nothing is committed yet"
-            remedy = "free space" if error.errno in FULL else "make the folder writable"
-            raise CommitError(
-                f"{path} cannot be written ({error.strerror}); {kept}; {remedy} and resume with "
-                f"resume={self.folder.parent}"
-            ) from error
+            remedy = "see to that" if elsewhere else _REMEDIES[error.errno]
+            raise CommitError(f"{what} {reason}; {kept}; {remedy} and resume with resume={run}") from error
 
     def _is_committed(self) -> bool:
         """Whether this run has a commit, also before `newest` was called; not if it is a commit that it overwrites."""
@@ -197,7 +210,7 @@ class Commits:
 
     def _make_folder(self) -> None:
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             sync_folder(self.folder.parent)
 
     def _remove_newer(self, number: int) -> None:
@@ -221,6 +234,11 @@ class Commits:
                 path.unlink()
             except OSError as error:
                 log.info("%s is not needed any more, but cannot be removed (%s)", path, error.strerror)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is that of a folder or of something in it, also where it is not there."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 class _Damage(Exception):

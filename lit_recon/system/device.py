@@ -1,6 +1,7 @@
 """Where and how precisely a run computes: the device and the precision that every pass of a run shares."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_recon.system.quiet_libraries import quietly
@@ -46,6 +49,7 @@ class Compute:
                 f"trainer.precision={precision!r}: expected one of auto, {', '.join(_AUTOCAST)} "
                 "(weights kept in 16 bits do not learn at the rates of reconstruction)."
             )
+        trainer = one_process(trainer)
         strategy = trainer(precision="32-true", logger=False).strategy
         if strategy.root_device.type == "mps":
             if trainer.keywords.get("accelerator", "auto") != "auto":
@@ -85,8 +89,10 @@ class Compute:
         except Exception as error:  # the user's own objects may raise anything
             raise ValueError(f"trainer.callbacks: each window gets a copy of them, but {error}.") from error
 
+        trainer = one_process(trainer)
+
         def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
-            where = {"precision": self.precision, "accelerator": self.device.type}
+            where = {"precision": self.precision, "accelerator": self.device.type, "enable_checkpointing": False}
             return trainer(callbacks=[*deepcopy(own), *callbacks], **where | settings)
 
         return make
@@ -95,3 +101,42 @@ class Compute:
         """Context for passes outside of training steps, with the same autocast as in Lightning's training steps."""
         dtype = _AUTOCAST[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
+
+
+class _NoCheckpoints(CheckpointIO):
+    """Refuses Lightning's checkpoints, which are pickles: a run has its own resume points."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Raise a ValueError: a callback wants to write one."""
+        raise ValueError(f"a callback of the Trainer writes {path}, a pickle; a run writes none: leave it out.")
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Raise a ValueError: there are none."""
+        raise ValueError(f"a callback of the Trainer reads {path}, a pickle; a run reads none: leave it out.")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Nothing: there are none."""
+
+
+def one_process(trainer: "partial[Trainer]") -> "partial[Trainer]":
+    """A Trainer that is one process, whatever the environment says of others, and that writes no pickles.
+
+    Lightning takes RANK, LOCAL_RANK, SLURM_NTASKS, ... of a job for those of a run that is spread over its processes.
+
+    Raises:
+        ValueError: `enable_checkpointing`, or arguments of the Trainer in the environment.
+    """
+    if trainer.keywords.get("enable_checkpointing") not in (None, False):
+        raise ValueError(
+            f"trainer.enable_checkpointing={trainer.keywords['enable_checkpointing']}: a run has its own resume points "
+            "and writes no pickles; leave it out."
+        )
+    if asked := sorted(name for name in os.environ if name.startswith("PL_TRAINER_") and os.environ[name]):
+        settings = " ".join(f"+trainer.{name.removeprefix('PL_TRAINER_').lower()}={os.environ[name]}" for name in asked)
+        raise ValueError(
+            f"the environment has {', '.join(asked)}, which Lightning's Trainer obeys and config.yaml would not know; "
+            f"unset that and give {settings}."
+        )
+    given = trainer.keywords.get("plugins") or []
+    plugins = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    return partial(trainer, plugins=[*plugins, LightningEnvironment(), _NoCheckpoints()])

@@ -25,17 +25,22 @@ def hold(folder: Path) -> Iterator[None]:
         folder: The output folder; made if it is missing.
 
     Raises:
-        ValueError: Another process, or this one, has it already, or it cannot be locked.
+        ValueError: Another process, or this one, has it already, it cannot be locked, or it is another user's.
     """
     lock, about = FileLock(folder / "lease.lock"), folder / "lease.json"
+    found = Path(lock.lock_file).exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_owner(folder)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(
             f"output_dir={folder} is in use by {_owner(about)}; wait for it or stop it, or choose another output_dir."
         ) from error
     except OSError as error:
+        if not found:  # it was made, and cannot be locked
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
         raise ValueError(
             f"output_dir={folder} cannot be locked ({error.strerror}); choose another output_dir."
         ) from error
@@ -50,6 +55,21 @@ def hold(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # Windows removes no open file, and the folder may be gone
                 path.unlink()
         lock.release()
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise a ValueError for another user's folder: where that one puts links, a run would write elsewhere.
+
+    Not for root, who works on mounted folders of others in containers.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() == 0:
+        return
+    owner = folder.stat().st_uid
+    if owner not in (0, os.geteuid()):
+        raise ValueError(
+            f"output_dir={folder} belongs to another user (number {owner}); choose another output_dir, or copy the run "
+            "to a folder of your own."
+        )
 
 
 def _owner(about: Path) -> str:

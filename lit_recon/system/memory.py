@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,8 +15,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # unlike getrusage, it can be reset
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        with suppress(OSError, ValueError, IndexError):  # no /proc, or one of another kind, as in some sandboxes
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # not at the top: Windows has no such module
@@ -25,11 +27,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak from now on. On the CPU only Linux can do that; elsewhere the peak stays that of the process."""
+    """Count the peak from now on, where that is possible; elsewhere the peak stays that of the process.
+
+    On the CPU only Linux can do that, with a /proc that can be written.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def release_memory() -> None:

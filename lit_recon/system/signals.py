@@ -1,6 +1,7 @@
-"""Signals: Ctrl-C and SIGTERM end a run at once, except inside sections that must not be left half done.
+"""Signals: Ctrl-C, SIGTERM and SIGHUP end a run at once, except inside sections that must not be left half done.
 
-A scheduler's SIGTERM is treated like Ctrl-C: as an exception, which is caught where the message says what is kept.
+A scheduler's SIGTERM, and the SIGHUP of a terminal that was closed, are treated like Ctrl-C: as an exception, which is
+caught where the message says what is kept.
 Python raises it between two operations of the main thread, so that the delay is at most one operation.
 """
 
@@ -12,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from lit_recon.system.terminal import leave_terminal
+
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 SAME_REQUEST = 1.0  # seconds within which signals are one request: GNU timeout, for example, sends each of them twice
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received."""
+    """SIGTERM or SIGHUP was received."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class _Requests:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        if number == HANGUP:
+            leave_terminal()
         if self.raised is not None and time.monotonic() - self.raised < SAME_REQUEST:
             return
         self.waiting = number
@@ -46,7 +52,7 @@ class _Requests:
         if self.waiting is None or self.sections:
             return
         number, self.waiting, self.raised = self.waiting, None, time.monotonic()
-        raise Terminated("stopped by SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 _requests = _Requests()
@@ -58,19 +64,23 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt and Terminated; does nothing outside of the main thread.
+    """Make SIGINT raise KeyboardInterrupt, SIGTERM and SIGHUP Terminated; does nothing outside of the main thread.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
-        Terminated: SIGTERM was received; it is a KeyboardInterrupt.
+        Terminated: SIGTERM or SIGHUP was received; it is a KeyboardInterrupt.
     """
     if not _in_main_thread():
         yield
         return
     earlier = {number: signal.getsignal(number) for number in SIGNALS}
+    if HANGUP and earlier[HANGUP] is signal.SIG_IGN:
+        del earlier[HANGUP]
     _requests.waiting = _requests.raised = None
     try:
-        for number in SIGNALS:
+        for number in earlier:
             signal.signal(number, _requests.receive)
         yield
     finally:

@@ -3,8 +3,10 @@
 import json
 import mmap
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -26,6 +28,8 @@ DTYPES = {  # names of the safetensors format
     torch.float32: "F32",
     torch.float64: "F64",
 }
+_OPEN_FILES = 4096  # more than any model has layers
+_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
@@ -33,6 +37,18 @@ def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
     if sys.version_info >= (3, 13) and sys.platform != "win32":
         settings["trackfd"] = False
     return mmap.mmap(file.fileno(), length, **settings)
+
+
+def allow_open_files() -> None:
+    """Allow this process more open files where the system lets it: each map may keep one, and a layer is a map."""
+    if sys.platform == "win32":
+        return
+    import resource  # not at the top: Windows has no such module
+
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
@@ -63,6 +79,28 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(chunk)
         size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
     return {"bytes": size, "crc32": checksum}
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that `write_tensors` wrote, in a map that may be larger than the memory.
+
+    Look at them only: the map can be read, not written, since Linux refuses one that could be changed where the file is
+    larger than memory and swap. Writing to them ends the process.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        mapping = memory_map(file, 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    tensors = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        for name, entry in header.items():
+            dtype, (start, stop) = _OF_NAME[entry["dtype"]], entry["data_offsets"]
+            count = (stop - start) // dtype.itemsize
+            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=8 + length + start) if count else None
+            tensors[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(entry["shape"])
+    return tensors
 
 
 def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:

@@ -27,13 +27,8 @@ BASES: list[list[str]] = [
     ["chain.statistics=sparse", "prune_by=block"],
     ["data=hub", "data.name=no/where", "data.num_samples=0"],  # refused before the Hub is asked
 ]
-LONG = "x" * 5000
-NUMBERS = (
-    "0 1 -1 2 0.5 -0.5 1e30 1e-30 nan inf -inf 9999999999999999999999 007 1_0 3 8 0.1 2024 5e10123 1:30 0x10 1e400"
-)
-WORDS = (
-    "true false null abc 'abc' '' ??? half block sparse local mix documents row matrix disk bfloat16 cpu cuda 16-mixed"
-)
+NUMBERS = "0 1 -1 2 0.5 -0.5 1e30 1e-30 nan inf -inf 9999999999999999999999 007 1_0 3 8 0.1 2024 5e10123 1:30 1e400"
+WORDS = "true false null abc 'abc' '' ??? half block sparse local mix documents row matrix disk bfloat16 cpu 16-mixed"
 PATHS = "~/x ~nobody/x /home/zoë/x été 日本 /proc/x /dev/null /dev/null/x nowhere . .. / a/../b - -- % @x $HOME \\ a\\"
 LISTS = "[] [1] [1,2] [abc] [a=b] [null] [[1]] {} {a:1} {a:{b:[1]}} [{a:1}] [ {a ] run[1] a=b a,b 1,2 a(b b) it's \" '"
 GRAMMAR = "range(3) choice(1,2) glob(*) int(3) sort(2,1) a#b a;b ${seed} ${nope} ${oc.env:NOPE} ${hydra:job.num} ${"
@@ -42,8 +37,9 @@ OBJECTS = "{_target_:builtins.dict} {_target_:no.Where} {_target_:torch.nn.Linea
 VALUES = " ".join((NUMBERS, WORDS, PATHS, LISTS, GRAMMAR, TARGETS, OBJECTS)).split()
 VALUES += ["", "a b", '"a b"', "6 apples", "a\tb", "a\nb", "x" * 5000]
 NEW = """
-    trainer.callbacks trainer.overfit_batches trainer.strategy trainer.max_time trainer.plugins trainer.limit_train_batches
-    trainer.limit_val_batches trainer.fast_dev_run trainer.profiler trainer.deterministic trainer.gradient_clip_algorithm
+    trainer.callbacks trainer.overfit_batches trainer.strategy trainer.max_time trainer.plugins trainer.deterministic
+    trainer.limit_train_batches trainer.limit_val_batches trainer.fast_dev_run trainer.profiler
+    trainer.gradient_clip_algorithm
     trainer.min_epochs trainer.default_root_dir trainer.detect_anomaly trainer.barebones trainer.check_val_every_n_epoch
     trainer.num_nodes trainer.inference_mode module.optimizer.betas module.optimizer.eps module.scheduler.x windows.size
     criterion.x pattern.x store.x data.x model.x chain.x module.retry_rates.x nope a.b.c""".split()

@@ -1,6 +1,7 @@
 """What a run must have in common with the one it takes up, and that each difference is told in words."""
 
 import json
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lit_recon.fit.signature import _code, changes, differences
 
 SIGNED: dict[str, Any] = {
     "config": {"seed": 0, "trainer": {"max_epochs": 1, "precision": "auto"}, "data": {"paths": ["a", "b"]}},
-    "model": "f00",
+    "model": {"model.safetensors": "f00"},
     "model_config": {"rope_theta": 1e4},
     "compute": {"device": "cpu", "precision": "32-true"},
     "data": "ba4",
@@ -20,19 +21,19 @@ SIGNED: dict[str, Any] = {
 }
 
 
-def test_what_a_configuration_names_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "named.py").write_text("from functools import partial\nloss = partial(print)\nclass Module: pass\n")
+def test_the_code_of_a_run_is_the_package_the_named_files_and_what_they_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helper.py").write_text("SHARE = 0.5\n")
+    (tmp_path / "named.py").write_text("import helper\nfrom functools import partial\nloss = partial(print)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    targets = [
-        "named.loss",
-        "named.Module",
-        "torch.optim.AdamW",
-        "lit_recon.pruning.criteria.wanda.Wanda",
-        "builtins.print",
-    ]
+    targets = ["named.loss", "torch.optim.AdamW", "lit_recon.pruning.criteria.wanda.Wanda", "builtins.print"]
     found = _code({str(index): {"_target_": target} for index, target in enumerate(targets)})
-    assert found.keys() == {"named.loss", "named.Module"} and len(set(found.values())) == 1
-    assert _code({"callbacks": [{"_target_": "named.Module"}, "text"]}).keys() == {"named.Module"}
+    assert {"named.loss", "helper", "lit_recon/pruning/masks.py", "lit_recon/fit/__main__.py"} <= found.keys()
+    assert not [name for name in found if name.startswith(("torch", "numpy", "_pytest", "json", "lit_recon/report"))]
+    assert "named.loss" in _code({"callbacks": [{"_target_": "named.loss"}, "text"]})
+    for name in ("named", "helper"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 def changed(*keys: str, value: object) -> dict[str, Any]:
@@ -55,10 +56,10 @@ def test_a_signature_that_went_through_json_is_the_same() -> None:
         (("config", "seed"), 1, "seed was 0 and is 1"),
         (("config", "trainer", "max_epochs"), 2, "trainer.max_epochs was 1 and is 2"),
         (("config", "trainer", "new"), "x", "trainer.new was None and is 'x'"),
-        (("code", "mine.Module"), "c0de2", "the file of mine.Module has changed"),
+        (("code", "mine.Module"), "c0de2", "code has changed (mine.Module)"),
         (("config", "trainer"), None, "trainer was {'max_epochs': 1, 'precision': 'auto'} and is None"),
         (("config", "data", "paths"), ["a"], "data.paths was ['a', 'b'] and is ['a']"),
-        (("model",), "f01", "the files of the dense model are not the same"),
+        (("model", "model.safetensors"), "f01", "files of the dense model are not the same (model.safetensors)"),
         (("model_config", "rope_theta"), 1e6, "the dense model's config.json: rope_theta was 10000.0 and is 1000000.0"),
         (("compute", "precision"), "bf16-mixed", "precision was '32-true' and is 'bf16-mixed'"),
         (("data",), "ba5", "the text gives other samples"),
@@ -71,7 +72,12 @@ def test_each_difference_is_told(keys: tuple[str, ...], value: object, told: str
 
 
 def test_all_differences_are_told_at_once() -> None:
-    now = {**changed("config", "seed", value=1), "model": "other", "data": "other", "versions": {}}
+    now = {
+        **changed("config", "seed", value=1),
+        "model": {"model.safetensors": "other"},
+        "data": "other",
+        "versions": {},
+    }
     assert len(changes(SIGNED, now)) == 5
 
 

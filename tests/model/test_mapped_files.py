@@ -1,6 +1,5 @@
 """The dense checkpoint: what is known of its files, that no run changes them, and that streaming changes no result."""
 
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, folder_problems, layer_state, sampled_hash
+from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, folder_problems, layer_state
 
 FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -213,35 +212,6 @@ def test_a_layers_state_is_named_as_in_the_model() -> None:
     prefix, layers = decoder_layers(model)
     state = layer_state(layers[1], f"{prefix}.1")
     assert set(state) == {name for name in model.state_dict() if name.startswith(f"{prefix}.1.")} and state
-
-
-def test_a_sampled_hash_tells_any_change_of_a_small_file_its_size_and_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(os.urandom(5000))
-    known = sampled_hash([path])
-    assert sampled_hash([path]) == known and len(known) == len(hashlib.sha256().hexdigest())
-    whole = path.read_bytes()
-    for position in (0, 4095, 4999):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert sampled_hash([path]) != known, position
-    path.write_bytes(whole[:-1])
-    assert sampled_hash([path]) != known
-    path.write_bytes(whole)
-    assert sampled_hash([path.rename(tmp_path / "other.safetensors")]) != known
-
-
-def test_a_sampled_hash_of_a_large_file_looks_into_all_parts_of_it(tmp_path: Path) -> None:
-    path, size = tmp_path / "large", 64 << 20
-    with path.open("wb") as file:
-        file.truncate(size)
-    known = sampled_hash([path])
-    for part in range(16):
-        with path.open("r+b") as file:  # as training changes all tensors
-            file.seek(part * size // 16)
-            file.write(b"x" * (size // 16))
-        changed = sampled_hash([path])
-        assert changed != known, part
-        known = changed
 
 
 def test_what_is_missing_or_damaged_in_a_folder_is_told_together(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """TensorBoard's files, read back by its own reader: names in order, steps that do not overlap, curves as trained."""
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Ended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_recon.reconstruction.tensorboard import RunLogger
+from lit_recon.report.run_files import read_curves
 
 NAMES = ["block_00", "block_01", "block_02"]
 
@@ -14,7 +19,7 @@ NAMES = ["block_00", "block_01", "block_02"]
 def events(run_once: Callable[..., Ended]) -> EventAccumulator:
     """The log of a run: three windows, eight steps each, every step logged."""
     run_once("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "module.optimizer.lr=1e-2")
-    assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert len(list(Path("run/tensorboard").iterdir())) == 2  # of the walk, and of the results
     accumulator = EventAccumulator("run/tensorboard", size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
     return accumulator
@@ -28,14 +33,14 @@ def test_every_window_has_its_curves_under_its_name_and_nothing_else_is_logged(e
 
 
 def test_windows_follow_each_other_on_the_x_axis(events: EventAccumulator) -> None:
-    last = 0
+    last = -1
     for name in NAMES:
         steps = [point.step for point in events.Scalars(f"{name}/loss/train")]
         assert len(steps) == 8
         assert steps == list(range(steps[0], steps[0] + 8))
         held_out = [point.step for point in events.Scalars(f"{name}/loss/held_out")]
-        assert held_out[0] == last, "the curve starts where the window does"
-        assert min(steps) >= last
+        assert held_out[0] == last + 1, "the curve starts where the window does"
+        assert min(steps) > last
         last = max(steps + held_out)
 
 
@@ -57,3 +62,88 @@ def test_the_summary_and_the_hyperparameters_are_there(events: EventAccumulator)
     text = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| criterion | Wanda |" in text
     assert "_hparams_/experiment" in events.summary_metadata
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """All points of all curves, as TensorBoard shows them."""
+    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(each.step, each.value) for each in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def log_window(log: RunLogger, name: str, num_steps: int = 3) -> None:
+    """As a Trainer does: the pruned window's error at step 0, then both curves."""
+    log.start_window(name)
+    for step in range(num_steps):
+        log.log_metrics({"loss/held_out": 1.0 - step / 10}, step)
+        log.log_metrics({"loss/train": 2.0 - step / 10}, step)
+
+
+@pytest.mark.parametrize("steps_of_the_killed", [1, 2, 3])
+def test_no_value_stands_twice_after_a_kill_within_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_of_the_killed: int
+) -> None:
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(time, "time", lambda: next(seconds))  # files are read in the order of their seconds
+    whole = RunLogger(tmp_path / "whole")
+    for name in NAMES:
+        log_window(whole, name)
+        whole.end_window()
+    whole.close()
+    killed = RunLogger(tmp_path / "run")
+    log_window(killed, "block_00")
+    killed.end_window()
+    last_step = killed.last_step  # in the commit of block_00
+    log_window(killed, "block_01", steps_of_the_killed)
+    killed.close()  # what it had written when it was killed
+    resumed = RunLogger(tmp_path / "run", last_step=last_step)
+    for name in NAMES[1:]:
+        log_window(resumed, name)
+        resumed.end_window()
+    resumed.close()
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
+    steps = [step for name in NAMES for step, _ in curves(tmp_path / "run")[f"{name}/loss/held_out"]]
+    assert steps == list(range(9))
+
+
+def results_of(num_windows: int) -> dict:
+    """Of results.json what is logged."""
+    errors = dict.fromkeys(("relative_error_before", "relative_error_after", "held_out_before", "held_out_after"), 0.5)
+    return {
+        "perplexity": {"dense": 14.9, "pruned": 22.3, "reconstructed": 17.3},
+        "gap_recovered": 0.68,
+        "model": {"name": "tiny"},
+        "recipe": {"criterion": "Wanda"},
+        "windows": [dict(errors) for _ in range(num_windows)],
+        "seed": 0,
+    }
+
+
+def test_results_that_are_logged_again_stand_once(tmp_path: Path) -> None:
+    results = results_of(3)
+    for _ in range(2):  # killed before results.json was there, and resumed
+        log = RunLogger(tmp_path)
+        log.log_results(results)
+        log.close()
+    found = read_curves(tmp_path)  # every point, also those that TensorBoard hides
+    assert [step for step, _ in found["depth/held_out_before"]] == [0, 1, 2]
+    assert len(found["perplexity/pruned"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:NaN or Inf found in input tensor")
+def test_results_that_are_not_finite_and_names_of_any_encoding_are_logged(tmp_path: Path) -> None:
+    results = results_of(1) | {"gap_recovered": None}
+    results["perplexity"] |= {"pruned": None, "reconstructed": float("inf")}
+    results["windows"][0]["held_out_after"] = None
+    results["model"]["name"] = "caf\udce9"  # a folder's name in Latin-1
+    log = RunLogger(tmp_path)
+    log.log_results(results)
+    log.close()
+    assert set(read_curves(tmp_path)) >= {"perplexity/pruned", "gap_recovered", "depth/held_out_after"}
+
+
+def test_a_file_where_the_folder_shall_be_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()
+    log = RunLogger(tmp_path)
+    log_window(log, "block_00")
+    log.close()
+    assert curves(tmp_path)["block_00/loss/train"]

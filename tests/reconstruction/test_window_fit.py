@@ -338,6 +338,6 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
     (result,) = [result for result in results if "spare" in result.name]
     assert not result.accepted and "no calibration or no held-out token reaches it" in result.note
     (result,) = [result for result in results if result.name == "block_01.self_attn.o_proj"]
-    assert not result.accepted and "its dense outputs are all the same" in result.note
+    assert not result.accepted and "is zero already, so there is no error" in result.note
     assert torch.count_nonzero(spare.weight) == 16 and torch.equal(spare.weight, dense * (spare.weight != 0))
     assert sum(result.accepted for result in results) > 12, "the others are reconstructed"

@@ -481,6 +481,7 @@ BAD_INPUT = {
     ("+module.momentum=1",): ["module: ", "momentum"],
     ("windows=matrix", "module=least_squares", "module.max_iterations=0"): ["module.max_iterations=0", "at least 1"],
     ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "a number"],
+    ("windows=matrix", "module=least_squares", "module.damping=0"): ["module.damping=0", "above 0"],
     ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
     ("seed=abc",): ["seed=abc", "whole number"],
     ("windows=half", "+windows.size=2"): ["windows.size=2", "windows=blocks", "half"],

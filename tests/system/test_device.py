@@ -2,14 +2,17 @@
 
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lit_recon.system.device import Compute
+from lit_recon.system.device import Compute, one_process
 
 
 class Counter(Callback):
@@ -53,3 +56,33 @@ def test_each_trainer_has_copies_of_the_callbacks_next_to_those_of_the_run(given
     first, second = callbacks(), callbacks()
     assert [type(callback) for callback in first] == [Counter, Callback]
     assert first[0] is not second[0] and first[1] is second[1] is mine
+
+
+class Saves(Callback):
+    """Writes a checkpoint, as some of Lightning's callbacks do for a moment."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: object) -> None:
+        trainer.save_checkpoint("mine.ckpt")
+
+
+def test_a_trainer_writes_no_pickle_also_if_a_callback_wants_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compute = Compute(torch.device("cpu"), "32-true")
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    make = compute.trainers(partial(Trainer, logger=False, max_steps=1, callbacks=Saves(), **quiet))
+    with pytest.raises(ValueError, match=r"writes mine\.ckpt, a pickle; a run writes none: leave it out"):
+        make(callbacks=[]).fit(BoringModel())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plugins", [MixedPrecision("bf16-mixed", "cpu"), [MixedPrecision("bf16-mixed", "cpu")], None])
+def test_a_trainer_keeps_plugins_of_the_users_own_and_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, plugins: object
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    made = one_process(partial(Trainer, logger=False, plugins=plugins, accelerator="cpu", devices=1))()
+    assert type(made.strategy) is SingleDeviceStrategy and made.world_size == 1 and made.global_rank == 0
+    assert isinstance(made.precision_plugin, MixedPrecision) == (plugins is not None)

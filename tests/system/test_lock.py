@@ -96,5 +96,47 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(ValueError, match=r"output_dir=.* cannot be locked \(No locks available\)"), hold(tmp_path):
+    (tmp_path / "lease.lock").touch()  # maybe another's
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"output_dir=.* cannot be locked \(No locks available\)"), hold(folder):
+            pass
+    assert list((tmp_path / "run").iterdir()) == [] and (tmp_path / "lease.lock").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such owners")
+def test_another_users_folder_is_refused_but_not_to_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    if owner == 0:  # what root has made is no trap
+        with hold(tmp_path):
+            pass
+        os.chown(tmp_path, 4243, -1)
+    with pytest.raises(ValueError, match=r"belongs to another user .*choose another output_dir"), hold(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with hold(tmp_path):
+        pass
+
+
+def test_a_process_that_found_a_lock_as_its_owner_removed_it_does_not_own_the_folder_next_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner lets go, and a third takes the folder, between the second's opening of the file and its lock."""
+    fcntl = pytest.importorskip("fcntl")
+    lock, others = fcntl.flock, []
+    owner = hold(tmp_path)
+    owner.__enter__()
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not others and operation & fcntl.LOCK_EX:
+            others.append(hold(tmp_path))
+            owner.__exit__(None, None, None)
+            others[0].__enter__()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="is in use by"), hold(tmp_path):
+        pass
+    assert others
+    others[0].__exit__(None, None, None)

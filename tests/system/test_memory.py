@@ -1,5 +1,6 @@
 """Memory of a process: the peak on each system, and that it can be counted anew."""
 
+import errno
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,3 +46,17 @@ def test_on_windows_the_peak_is_that_of_the_working_set(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "platform", "win32")
     assert peak_memory_bytes(CPU) == 12345
     reset_peak_memory(CPU)
+
+
+def test_where_proc_cannot_be_read_or_written_the_peak_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *given: object, **settings: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    expected = peak_memory_bytes(CPU)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    reset_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) >= expected
+    for text in (refuse, lambda path: "", lambda path: "Name: python"):
+        monkeypatch.setattr(Path, "read_text", text)
+        assert peak_memory_bytes(CPU) > 10 * MIB

@@ -1,6 +1,7 @@
 """The output folder of a run: what it leaves behind.
 
 folder.py      what may be written, what is cleared, what resume finds there
+inputs.py      what a run reads, and that none of it lies in what it clears
 checkpoint.py  the Hugging Face folder, written whole or growing with the walk
 read_back.py   the checkpoint read as a user will read it
 results.py     results.json, the final table, the model card

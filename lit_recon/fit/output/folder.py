@@ -1,33 +1,37 @@
 """The output folder of a run, from its first moment to its last."""
 
-import shutil
+import hashlib
+import itertools
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from lit_recon.activations.disk_store import free_space, nearest
+from lit_recon.fit.job import Output
 from lit_recon.report.page import write_report
 from lit_recon.report.run_files import read_results
-from lit_recon.system.atomic_files import replaced
+from lit_recon.system.atomic_files import remove, replaced
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import CommitError
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
 
 ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is in progress
-NEXT_CONFIG = "config.next.yaml"  # of a run that is about to overwrite another
+NEXT_CONFIG = "config.next.yaml"  # of a run that has begun to clear the folder
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "checkpoint.partial", f"{NEXT_CONFIG}.partial"),
+    *("commits", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError where nothing can be written to `folder`."""
     existing = nearest(folder)
     try:
         tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
@@ -35,7 +39,12 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"output_dir={folder}: cannot write to {existing} ({error.strerror}); choose another output_dir."
         ) from error
-    if existing != folder.absolute() or {path.name for path in folder.iterdir()} <= {*OF_A_START}:
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError where a run cannot be written to `folder`, or would destroy something there."""
+    check_writable(folder)
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {*OF_A_START}:
         return
     config = folder / "config.yaml"
     if not config.is_file() or "lit_recon." not in config.read_text(encoding="utf-8", errors="replace"):
@@ -49,28 +58,42 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def announce_output(folder: Path, config: str) -> Path:
-    """Write the configuration of a run that begins, next to that of a run that it will overwrite; its path."""
-    own = folder / "config.yaml"
-    path = folder / NEXT_CONFIG if own.exists() else own
+def begin_output(folder: Path, config: str) -> None:
+    """Clear the folder for a run and write its configuration, whole or not at all, in place of an earlier one's.
+
+    From the first change on it is the new run that resume begins: nothing of the old one counts any more.
+    """
+    _write(folder / NEXT_CONFIG, config)
+    clear_output(folder)
+    _write(folder / "config.yaml", config)
+    (folder / NEXT_CONFIG).unlink()
+
+
+def _write(path: Path, config: str) -> None:
     with replaced(path) as file:
         file.write(config.encode())
-    return path
 
 
-def begin_output(folder: Path, config: str) -> None:
-    """Clear the folder for a run and write its configuration, whole or not at all, in place of an earlier one's."""
-    clear_output(folder)
-    with replaced(folder / "config.yaml") as file:
-        file.write(config.encode())
-    (folder / NEXT_CONFIG).unlink(missing_ok=True)
+def folder_state(folder: Path) -> str:
+    """What decides what may be done with a folder: its configuration, and whether it holds results."""
+    digest = hashlib.sha256()
+    for name in ("config.yaml", NEXT_CONFIG):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"none")
+    return f"{digest.hexdigest()} {(folder / 'results.json').is_file()}"
 
 
-def undo_output(made: Sequence[Path]) -> None:
-    """Remove folders that were made for a run, the inner ones first, as far as nothing is in them."""
-    for path in made:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+def check_commits_kept(folder: Path) -> None:
+    """Raise a ValueError where windows were done of which there is no commit any more; asked where none is found."""
+    card = folder / "checkpoint" / "README.md"
+    done = (
+        re.search(r"windows reconstructed \| \d+ of ([1-9]\d*) ", card.read_text("utf-8")) if card.is_file() else None
+    )
+    if done or (folder / "masks.safetensors").is_file():
+        raise ValueError(
+            f"resume={folder}: {done[1] if done else 'some'} windows were done, but {folder / 'commits'} holds no "
+            "commit any more. Put its files back, or begin anew with overwrite=true."
+        )
 
 
 def left_behind(folder: Path) -> int:
@@ -96,36 +119,79 @@ def clear_output(folder: Path) -> None:
     A run that is killed during that is still a run, which can be resumed.
     """
     for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 @contextmanager
-def begun(output: Path, config: str, *, resumed: bool) -> Iterator[None]:
-    """Hold the output folder, with the configuration in it; without a trace where the run is refused."""
-    made = [path for path in (output, *output.parents) if not path.exists()]
-    overwritten = output / NEXT_CONFIG
+def made(output: Output) -> Iterator[Output]:
+    """Make the output folder; where the run is refused, nothing of it stays.
+
+    Yields:
+        The output. A folder that is named after the time gets a number where another run has that name already.
+
+    Raises:
+        Refusal: The folder cannot be made.
+    """
+    before = {path for path in (output.folder, *output.folder.parents) if path.exists()}
     try:
-        with held(output):
-            announced = overwritten.exists()  # by a process that was killed
-            written = None if resumed else announce_output(output, config)
-            try:
-                yield
-            except Refusal:
-                if written and not announced:
-                    written.unlink()
-                raise
-            except KeyboardInterrupt as stop:
-                if overwritten.exists() and not announced:
-                    overwritten.unlink()
-                    raise type(stop)(f"{output} holds the earlier run as it was") from stop
-                raise
+        output = _claimed(output) if output.named_by_time and not output.resume else output
+        output.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"output_dir={output.folder} cannot be made ({error.strerror}); choose another.") from error
+    try:
+        yield output
     except Refusal:
-        undo_output(made)
+        for path in (output.folder, *output.folder.parents):
+            if path not in before and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         raise
+
+
+def _claimed(output: Output) -> Output:
+    """The output with a folder that no other process has made."""
+    for number in itertools.count(1):
+        folder = output.folder.with_name(output.folder.name + (f"-{number}" if number > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return replace(output, folder=folder, config=output.config | {"output_dir": str(folder)})
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def begun(output: Output, config: str) -> Iterator[None]:
+    """Hold the output folder, with the configuration of a run in it.
+
+    What was found out about the folder before it was held is compared with what it is now: another process may have
+    begun or finished a run in it. An earlier run stays as it is until `begin_output`.
+
+    Raises:
+        Refusal: Another process holds the folder, or has changed what is in it.
+    """
+    folder, own = output.folder, output.folder / "config.yaml"
+    with held(folder):
+        if not output.named_by_time and folder_state(folder) != output.found:
+            setting = "resume" if output.resume else "output_dir"
+            holds = "a finished run" if (folder / "results.json").is_file() else "another run"
+            raise Refusal(
+                f"{setting}={folder} holds {holds} since this command began: another process has worked there. Nothing "
+                "was changed; look at what is there now, and start again."
+            )
+        new = not own.exists()
+        if new:
+            _write(own, config)
+        earlier = folder_state(folder)
+        try:
+            yield
+        except Refusal:
+            if new:
+                own.unlink()
+            raise
+        except KeyboardInterrupt as stop:
+            if not new and not output.resume and folder_state(folder) == earlier:
+                raise type(stop)(f"{folder} holds the earlier run as it was") from stop
+            raise
 
 
 @contextmanager
@@ -147,24 +213,32 @@ def finish(output: Path, console: Console) -> bool:
         CommitError: The disk is full or read-only.
         KeyboardInterrupt: Ctrl-C.
     """
-    there = [(output / name).is_file() for name in ("config.yaml", "results.json", "report.html", NEXT_CONFIG)]
-    if there != [True, True, False, False]:
+    if not _lacks_report(output):
         return False
     try:
         read_results(output)
     except ValueError as error:
         raise Refusal(f"resume={output}: {error}") from error
     with held(output):
+        if not _lacks_report(output):  # another process has drawn it, or begun another run
+            return False
         draw_report(output)
-    console.print(f"{output} was finished but for its report, which is there now", highlight=False, soft_wrap=True)
+    said = f"{output} was finished but for its report, which is there now"
+    console.print(said, highlight=False, soft_wrap=True, markup=False)
     return True
+
+
+def _lacks_report(output: Path) -> bool:
+    there = [(output / name).is_file() for name in ("config.yaml", "results.json", "report.html", NEXT_CONFIG)]
+    return there == [True, True, False, False]
 
 
 def draw_report(output: Path) -> None:
     """Remove the commits, from which nothing will be resumed any more, and draw the report."""
     left = f"{output} is finished but for its report, which resume={output} draws"
     try:
-        shutil.rmtree(output / "commits", ignore_errors=True)
+        with suppress(OSError):  # a file that another program has open; the report matters more
+            remove(output / "commits")
         write_report(output)
     except KeyboardInterrupt as stop:
         raise type(stop)(left) from stop

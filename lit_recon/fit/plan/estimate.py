@@ -273,9 +273,8 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     kept, captured = 0, 0
     for name, (experts, outputs, inputs) in shapes.items():
         mine = rows[name] * (sources * inputs + outputs)
-        # Gram matrices: targets in float64, and normal equations; else products, optimizer states and gradients.
-        aside = 2 * rows[name] * outputs + 12 * inputs * inputs if uses_gram else rows[name] * outputs
-        aside += 0 if uses_gram else 4 * experts * outputs * inputs
+        # Gram matrices: normal equations; else products, optimizer states and gradients.
+        aside = 12 * inputs * inputs if uses_gram else rows[name] * outputs + 4 * experts * outputs * inputs
         kept, captured = max(kept, mine + aside), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 

@@ -31,6 +31,9 @@ def saved(kind: str, folder: Path, **changes: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
 
 
+SHARD = "model-{:05}-of-00004.safetensors"
+
+
 def sharded(tmp_path: Path, kind: str = "llama", **changes: object) -> tuple[ShardedFolder, PreTrainedModel]:
     model = saved(kind, tmp_path / "dense", **changes)
     shards = ShardedFolder(tmp_path / "checkpoint", model, DenseFiles([tmp_path / "dense" / "model.safetensors"]))
@@ -86,7 +89,7 @@ def test_it_starts_as_the_dense_model_with_a_shard_for_each_layer(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "dense"]
 
 
-def test_a_layer_is_put_put_again_and_put_back(tmp_path: Path) -> None:
+def test_a_layer_is_put_put_again_and_made_dense(tmp_path: Path) -> None:
     shards, model = sharded(tmp_path)
     before, folder = content(tmp_path / "checkpoint"), tmp_path / "checkpoint"
     shards.put(1, layer_file(tmp_path, model, 1, 2.0))
@@ -95,11 +98,25 @@ def test_a_layer_is_put_put_again_and_put_back(tmp_path: Path) -> None:
     shards.put(1, layer_file(tmp_path, model, 1, 4.0))
     assert_layers(folder, model, {0: 3.0, 1: 4.0})
     put = layer_file(tmp_path, model, 1, 4.0).read_bytes()
-    shards.put_back(1)
+    shards.mend(letter_tokenizer(), [0])
     assert_layers(folder, model, {0: 3.0})
     assert (tmp_path / "layer_1_4.0.safetensors").read_bytes() == put, "the commit's file is not written into"
-    shards.put_back(0)
+    shards.mend(letter_tokenizer(), [])
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX, *(SHARD.format(n) for n in (1, 3))])
+@pytest.mark.parametrize("how", ["one bit", "cut short", "removed"])
+def test_what_was_changed_in_a_checkpoint_is_mended(tmp_path: Path, name: str, how: str) -> None:
+    shards, _ = sharded(tmp_path)
+    before, path = content(tmp_path / "checkpoint"), tmp_path / "checkpoint" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if how == "one bit" else whole[: len(whole) // 2])
+    if how == "removed":
+        path.unlink()
+    shards.mend(letter_tokenizer(), [])
+    assert content(tmp_path / "checkpoint") == before
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_new_card_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

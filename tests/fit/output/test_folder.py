@@ -2,21 +2,28 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import content
 
+from lit_recon.fit.job import Output
 from lit_recon.fit.output.folder import (
     NEXT_CONFIG,
     OF_A_START,
     RUN_FILES,
-    announce_output,
     begin_output,
+    begun,
+    check_commits_kept,
     check_output,
     clear_output,
+    folder_state,
     left_behind,
-    undo_output,
+    made,
 )
+from lit_recon.fit.output.results import model_card
+from lit_recon.system.command_line import Refusal
 
 
 def test_a_new_or_empty_folder_is_accepted_without_being_made(tmp_path: Path) -> None:
@@ -74,11 +81,8 @@ def test_what_a_run_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Pa
 def test_a_configuration_takes_the_place_of_an_earlier_one_or_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert announce_output(tmp_path, "a: 1\n") == tmp_path / "config.yaml"
     begin_output(tmp_path, "a: 1\n")
     (tmp_path / "results.json").write_text("old")
-    assert announce_output(tmp_path, "a: ä\n") == tmp_path / NEXT_CONFIG
-    assert content(tmp_path) == {"config.yaml": b"a: 1\n", "results.json": b"old", NEXT_CONFIG: "a: ä\n".encode()}
     begin_output(tmp_path, "a: ä\n")
     assert content(tmp_path) == {"config.yaml": "a: ä\n".encode()}
 
@@ -91,12 +95,69 @@ def test_a_configuration_takes_the_place_of_an_earlier_one_or_leaves_it(
     assert content(tmp_path) == {"config.yaml": "a: ä\n".encode()}
 
 
+def output(folder: Path, **settings: Any) -> Output:
+    """What says where a run goes."""
+    return Output(folder=folder, config={}, resume=False, plan_only=False, **{"found": folder_state(folder)} | settings)
+
+
 def test_folders_that_were_made_go_but_not_those_that_hold_something(tmp_path: Path) -> None:
-    made = [tmp_path / "a" / "b" / "c", tmp_path / "a" / "b", tmp_path / "a"]
-    made[0].mkdir(parents=True)
-    undo_output(made)
-    assert list(tmp_path.iterdir()) == []
-    made[0].mkdir(parents=True)
-    (tmp_path / "a" / "other").write_text("")
-    undo_output(made)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+    for kept in ([], ["other"]):
+        with pytest.raises(Refusal), made(output(tmp_path / "a" / "b" / "c")) as found:
+            assert found.folder.is_dir()
+            for name in kept:
+                (tmp_path / "a" / name).write_text("")
+            raise Refusal("no")
+        assert [path.name for path in tmp_path.rglob("*")] == (["a", "other"] if kept else [])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refusal), made(output(tmp_path / "empty")):
+        raise Refusal("no")
+    assert (tmp_path / "empty").is_dir(), "was there before"
+
+
+def test_a_folder_that_is_named_after_the_time_has_a_number_where_the_name_is_taken(tmp_path: Path) -> None:
+    for name in ("run", "run-2", "run-3"):
+        with made(output(tmp_path / "run", named_by_time=True)) as found:
+            assert found.folder == tmp_path / name and found.config["output_dir"] == str(found.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("config.yaml", "another run"), ("results.json", "a finished run"), (NEXT_CONFIG, "another run")],
+)
+def test_a_folder_that_has_changed_since_it_was_looked_at_is_refused(tmp_path: Path, name: str, says: str) -> None:
+    before = output(tmp_path)
+    (tmp_path / name).write_text("of another process")
+    with pytest.raises(Refusal, match=f"holds {says} since this command began"), begun(before, "a: 1\n"):
+        raise AssertionError("began")
+    assert content(tmp_path) == {name: b"of another process"}
+    with begun(output(tmp_path), "a: 1\n"):
+        pass
+
+
+def test_what_an_interrupted_start_finds_in_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "results.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="holds the earlier run as it was"), begun(output(tmp_path), "a: 2\n"):
+        raise KeyboardInterrupt
+    assert content(tmp_path) == before
+    with pytest.raises(KeyboardInterrupt, match="^$"), begun(output(tmp_path), "a: 2\n"):
+        begin_output(tmp_path, "a: 2\n")
+        raise KeyboardInterrupt
+    assert content(tmp_path) == {"config.yaml": b"a: 2\n"}
+
+
+def test_commits_that_are_gone_are_noticed_by_what_they_left(tmp_path: Path) -> None:
+    check_commits_kept(tmp_path)
+    plan = SimpleNamespace(windows=3, prunable=1, parameters=2)
+    for done in ([], [SimpleNamespace(accepted=False)]):
+        (tmp_path / "checkpoint").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint" / "README.md").write_text(model_card("m", {}, plan, done))
+        if not done:
+            check_commits_kept(tmp_path)
+    with pytest.raises(ValueError, match="1 windows were done, but .* holds no commit any more"):
+        check_commits_kept(tmp_path)
+    (tmp_path / "checkpoint" / "README.md").unlink()
+    (tmp_path / "masks.safetensors").write_text("")
+    with pytest.raises(ValueError, match="some windows were done"):
+        check_commits_kept(tmp_path)
