@@ -36,7 +36,7 @@ class EvaluationProtocol:
         windows: Number of sequences, which do not overlap.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
-        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`; they count as context.
+        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
     """
 
     dataset: str
@@ -45,17 +45,19 @@ class EvaluationProtocol:
     windows: int
     tokens: int
     precision: str
-    opening: str = ""
+    opening: str = "none"
 
     @classmethod
-    def from_tokens(cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "") -> "EvaluationProtocol":
+    def from_tokens(
+        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none"
+    ) -> "EvaluationProtocol":
         """The protocol of an evaluation part."""
         windows, context = tokens_ST.shape
         return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision, opening)
 
     def describe(self) -> str:
         """One line."""
-        opened = f", each after {self.opening}" if self.opening else ""
+        opened = f", each after {self.opening}" if self.opening != "none" else ""
         return (
             f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{opened}, "
             f"{self.tokens} predicted, {self.precision}"

@@ -1,7 +1,7 @@
 """Perplexity, computed one layer and one slice of logits at a time, is the model's own."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -131,7 +131,10 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "windows": 3,
         "tokens": 12,
         "precision": "32-true",
+        "opening": "none",
     }
+    assert "each after" not in protocol.describe()
+    assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
 
 
 def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:

@@ -25,7 +25,7 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.pruning.masks import Masks
 from lit_recon.system.cache import cache_folder
 
-WITHOUT_HALVES = ("bloom", "opt_post_norm")
+WITHOUT_HALVES = ("bloom", "mpt", "opt_post_norm", "minimax", "gemma4_moe")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_run_leaves_exactly_the_promised_files(tiny_run: Callable[..., Ended],
     names = {path.name for path in Path("run").iterdir()}
     files = {"config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"}
     assert names == files
-    assert len(list(Path("run/tensorboard").iterdir())) == 2  # of the walk, and of the results
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
     assert {path.suffix for path in Path("run/figures").iterdir()} == {".png"}
 
 
@@ -432,7 +432,7 @@ def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_
     assert "overwrite=true" in refused.err
     assert content(Path("run")) == before
     assert tiny_run("overwrite=true", "seed=5").status == 0
-    assert len(list(Path("run/tensorboard").iterdir())) == 2  # of the walk, and of the results
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
 
 
 def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothing_is_written(
@@ -476,11 +476,11 @@ BAD_INPUT = {
     ("trainer.max_epochs=-1",): ["max_epochs=-1"],
     ("+trainer.speed=9",): ["speed"],
     ("module.optimizer.lr=-1",): ["module.optimizer", "learning rate: -1"],
-    ("module.warmup=abc",): ["module.warmup=abc", "share of the steps"],
+    ("module.warmup=abc",): ["module.warmup=abc", "a number"],
     ("module.warmup=-1", "windows=matrix"): ["module.warmup=-1", "share of the steps"],
     ("+module.momentum=1",): ["module: ", "momentum"],
     ("windows=matrix", "module=least_squares", "module.max_iterations=0"): ["module.max_iterations=0", "at least 1"],
-    ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "share"],
+    ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "a number"],
     ("windows=matrix", "module=least_squares", "module.damping=0"): ["module.damping=0", "above 0"],
     ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
     ("seed=abc",): ["seed=abc", "whole number"],
@@ -505,7 +505,7 @@ BAD_INPUT = {
     ("criterion=custom",): ["criterion._target_"],
     ("criterion=custom", "criterion._target_=mine.Nothing"): ["mine.Nothing", "working directory"],
     ("output_dir=/proc/run",): ["/proc", "output_dir"],
-    ("data.num_samples=x", "sparsity=2"): ["data.num_samples='x'", "sparsity=2"],
+    ("data.num_samples=x", "sparsity=2"): ["data.num_samples=x", "sparsity=2"],
 }
 
 
@@ -531,6 +531,7 @@ def test_every_layer_shape_is_pruned_reconstructed_saved_and_read_back(
     letter_tokenizer().save_pretrained(folder)
     windows = "block" if shape in WITHOUT_HALVES else "half"
     settings = ("trainer.precision=bf16-mixed", "module.optimizer.lr=1e-3")
+    settings += ("chain.inputs=sparse",) if shape == "qwen3_5" else ()  # whose errors grow from layer to layer
     ended = tiny_run(f"model.name={folder}", f"windows={windows}", *settings)
     assert ended.status == 0, ended.err
     results = json.loads(Path("run/results.json").read_text())
