@@ -35,25 +35,17 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, has_file
 
-from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
-from lit_recon.system.quiet_libraries import no_progress_bars
+from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems, num_tensors
+from lit_recon.system.quiet_libraries import no_load_report, no_progress_bars
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-COMPANIONS = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.md",
-    "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-NO_COMPANIONS = ("*/*", ".*", "README.md", "*.index.json", "adapter_*")  # the last would be loaded with the model
+COMPANIONS = [
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.py"),
+    *("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+]
+NO_COMPANIONS = ["*/*", ".*", "README.md", "*.index.json", "adapter_*"]  # the last would be loaded with the model
 _COMPANION_BYTES = 2**24
 _LIBRARY_ERRORS = (
     SafetensorError,
@@ -100,7 +92,8 @@ class LanguageModel(ABC):
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
         problems = [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
-        if self.attention is not None and not re.fullmatch(r"\w+", str(self.attention)):  # others are fetched code
+        named = isinstance(self.attention, str) and re.fullmatch(r"\w+", self.attention)  # others are code of the Hub
+        if self.attention is not None and not named:
             problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")
         return problems
 
@@ -115,13 +108,18 @@ class LanguageModel(ABC):
         if problems := self._setting_problems():
             raise ValueError("; ".join(problems))
         source, revision = self._location()["pretrained_model_name_or_path"], self._location().get("revision")
-        problems = folder_problems(Path(source)) if Path(source).is_dir() else []
-        if problems:
-            raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+        problems = []
+        if Path(source).is_dir():
+            with explained(self.describe()):
+                problems = folder_problems(Path(source))
+            if problems:
+                raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+            self._check_depth(Path(source))
         skeleton, tokenizer = self.skeleton(), self.tokenizer()  # in this order a silent Hub is waited for only once
         # Without vocabulary files many tokenizer classes of transformers come out empty instead of failing.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
+        with explained(self.describe()):
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
         if getattr(skeleton.config, "quantization_config", None) is not None:
             problems.append("its weights are quantised and cannot be pruned; use the checkpoint it was made from")
         with explained(self.describe()):
@@ -130,9 +128,22 @@ class LanguageModel(ABC):
         if problems:
             raise ValueError(f"model {self.describe()}: {'; '.join(problems)}")
 
+    def _check_depth(self, folder: Path) -> None:
+        """Find a number of layers that the weights cannot have; to build so many would take minutes."""
+        with explained(self.describe()):
+            depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
+        if isinstance(depth, int) and depth > most:
+            raise ValueError(
+                f"model {self.describe()}: its config.json says num_hidden_layers={depth}, and its weights are {most} "
+                "tensors at most; it is the configuration of another model, or damaged"
+            )
+
     def config(self) -> transformers.PreTrainedConfig:
-        """The model's configuration."""
-        return self._read(AutoConfig)
+        """The model's configuration; without a mark of sparse weights that are stored as they are."""
+        config = self._read(AutoConfig)
+        if _is_only_sparse(getattr(config, "quantization_config", None)):
+            del config.quantization_config
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -168,19 +179,11 @@ class LanguageModel(ABC):
         else:
             with explained(self.describe()):
                 whole = auto_class(self.config())
-            model, info = self._read(whole, **settings)
+            model, info = self._read(whole, config=self.config(), **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
         if self.left_out is None:
             self.left_out = _left_out(model, files, info["unexpected_keys"])
-            if self.left_out:
-                names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-                log.info(
-                    "transformers leaves out %d tensors of the model's files (%s); a run's checkpoint holds them as "
-                    "they are",
-                    len(self.left_out),
-                    names,
-                )
         return model.requires_grad_(False).eval()
 
     def _choices(self) -> dict[str, Any]:
@@ -191,6 +194,13 @@ class LanguageModel(ABC):
     def companions(self) -> dict[str, bytes]:
         """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
         return {}
+
+    def describe_left_out(self) -> str | None:
+        """What transformers leaves out of its files, in words; None: nothing, or it has not been loaded."""
+        if not self.left_out:
+            return None
+        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        return f"transformers leaves out {len(self.left_out)} tensors of the model's files ({names})"
 
     def left_out_tensors(self) -> dict[str, Tensor]:
         """The tensors in its files that transformers leaves out, once it has been loaded."""
@@ -211,7 +221,7 @@ class LanguageModel(ABC):
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
         tensors = files.tensors(files.names)
-        with explained(self.describe()), no_progress_bars():
+        with explained(self.describe()), no_progress_bars(), no_load_report():
             model, info = build(None, config=skeleton.config, state_dict=tensors, **settings)
         self.renamed = _renamed(model, tensors)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
@@ -224,7 +234,7 @@ class LanguageModel(ABC):
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
         local = Path(location["pretrained_model_name_or_path"]).is_dir()  # downloads keep their progress bars
-        with explained(self.describe()), no_progress_bars() if local else nullcontext():
+        with explained(self.describe()), no_progress_bars() if local else nullcontext(), no_load_report():
             return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 
 
@@ -281,6 +291,15 @@ class HubModel(LanguageModel):
         return problems
 
 
+def _is_only_sparse(quantization: Any) -> bool:
+    """Whether a configuration of compressed-tensors only says that weights are sparse, and stores them as they are."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config") or {}
+    formats = {quantization.get("format") or "dense", sparsity.get("format") or "dense"}
+    return formats == {"dense"} and not quantization.get("config_groups") and not quantization.get("kv_cache_scheme")
+
+
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
 
@@ -333,7 +352,7 @@ def explained(model: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one message for the user."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, *_LIBRARY_ERRORS) as error:
+    except Exception as error:  # also KeyError of a setting, UnpicklingError of a file that torch refuses
         raise ValueError(f"model {model}: {_explanation(error)}") from error
 
 
@@ -345,4 +364,5 @@ def _explanation(error: BaseException) -> str:
     for kind, answer in _HUB_ANSWERS:
         if any(isinstance(link, kind) for link in chain):
             return answer
-    return " ".join(str(error).split())
+    prefix = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return prefix + " ".join(str(error).split())

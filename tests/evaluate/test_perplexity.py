@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import perplexity as evaluate
-from lit_recon.evaluate.perplexity import EvaluationProtocol, NegativeLogLikelihood, perplexity, relative_error
+from lit_recon.evaluate.perplexity import (
+    EvaluationProtocol,
+    NegativeLogLikelihood,
+    perplexity,
+    perplexity_of,
+    relative_error,
+)
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.layerwise import final_states
@@ -129,3 +135,19 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
     }
     assert "each after" not in protocol.describe()
     assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
+
+
+def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.mul_(100)  # log(softmax) is minus infinity in float32 from 104 nats on
+    with torch.no_grad():
+        logits_BTV = model(tokens_ST, use_cache=False).logits[:, :-1].double()
+    chosen_BT1 = logits_BTV.log_softmax(-1).gather(2, tokens_ST[:, 1:, None])
+    assert chosen_BT1.min() < -200
+    expected = math.exp(-chosen_BT1.mean().item())
+    assert perplexity(model, tokens_ST, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_perplexity_beyond_the_largest_number_is_infinite_and_of_nan_nan() -> None:
+    assert perplexity_of(700) == math.exp(700) and perplexity_of(710) == math.inf
+    assert math.isnan(perplexity_of(math.nan)) and perplexity_of(math.inf) == math.inf

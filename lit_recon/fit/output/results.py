@@ -113,7 +113,9 @@ def table(results: Results, run: Path) -> Table:
     none = "none to recover" if known else "not known: a perplexity is not finite"
     shown.add_row("gap recovered", none if gap is None else f"{gap:.0%}")
     errors = results.relative_error
-    shown.add_row("relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states)")
+    shown.add_row(
+        "relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states, evaluation)"
+    )
     sparsities = results.sparsity
     shown.add_row("sparsity", f"{sparsities['prunable']:.1%} of prunable, {sparsities['total']:.1%} of all parameters")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")
