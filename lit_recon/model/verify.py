@@ -56,7 +56,7 @@ def verify(model: PreTrainedModel, tokens_ST: Tensor, *, lengths: Mapping[str, i
     outputs: list[Tensor] = []
     decoder, found = Decoder(model, torch.device("cpu")), find_matrices(model)
     run = lambda: outputs.append(decoder.model(tokens_BT, use_cache=False).logits.float())  # noqa: E731
-    with examining(model, f"it cannot be run on {tokens_BT.shape[1]} tokens of the text"):
+    with examining(model, f"it cannot be run on {tokens_BT.shape[1]} tokens of the text in {_dtype_name(model)}"):
         matrices = learn_input_dims(found, run)
     (logits_BTV,) = outputs
     _check_finite(model, logits_BTV)
