@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 log = logging.getLogger(__name__)
 
 DOCUMENT_CHARACTERS = 1 << 21  # the longest document that rows are joined to: a tokenizer holds one at a time
-PIECE_CHARACTERS = 2000  # the longest piece of a text that is divided among parts
+WHOLE_CHARACTERS = 2000  # the longest text that is never divided among parts
+PIECE_CHARACTERS = 500  # the longest piece of one that may be
 _HALF = f".{{{PIECE_CHARACTERS // 2},{PIECE_CHARACTERS}}}"
 _ANY = f".{{1,{PIECE_CHARACTERS}}}"
 # To the end; else to the last sentence or blank in the second half of a piece; else anywhere.
@@ -67,8 +68,12 @@ def _message(message: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces that together are the text, none longer than PIECE_CHARACTERS; a conversation is one."""
-    return iter([text]) if isinstance(text, Conversation) else (found[0] for found in PIECE.finditer(text))
+    """Pieces that together are the text, which are short where it is longer than WHOLE_CHARACTERS.
+
+    A conversation is one piece.
+    """
+    whole = isinstance(text, Conversation) or len(text) <= WHOLE_CHARACTERS
+    return iter([text]) if whole else (found[0] for found in PIECE.finditer(text))
 
 
 def joined(texts: Iterable[str], separator: str, *, at_most: int = DOCUMENT_CHARACTERS) -> Iterator[str]:

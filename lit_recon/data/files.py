@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lit_recon.data.documents import PIECE_CHARACTERS, check_field, cut, joined, read_document
+from lit_recon.data.documents import WHOLE_CHARACTERS, check_field, cut, joined, read_document
 from lit_recon.data.formats import COMPRESSIONS, FORMATS, is_plain, rows, text_format
 from lit_recon.data.source import Part, TextSource
 
@@ -129,12 +129,12 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Paragraphs: runs of lines that together are the whole text, line ends included.
 
     A run ends with a blank line, or with a line of PASSAGE characters, which is a paragraph of a text without blank
-    lines, or when it has PIECE_CHARACTERS characters.
+    lines, or when it has WHOLE_CHARACTERS characters.
     """
     run = ""
     for line in lines:
         run += line + "\n"
-        if not line.strip() or len(line) >= PASSAGE or len(run) >= PIECE_CHARACTERS:
+        if not line.strip() or len(line) >= PASSAGE or len(run) >= WHOLE_CHARACTERS:
             yield run
             run = ""
     if run:
@@ -171,11 +171,12 @@ def _found(given: str | Sequence[str]) -> list[Path]:
 
 def _find(given: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files that paths, folders and patterns name, each once, and what is wrong with the others."""
-    if not isinstance(given, str | list | tuple) or not all(isinstance(path, str) for path in given):
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, list | tuple) or not all(isinstance(path, str) and path for path in patterns):
         return [], [f"{given!r} names no file; give [a.txt, ...]"]
     files: dict[Path, Path] = {}
-    problems = [] if given else ["no file is named; give [a.txt, ...]"]
-    for pattern in [given] if isinstance(given, str) else given:
+    problems = [] if patterns else ["no file is named; give [a.txt, ...]"]
+    for pattern in patterns:
         try:
             paths = _expand(pattern)
             if wrong := [path for path in paths if text_format(path) not in FORMATS]:
@@ -201,7 +202,7 @@ def _expand(pattern: str) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path} is no file that can be read twice; copy what it gives into one")
+            raise ValueError(f"{path} is a pipe, a device or a link to nothing; give a file")
     if not files:
         raise ValueError(f"{pattern} is a folder without text; expected {READABLE}")
     return files

@@ -43,7 +43,7 @@ class Samples:
         evaluation_ST: (evaluation_samples, evaluation_length), for perplexity.
         description: The data set, for plan and model card.
         evaluation_description: The data set of evaluation_ST, for the protocol.
-        opening: What the tokenizer put at the start of each sample, such as `<s>`.
+        opening: What the tokenizer put at the start of each sample, such as `<s>`, or "none".
     """
 
     calibration_ST: Tensor
@@ -51,7 +51,7 @@ class Samples:
     evaluation_ST: Tensor
     description: str
     evaluation_description: str = ""
-    opening: str = ""
+    opening: str = "none"
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
@@ -187,7 +187,7 @@ class TextSource(ABC):
                 f"data.{short[0]}={getattr(self, short[0])}: the tokenizer opens each sample with {len(tokens)} tokens "
                 f"({opening}); give {len(tokens) + 1} or more"
             )
-        return opening
+        return opening or "none"
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
         """Settings of a part with their values: how many samples, and of how many tokens."""

@@ -13,6 +13,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
@@ -35,7 +36,7 @@ class EvaluationProtocol:
         windows: Number of sequences, which do not overlap.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
-        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`; they count as context.
+        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
     """
 
     dataset: str
@@ -44,17 +45,19 @@ class EvaluationProtocol:
     windows: int
     tokens: int
     precision: str
-    opening: str = ""
+    opening: str = "none"
 
     @classmethod
-    def from_tokens(cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "") -> "EvaluationProtocol":
+    def from_tokens(
+        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none"
+    ) -> "EvaluationProtocol":
         """The protocol of an evaluation part."""
         windows, context = tokens_ST.shape
         return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision, opening)
 
     def describe(self) -> str:
         """One line."""
-        opened = f", each after {self.opening}" if self.opening else ""
+        opened = f", each after {self.opening}" if self.opening != "none" else ""
         return (
             f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{opened}, "
             f"{self.tokens} predicted, {self.precision}"
@@ -96,11 +99,37 @@ def perplexity_of(nats: float) -> float:
     return math.exp(nats) if not nats > math.log(sys.float_info.max) else math.inf
 
 
+class NegativeLogLikelihood(Metric):
+    """Mean negative log-likelihood of the predicted tokens of each sequence, in nats.
+
+    By cross entropy, which is finite also where a token's probability is not above zero in float32; summed in float64.
+    (`torchmetrics.text.Perplexity` takes the logarithm of a softmax, and one such token makes it infinite.)
+
+    Args:
+        num_sequences: S.
+    """
+
+    nats_S: Tensor
+    tokens_S: Tensor
+
+    def __init__(self, num_sequences: int) -> None:
+        super().__init__()
+        for name in ("nats_S", "tokens_S"):
+            self.add_state(name, torch.zeros(num_sequences, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, row: int, logits_CV: Tensor, targets_C: Tensor) -> None:
+        """Add C tokens of a sequence, with the logits that predict them."""
+        self.nats_S[row] += functional.cross_entropy(logits_CV, targets_C, reduction="none").sum(dtype=torch.float64)
+        self.tokens_S[row] += len(targets_C)
+
+    def compute(self) -> Tensor:
+        """The mean of each sequence, (S) in float64."""
+        return self.nats_S / self.tokens_S
+
+
 @torch.no_grad()
 def negative_log_likelihoods(decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute) -> list[float]:
     """Mean negative log-likelihood of each sequence, but for its first token, in nats.
-
-    By cross entropy, which is finite also where a token's probability is not above zero in float32; summed in float64.
 
     Args:
         decoder: The model.
@@ -108,10 +137,10 @@ def negative_log_likelihoods(decoder: Decoder, hidden_STD: Tensor, tokens_ST: Te
         tokens_ST: Token ids.
         compute: Device and precision.
     """
-    totals = torch.zeros(len(tokens_ST), dtype=torch.float64, device=compute.device)
+    metric = NegativeLogLikelihood(len(tokens_ST)).to(compute.device)
     for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute):
-        totals[row] += functional.cross_entropy(logits_CV, targets_C, reduction="none").sum(dtype=torch.float64)
-    return (totals / (tokens_ST.shape[1] - 1)).tolist()
+        metric.update(row, logits_CV, targets_C)
+    return metric.compute().tolist()
 
 
 def _slices(

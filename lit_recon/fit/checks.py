@@ -60,11 +60,16 @@ def check_settings(
     if prune_by not in PRUNE_BY:
         problems.add(f"prune_by={prune_by}: expected one of {', '.join(PRUNE_BY)}.")
     if isinstance(module, partial):
-        clipped = trainer["gradient_clip_val"] if trainer["precision"] == "16-mixed" else None
+        clipped = trainer.get("gradient_clip_val") if trainer["precision"] == "16-mixed" else None
         check_optimizer(module, problems, clipped=clipped)
     problems.check(check_retry_rates, retry_rates)
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
+    if trainer.get("enable_checkpointing"):
+        problems.add(
+            f"trainer.enable_checkpointing={trainer['enable_checkpointing']}: expected false; a run commits each "
+            "window itself, and Lightning's checkpoints would be pickles that nothing reads."
+        )
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
 
 

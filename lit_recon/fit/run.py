@@ -149,6 +149,8 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
+    if said := job.model.describe_left_out():
+        log.info("%s; the checkpoint holds them as they are", said)
     found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:

@@ -61,6 +61,6 @@ def title(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     name, size, kind = (said.get(f"general.{key}") for key in ("name", "size_label", "file_type"))
-    kinds = {member.value: member.name.removeprefix("MOSTLY_") for member in gguf.LlamaFileType}
+    kinds = {member.value: member.name.partition("_")[2] for member in gguf.LlamaFileType}
     parts = [name, size if size and size not in str(name) else None, kinds.get(kind)]
     return ", ".join(str(part) for part in parts if part) or None

@@ -38,24 +38,16 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, has_file
 
 from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems, num_tensors
-from lit_recon.system.quiet_libraries import no_progress_bars
+from lit_recon.system.quiet_libraries import no_load_report, no_progress_bars
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-COMPANIONS = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.md",
-    "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-NO_COMPANIONS = ("*/*", ".*", "README.md", "*.index.json", "adapter_*")  # the last would be loaded with the model
+COMPANIONS = [
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.py"),
+    *("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+]
+NO_COMPANIONS = ["*/*", ".*", "README.md", "*.index.json", "adapter_*"]  # the last would be loaded with the model
 _COMPANION_BYTES = 2**24
 _LIBRARY_ERRORS = (
     SafetensorError,
@@ -104,7 +96,8 @@ class LanguageModel(ABC):
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
         problems = [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
-        if self.attention is not None and not re.fullmatch(r"\w+", str(self.attention)):  # others are fetched code
+        named = isinstance(self.attention, str) and re.fullmatch(r"\w+", self.attention)  # others are code of the Hub
+        if self.attention is not None and not named:
             problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")
         return problems
 
@@ -200,14 +193,6 @@ class LanguageModel(ABC):
             )
         if self.left_out is None:
             self.left_out = _left_out(model, files, info["unexpected_keys"])
-            if self.left_out:
-                names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-                log.info(
-                    "transformers leaves out %d tensors of the model's files (%s); a run's checkpoint holds them as "
-                    "they are",
-                    len(self.left_out),
-                    names,
-                )
         return model.requires_grad_(False).eval()
 
     def _choices(self) -> dict[str, Any]:
@@ -218,6 +203,13 @@ class LanguageModel(ABC):
     def companions(self) -> dict[str, bytes]:
         """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
         return {}
+
+    def describe_left_out(self) -> str | None:
+        """What transformers leaves out of its files, in words; None: nothing, or it has not been loaded."""
+        if not self.left_out:
+            return None
+        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        return f"transformers leaves out {len(self.left_out)} tensors of the model's files ({names})"
 
     def left_out_tensors(self) -> dict[str, Tensor]:
         """The tensors in its files that transformers leaves out, once it has been loaded."""
@@ -238,7 +230,7 @@ class LanguageModel(ABC):
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
         tensors = files.tensors(files.names)
-        with explained(self.describe(), _LOADING), no_progress_bars():
+        with explained(self.describe(), _LOADING), no_progress_bars(), no_load_report():
             model, info = build(None, config=skeleton.config, state_dict=tensors, **settings)
         self.renamed = _renamed(model, tensors)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
@@ -254,6 +246,7 @@ class LanguageModel(ABC):
         with (
             explained(self.describe(), _READING.get(auto_class, _LOADING)),
             no_progress_bars() if local else nullcontext(),
+            no_load_report(),
         ):
             return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 

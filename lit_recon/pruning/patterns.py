@@ -7,7 +7,7 @@ Exact means by count, not by threshold: ties go to the first index, so a matrix 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_recon.system.finite import NotFinite
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """Which weights of a matrix stay, given their scores."""
 

@@ -8,7 +8,15 @@ import pytest
 from text_and_tokens import EOS, ascii_ids, byte_tokenizer, write_rows
 from transformers import PreTrainedTokenizerFast
 
-from lit_recon.data.documents import PIECE_CHARACTERS, Conversation, cut, joined, read_document, render
+from lit_recon.data.documents import (
+    PIECE_CHARACTERS,
+    WHOLE_CHARACTERS,
+    Conversation,
+    cut,
+    joined,
+    read_document,
+    render,
+)
 from lit_recon.data.files import Files
 from lit_recon.data.hub import Hub
 from lit_recon.data.packing import pack
@@ -116,11 +124,12 @@ def test_a_conversation_is_one_piece_and_a_document_of_its_own():
         ("\u3053\u308c\u306f\u6587\u3067\u3059\u3002" * 1000, "\u3002"),
         ("words and words\n" * 1000, "\n"),
         ("x" * 10_000, "x"),
-        ("", ""),
+        ("x" * WHOLE_CHARACTERS, "x"),
     ],
 )
 def test_a_text_is_cut_after_a_sentence_or_a_blank_where_it_has_them(text, end):
     pieces = list(cut(text))
     assert "".join(pieces) == text
-    assert all(len(piece) <= PIECE_CHARACTERS and piece.endswith(end) for piece in pieces)
-    assert len(pieces) <= 2 * len(text) / PIECE_CHARACTERS + 1
+    longest = PIECE_CHARACTERS if len(text) > WHOLE_CHARACTERS else WHOLE_CHARACTERS
+    assert all(longest / 2 <= len(piece) <= longest and piece.endswith(end) for piece in pieces[:-1])
+    assert pieces[-1].endswith(end) and len(pieces[-1]) <= longest

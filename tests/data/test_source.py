@@ -130,7 +130,7 @@ def test_samples_say_what_opens_them_and_there_must_be_room_for_it(tmp_path):
     settings = {"num_samples": 2, "num_held_out": 1, "evaluation_samples": 1, "evaluation_length": 4}
     opens = byte_tokenizer(bos=True)
     assert Words(length=4, **settings).samples(opens, cache=tmp_path).opening == "<bos>"
-    assert Words(length=4, bos=False, **settings).samples(opens, cache=tmp_path).opening == ""
+    assert Words(length=4, bos=False, **settings).samples(opens, cache=tmp_path).opening == "none"
     opened = Words(length=4, bos=True, **settings).samples(byte_tokenizer(), cache=tmp_path)
     assert opened.opening == "<bos>" and texts(opened.evaluation_ST) == [chr(BOS) + "eva"]
     opens.backend_tokenizer.post_processor = processors.TemplateProcessing(

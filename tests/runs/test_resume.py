@@ -134,6 +134,15 @@ def test_what_was_stopped_is_gone_on_with_from_there(
     assert "unfinished" not in (run / "checkpoint" / "README.md").read_text()
 
 
+def test_the_seconds_of_a_run_in_two_parts_are_those_of_both(go: Go, run: Path) -> None:
+    before = json.loads((run / "commits" / "00002.json").read_text())["state"]
+    assert go("resume=run").status == 0
+    seconds = json.loads((run / "results.json").read_text())["seconds"]
+    assert seconds["total"] > before["elapsed"] > 0
+    for phase, earlier in before["seconds"].items():
+        assert seconds[phase] >= round(earlier, 3), phase
+
+
 NOISY = """
 import torch
 from lit_recon.pruning.criteria.wanda import Wanda

@@ -19,7 +19,7 @@ from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
-_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "safetensors", "numpy")
+_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
 
@@ -113,7 +113,9 @@ def table(results: Results, run: Path) -> Table:
     none = "none to recover" if known else "not known: a perplexity is not finite"
     shown.add_row("gap recovered", none if gap is None else f"{gap:.0%}")
     errors = results.relative_error
-    shown.add_row("relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states)")
+    shown.add_row(
+        "relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states, evaluation)"
+    )
     sparsities = results.sparsity
     shown.add_row("sparsity", f"{sparsities['prunable']:.1%} of prunable, {sparsities['total']:.1%} of all parameters")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")

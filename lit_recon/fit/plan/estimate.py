@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
+import torch
 from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
@@ -26,6 +27,7 @@ from lit_recon.system.units import duration, in_gb
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _FLOAT32 = 4
+_MANY_ZEROS = 0.01  # of the weights of a model: it was pruned before, and the plan says so
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,15 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
     samples, compute = job.samples, job.execution.compute
     halves = [window for window in session.windows if isinstance(window, HalfWindow)]
     shared = sorted({name for half in halves for name in half.split.shared})
+    zeros = _share_of_zeros(session)
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{plan.prunable * job.method.pattern.sparsity / plan.parameters:.1%} of the parameters: "
         f"{job.method.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of "
         + ("them" if not plan.unscored else f"them; {plan.unscored} matrices stay dense")
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
-        + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
+        + (f"; {plan.routers} routers stay dense" if plan.routers else "")
+        + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
         "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
@@ -188,6 +192,14 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
     return lines
+
+
+def _share_of_zeros(session: Session) -> float:
+    """Share of the prunable weights that are zero before anything is pruned."""
+    weights = [one.weight for layer in session.matrices for one in layer if one.input_dim is not None]
+    nonzero = sum(int(torch.count_nonzero(weight != 0)) for weight in weights)
+    session.weights.release_pages()
+    return 1 - nonzero / max(1, sum(weight.numel() for weight in weights))
 
 
 def _counts(session: Session) -> dict[str, int]:
