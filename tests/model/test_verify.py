@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.mllama.modeling_mllama import MllamaForCausalLM, MllamaTextConfig
 
 from lit_recon.data.packing import PADDING
+from lit_recon.model import verify as module
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import LayerCall, _same
 from lit_recon.model.verify import verify
@@ -142,8 +143,6 @@ def test_a_state_that_layers_hand_on_behind_the_chains_back_is_noticed() -> None
 
 def test_a_wrong_mask_is_noticed_in_16_bits_as_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
     # The last layer sees one token more than its recorded arguments say; in bfloat16 logits that is within rounding.
-    from lit_recon.model import verify as module
-
     def replayed(decoder: Any, tokens_ST: Tensor) -> Tensor:
         states_STD = original(decoder, tokens_ST)
         states_STD[:, -1] *= 1.002
@@ -217,3 +216,25 @@ class Opaque:
 def test_arguments_of_layers_are_compared_by_value(one: object, other: object, equal: bool) -> None:
     calls = [[LayerCall(kwargs={"given": given})] for given in (one, other)]
     assert _same(*calls) is equal
+
+
+def test_a_leak_must_be_seen_for_three_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of a router that is undecided between two experts, which chooses another one once.
+    original, calls = module._replayed, []
+
+    def replayed(decoder: Any, tokens_ST: Tensor) -> Tensor:
+        calls.append(tokens_ST)
+        states_STD = original(decoder, tokens_ST)
+        if len(calls) <= leaking:
+            states_STD[-1, 3] += 1
+        return states_STD
+
+    monkeypatch.setattr(module, "_replayed", replayed)
+    leaking = 2
+    verify(tiny_model("llama"), TOKENS_ST)
+    assert len(calls) == 3 and len({int(tokens_ST[-1, -1]) for tokens_ST in calls} - {int(TOKENS_ST[0, -1])}) == 3
+    leaking = 3
+    calls.clear()
+    with pytest.raises(ValueError, match="not a causal language model"):
+        verify(tiny_model("llama"), TOKENS_ST)
+    assert len(calls) == 3
