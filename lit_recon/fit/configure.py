@@ -202,12 +202,11 @@ def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
             log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
             return
         else:
-            without = ([*others, *(one for one in words if one != word)] for word in words)
-            found = [word for word, left in zip(words, without, strict=True) if _passes(left, skeleton)]
-            guilty = found[0] if len(found) == 1 else " ".join(words)
+            without = {word: [*others, *(one for one in words if one != word)] for word in reversed(words)}
+            guilty = next((word for word, left in without.items() if _passes(left, skeleton)), " ".join(words))
         raise ValueError(
-            f"{guilty}: a training step on a tiny model of this class ends in {in_words(error)}. Expected what "
-            "the first window can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."
+            f"{guilty}: a training step on a tiny model of this class ends in: {in_words(error).strip(' .')}. Expected "
+            "what windows can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."
         ) from error
 
 
