@@ -34,6 +34,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_fit import WindowResult
 
 LENGTH = 8  # tokens of a sample
+MOST = 32  # batches
 LARGEST = 50_000_000  # parameters of a real layer, up to which it is tried
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4}
 NARROW |= {"head_dim": 16, "vocab_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
@@ -88,10 +89,11 @@ def _fit_two_steps(
             module=_copy(method.module),
             windows=windows,
             retry_rates=(),
-            trainer=_stopping(method.trainer, scratch),
+            trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
         )
         execution = replace(execution, stop_after=None)
-        samples = _samples(model.config.get_text_config().vocab_size, *counts, padded=padded)
+        most = [min(count, MOST * execution.batch_size) for count in counts]
+        samples = _samples(model.config.get_text_config().vocab_size, *most, padded=padded)
         session = open_session(model, samples, method, execution, activations=Path(scratch, "activations"))
         with session.chain.passes.store, contextlib.suppress(_Enough):
             callbacks = () if windows.head else [_FirstFit()]  # with a head, the last window is trained otherwise
@@ -120,12 +122,15 @@ class _SecondStep(Callback):
         trainer.should_stop |= trainer.global_step > 1 or batch_idx + 1 >= 2 * trainer.accumulate_grad_batches
 
 
-def _stopping(trainer: Callable[..., Trainer], scratch: str) -> Callable[..., Trainer]:
-    """Makes Trainers that stop after the second step and write to a scratch folder only."""
+def _stopping(trainer: Callable[..., Trainer], scratch: str, batches: int) -> Callable[..., Trainer]:
+    """Makes Trainers that stop after the second step, of so many batches, and write to a scratch folder only."""
 
     def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
         least = {"min_epochs": None, "min_steps": None, "default_root_dir": scratch}
-        return trainer(callbacks=[*callbacks, _SecondStep()], **settings | least)
+        made: Any = trainer(callbacks=[*callbacks, _SecondStep()], **settings | least)
+        if isinstance(made.val_check_interval, int) and MOST < made.val_check_interval <= batches:
+            made.val_check_interval = MOST  # which Lightning does not accept beyond the number of batches
+        return made
 
     return make
 
