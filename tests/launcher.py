@@ -11,10 +11,12 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,9 @@ STEPS = (
     "link",
     "crc32",
 )  # of lit_recon.system.atomic_files; crc32 follows each chunk that is written
+# What Python tells of before it does it, also in what other libraries do.
+EVENTS = ("open", "os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate", "os.utime")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Ended(NamedTuple):
@@ -101,9 +106,12 @@ class Launcher:
             *arguments: Of the command line.
             **faults: `die_at`: the step by which the disk changes before which it is killed; they are counted then.
                 `fail_at`: the one from which on each fails. `failure`: name of the error with which it fails. `kinds`:
-                which steps count.
+                which steps count, of STEPS and EVENTS. `snapshots`: a folder for copies of the output folder as it is
+                before each `every`-th step, beside what was said so far: what SIGKILL would leave there. `drawn`:
+                whether the report is drawn.
         """
-        request = {"die_at": None, "fail_at": None, "failure": "ENOSPC", "kinds": STEPS} | faults
+        request = {"die_at": None, "fail_at": None, "failure": "ENOSPC", "kinds": STEPS, "snapshots": None, "every": 1}
+        request |= {"drawn": False} | faults
         request |= {"arguments": arguments, "cwd": os.getcwd(), "folder": str(self.folder)}
         return Running(self, self.ask(request)["pid"], self.folder)
 
@@ -119,23 +127,39 @@ class Launcher:
 
 
 class _Steps:
-    """The steps by which lit_recon.system.atomic_files changes the disk.
+    """The steps by which a run changes the disk.
 
     Args:
-        die_at: The one before which the process is killed.
-        fail_at: The one from which on each fails.
-        failure: Name of the error with which it fails.
-        kinds: Names of the functions that count.
+        request: That of the run.
+        said: The path of what it says, without its ending.
     """
 
-    def __init__(self, die_at: int | None, fail_at: int | None, failure: str, kinds: Sequence[str]) -> None:
-        self.kinds = kinds
-        self.die_at, self.fail_at, self.failure = die_at, fail_at, getattr(errno, failure)
+    def __init__(self, request: Mapping[str, Any], said: str) -> None:
+        self.kinds = request["kinds"]
+        self.die_at, self.fail_at, self.failure = (
+            request["die_at"],
+            request["fail_at"],
+            getattr(errno, request["failure"]),
+        )
+        self.snapshots, self.every, self.said = request["snapshots"], request["every"], said
+        given = dict(argument.partition("=")[::2] for argument in request["arguments"])
+        self.run = os.path.abspath(given.get("resume") or given.get("output_dir") or ".")
         self.count = 0
+        self._lock = threading.RLock()  # TensorBoard writes in a thread of its own
+        self._copying = False
 
     def step(self) -> None:
         """Before each step."""
-        self.count += 1
+        with self._lock:
+            if self._copying:
+                return
+            self.count += 1
+            if self.snapshots and self.count % self.every == 0 and os.path.isdir(self.run):
+                self._copying = True
+                snapshot = Path(self.snapshots, f"{self.count:04}")
+                copied(Path(self.run), snapshot / "run")
+                shutil.copyfile(f"{self.said}.out", snapshot / "out")
+                self._copying = False
         if self.count == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fail_at is not None and self.count >= self.fail_at:
@@ -145,6 +169,8 @@ class _Steps:
         """Be called from now on."""
         from lit_recon.system import atomic_files, tensor_files
 
+        if set(self.kinds) & set(EVENTS):
+            sys.addaudithook(self._told)
         for module in ("os", "zlib"):
             content = vars(sys.modules[module])
             patched = {name: self._before(content[name]) for name in self.kinds if name in content}
@@ -152,6 +178,16 @@ class _Steps:
                 if hasattr(user, module):
                     setattr(user, module, types.SimpleNamespace(**content | patched))
         atomic_files.CHUNK = tensor_files.CHUNK = 1 << 12  # several chunks in a file of the tiny model
+
+    def _told(self, event: str, arguments: Sequence[Any]) -> None:
+        """Before each operation that Python tells of."""
+        if event not in self.kinds or (event == "open" and not arguments[2] & WRITING):
+            return
+        path = arguments[1] if event in ("os.link", "os.symlink") else arguments[0]
+        if isinstance(path, (str, bytes, os.PathLike)):
+            inside = os.path.abspath(os.fsdecode(path)).startswith(self.run)
+            if inside or (event in ("os.remove", "os.rmdir") and arguments[1] != -1):  # in a folder that is removed
+                self.step()
 
     def _before(self, function: Callable) -> Callable:
         def patched(*arguments: Any, **settings: Any) -> Any:
@@ -161,9 +197,26 @@ class _Steps:
         return patched
 
 
+def copied(folder: Path, target: Path) -> Path:
+    """A copy of a folder, in which what is one file under two names is so too."""
+    names: dict[int, Path] = {}
+    target.mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        copy = target / path.relative_to(folder)
+        if path.is_dir():
+            copy.mkdir()
+        elif (inode := path.stat().st_ino) in names:
+            os.link(names[inode], copy)
+        else:
+            names[inode] = copy
+            shutil.copy(path, copy)
+    return target
+
+
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
     from lit_recon.fit import __main__ as fit
+    from lit_recon.fit.output import folder as output
 
     said = f"{request['folder']}/{os.getpid()}"
     for name, descriptor in (("out", 1), ("err", 2)):
@@ -172,8 +225,10 @@ def _child(request: Mapping[str, Any]) -> None:
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
     sys.argv = ["fit", *request["arguments"]]
-    steps = _Steps(request["die_at"], request["fail_at"], request["failure"], request["kinds"])
-    if request["die_at"] or request["fail_at"]:
+    if not request["drawn"]:
+        output.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
+    steps = _Steps(request, said)
+    if request["die_at"] or request["fail_at"] or request["snapshots"]:
         steps.install()
     status = 1
     try:
@@ -195,7 +250,6 @@ def _import_everything() -> None:
     from transformers import AutoModelForCausalLM
 
     from lit_recon.fit import __main__ as fit
-    from lit_recon.fit.output import folder as output
     from lit_recon.model.architectures import tiny_model
 
     kinds = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "phi", "mixtral")]
@@ -207,7 +261,6 @@ def _import_everything() -> None:
         with tempfile.TemporaryDirectory() as folder:  # the first model that is read compiles a thousand expressions
             tiny_model("llama").save_pretrained(folder)
             AutoModelForCausalLM.from_pretrained(folder)
-    output.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
     gc.collect()
     gc.freeze()
     gc.unfreeze = lambda: None  # by which a walk ends

@@ -8,6 +8,7 @@ Shapes: S samples (calibration first, then held-out), B samples of a batch, T po
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -31,12 +32,20 @@ class Batch(NamedTuple):
         targets_BTD: What the window shall output.
         calls: The arguments of every layer of the model.
         valid_BT: Where samples hold text; None if all do everywhere.
+        weight: Its tokens over those of a full batch of calibration samples of mean length. A mean over its tokens
+            times this is their sum over a constant, so that steps do not depend on how tokens fall into batches.
     """
 
     inputs_BTD: Tensor
     targets_BTD: Tensor
     calls: list[LayerCall]
     valid_BT: Tensor | None = None
+    weight: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return self.inputs_BTD[..., 0].numel() if self.valid_BT is None else int(self.valid_BT.sum())
 
     def text(self, hidden_BTD: Tensor) -> Tensor:
         """Outputs or targets of this batch without padding: (N, D) where there is any, otherwise as they are."""
@@ -166,8 +175,16 @@ class Activations:
         targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
         if self.teacher:
             targets_BTD = self.teacher(targets_BTD, calls)
+        tokens = inputs_BTD[..., 0].numel() if valid_BT is None else int(valid_BT.sum())
         valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)
-        return Batch(inputs_BTD, targets_BTD, calls, valid_BT)
+        return Batch(inputs_BTD, targets_BTD, calls, valid_BT, tokens / self.tokens_per_batch)
+
+    @cached_property
+    def tokens_per_batch(self) -> float:
+        """Tokens of a full batch of calibration samples of mean length, without padding."""
+        split, valid_ST = self.batching.num_samples, self.batching.valid_ST
+        tokens = self.inputs_STD.shape[1] if valid_ST is None else int(valid_ST[:split].sum()) / split
+        return self.batching.batch_size * tokens
 
     def data_module(self, seed: int) -> "ActivationDataModule":
         """Serves them to a Trainer."""

@@ -148,16 +148,20 @@ def _of_products(window: MatrixWindow, sums: list[GramSums]) -> QuadraticError:
 
 @torch.no_grad()
 def _of_activations(activations: Activations, samples: slice) -> QuadraticError:
-    inputs_NI, targets_NO = (
-        activations.rows(tensor, samples) for tensor in (activations.inputs_STD, activations.targets_STD)
-    )
-    device = activations.batching.compute.device
-    gram_II = torch.zeros(inputs_NI.shape[1], inputs_NI.shape[1], device=device)
-    cross_OI = torch.zeros(targets_NO.shape[1], inputs_NI.shape[1], device=device)
-    for part_NI, part_NO in zip(inputs_NI.split(4096), targets_NO.split(4096), strict=True):
-        rows_NI, rows_NO = part_NI.to(device), part_NO.to(device)
+    batching, arrays_STD = activations.batching, (activations.inputs_STD, activations.targets_STD)
+    device, (inputs, outputs) = batching.compute.device, (array_STD.shape[2] for array_STD in arrays_STD)
+    gram_II, cross_OI = (torch.zeros(rows, inputs, device=device) for rows in (inputs, outputs))
+    square, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    sum_O = torch.zeros(outputs, dtype=torch.float64, device=device)
+    first, last, _ = samples.indices(len(activations.inputs_STD))
+    for part in batching.batches(first, last):  # the arrays may be as large as a disk
+        rows_NI, rows_NO = (activations.rows(array_STD, part).to(device) for array_STD in arrays_STD)
         gram_II.addmm_(rows_NI.T, rows_NI)
         cross_OI.addmm_(rows_NO.T, rows_NI)
-    count = torch.tensor(len(inputs_NI), dtype=torch.float64, device=device)
-    square, mean_square = targets_NO.double().square().sum(), targets_NO.double().mean(0).square().sum()
-    return QuadraticError(gram_II[None], cross_OI[None], square.to(device), mean_square.to(device), count)
+        square += rows_NO.square().sum(dtype=torch.float64)
+        sum_O += rows_NO.sum(0, dtype=torch.float64)
+        count += len(rows_NI)
+        for array_STD in arrays_STD:
+            batching.store.release(array_STD, part)
+    mean_square, num_rows = (sum_O / count).square().sum(), torch.tensor(count, dtype=torch.float64, device=device)
+    return QuadraticError(gram_II[None], cross_OI[None], square, mean_square, num_rows)

@@ -17,6 +17,7 @@ from lit_recon.activations.store import MemoryStore, Store, on_device
 from lit_recon.data.packing import PADDING
 from lit_recon.model.decoder import Decoder, LayerCall
 from lit_recon.system.device import Compute
+from lit_recon.system.finite import NotFinite, first_not_finite
 
 PARTS = ("calibration", "held_out")  # of the samples
 CALIBRATION = PARTS[:1]
@@ -108,16 +109,33 @@ class Passes:
         return len(self.tokens_ST) - self.batching.num_samples
 
     def embedded(self) -> Tensor:
-        """A new array with the embeddings of all samples, (S, T, D)."""
+        """A new array with the embeddings of all samples, (S, T, D).
+
+        Raises:
+            NotFinite: An embedding is not finite.
+        """
         embedded_STD: Tensor | None = None
         for rows in self.batching.batches(0, len(self.tokens_ST)):
             embedded_BTD = self.decoder.embed(self.tokens_ST[rows])[0]
+            if found := first_not_finite(embedded_BTD):
+                row, position = rows.start + found[0], found[1]
+                raise NotFinite(
+                    f"the embedding of token id {int(self.tokens_ST[row, position])} is not finite (first in "
+                    f"{self.place(row, position)}): the model's weights are damaged, or too large for their dtype; use "
+                    "another copy of the model, another model.dtype, or text without that token."
+                )
             if embedded_STD is None:
                 embedded_STD = self.store.zeros((len(self.tokens_ST), *embedded_BTD.shape[1:]))
             embedded_STD[rows] = embedded_BTD
             self.store.release(embedded_STD, rows)
         assert embedded_STD is not None
         return embedded_STD
+
+    def place(self, row: int, position: int) -> str:
+        """A token in words, by the index of its sample among all and its position there."""
+        split = self.batching.num_samples
+        sample = f"calibration sample {row}" if row < split else f"held-out sample {row - split}"
+        return f"{sample}, position {position} (token id {int(self.tokens_ST[row, position])})"
 
     def copy(self, array_STD: Tensor) -> Tensor:
         """A copy of an array in the store."""
@@ -149,6 +167,9 @@ class Passes:
             outputs_STD: Where the outputs go; may be `inputs_STD`, and None drops them.
             observers: Look at the calibration samples, and at the held-out ones.
             parts: Which of them to run.
+
+        Raises:
+            NotFinite: An output is not finite.
         """
         split, total = self.batching.num_samples, len(self.tokens_ST)
         ranges = {"calibration": (0, split), "held_out": (split, total)}
@@ -169,6 +190,8 @@ class Passes:
             inputs_BTD = on_device(inputs_STD[part, :length], self.compute.device)
             with self.compute.autocast():
                 outputs_BTD = forward(inputs_BTD, self.decoder.calls(self.tokens_ST[part, :length])).float()
+            if found := first_not_finite(outputs_BTD):
+                raise NotFinite(f"outputs are not finite, first in {self.place(part.start + found[0], found[1])}")
             if outputs_STD is not None:
                 outputs_STD[part, :length] = outputs_BTD
                 outputs_STD[part, length:] = 0  # not what happened to be there: a resumed walk has other memory

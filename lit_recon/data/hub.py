@@ -14,18 +14,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
+from lit_recon.data.documents import DOCUMENT_CHARACTERS, check_field, cut, joined, read_document
 from lit_recon.data.source import Part, TextSource
+from lit_recon.system.cache import usable_folder
 
 # The readers of `datasets` log an error before they raise it; the exception's text is enough.
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
-DOCUMENT_CHARACTERS = 1 << 21  # the longest document that rows are joined to: a tokenizer holds one at a time
 BLOCK_CHARACTERS = 20_000  # joined rows that go to one part together: enough for context, few enough for fair shares
 # The part that gets each next document, over and over, when one split serves all parts; spread, for short splits.
 TURNS: tuple[Part, ...] = (
@@ -41,13 +43,14 @@ class Hub(TextSource):
     """A data set of the Hub, or a folder with the same layout.
 
     One split may serve all parts: of every ten documents seven are for calibration, one is held out and two are for
-    evaluation. With `evaluation`, all nine others are for calibration.
+    evaluation; fewer than ten documents are cut into pieces first. With `evaluation`, all nine others are for
+    calibration.
 
     Attributes:
         name: Hub id or folder.
         config: The data set's configuration, where it has several.
         split: Name of the split.
-        field: Name of the rows' text.
+        field: Name of the rows' text, or of their messages (lit_recon.data.documents).
         data_files: Files of the data set to read instead of all of them.
         separator: What stands between rows that continue each other, such as the lines of WikiText; None: each row is
             a document of its own.
@@ -73,7 +76,7 @@ class Hub(TextSource):
         turns = TURNS
         if self.evaluation:
             turns = tuple("held_out" if turn == "held_out" else "calibration" for turn in TURNS)
-        documents = self.all_documents(BLOCK_CHARACTERS)
+        documents = _enough(self.all_documents(BLOCK_CHARACTERS))
         return (text for turn, text in zip(itertools.cycle(turns), documents, strict=False) if turn == part)
 
     def all_documents(self, at_most: int) -> Iterator[str]:
@@ -126,7 +129,10 @@ class Hub(TextSource):
     @cached_property
     def _dataset(self) -> Any:
         folder = Path(self.name).expanduser()
-        arguments: dict[str, Any] = {"split": self.split, "streaming": self.streaming}
+        cache = usable_folder(  # needed to stream, too
+            Path(datasets.config.HF_DATASETS_CACHE), written=True, remedy="set HF_HOME to a folder that can be written"
+        )
+        arguments: dict[str, Any] = {"split": self.split, "streaming": self.streaming, "cache_dir": str(cache)}
         if self.data_files is not None:
             arguments["data_files"] = self.data_files if isinstance(self.data_files, str) else list(self.data_files)
             arguments["verification_mode"] = "no_checks"  # the sizes it would check are those of all files
@@ -142,7 +148,7 @@ def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, or
 
     Args:
         load: Opens the data set.
-        field: Name of the rows' text.
+        field: Name of the rows' text, or of their messages (lit_recon.data.documents).
         origin: What the data set is called in messages.
 
     Raises:
@@ -150,28 +156,21 @@ def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, or
     """
     try:
         for row in load():
-            if field not in row:
-                raise ValueError(f"no field {field!r}; choose data.field from {', '.join(sorted(row))}")
-            text = row[field]
-            if not isinstance(text, str | None):
-                raise ValueError(f"field {field!r} holds {type(text).__name__}, not text")
-            yield text or ""
+            check_field(field, row)
+            yield read_document(row, field)
+    except StopIteration:  # what `datasets` raises where the first file is empty
+        return
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, hub_errors.HTTPError) as error:
         raise ValueError(f"{origin}: {_explanation(error)}") from error
 
 
-def joined(texts: Iterable[str], separator: str, *, at_most: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Documents made of consecutive texts; each ends with the text that makes it longer than `at_most` characters."""
-    run: list[str] = []
-    size = 0
-    for text in texts:
-        run.append(text)
-        size += len(text) + len(separator)
-        if size > at_most:
-            yield separator.join(run)
-            run, size = [], 0
-    if run:
-        yield separator.join(run)
+def _enough(documents: Iterator[str]) -> Iterator[str]:
+    """Documents to deal out; where there are fewer than turns, such as one giant row, in pieces."""
+    first = list(itertools.islice(documents, len(TURNS)))
+    if len(first) == len(TURNS):
+        return itertools.chain(first, documents)
+    at_most = sum(map(len, first)) // (2 * len(TURNS))
+    return itertools.chain.from_iterable(joined(cut(text), "", at_most=at_most) for text in first)
 
 
 def _explanation(error: Exception) -> str:

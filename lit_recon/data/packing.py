@@ -2,8 +2,8 @@
 
 `fixed` concatenates the tokens of all documents, the tokenizer's end-of-text token between two, and cuts them into
 pieces of exactly `length` tokens. `documents` cuts each document by itself, the end-of-text token after it, and pads
-the rest. A tokenizer that opens a text with a token of its own (BOS) gets that token at the start of every piece,
-since the model expects it there. The pieces are cached on disk.
+the rest. What a tokenizer puts before a text by itself, its opening, such as BOS or `[gMASK] <sop>`, is at the start of
+every piece, since the model expects it there. The pieces are cached on disk.
 
 Shapes: P pieces, S samples, T tokens.
 """
@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 _DAY = 86400  # seconds
 
 Packing = Literal["fixed", "documents"]
+Bos = bool | Literal["auto"]
 
 PADDING = -100  # token id of a position that holds no text; -100 is torch's ignore_index
-LEAST_TOKENS = 2  # of a padded piece, besides BOS: one to see and one to predict
+LEAST_TOKENS = 2  # of a padded piece, besides its opening: one to see and one to predict
 BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer, which needs some hundred bytes of memory for each
-CACHE_VERSION = 1  # raised when the code below changes the pieces: the key does not cover it
+CACHE_VERSION = 2  # raised when the code below changes the pieces: the key does not cover it
 
 
 def pack(
@@ -45,29 +46,32 @@ def pack(
     length: int,
     cache: Path,
     packing: Packing = "fixed",
+    bos: Bos = "auto",
 ) -> Tensor:
     """Cut documents into pieces of `length` tokens, in their order, or read the pieces from the cache.
 
     Args:
         documents: Texts without a common context.
         tokenizer: Fast or slow.
-        length: Tokens of a piece, BOS included.
+        length: Tokens of a piece, opening included.
         cache: Folder that keeps the result, in `tokens/`, keyed by text, tokenizer, length and packing.
         packing: `fixed`: pieces run on from one document into the next. `documents`: each piece is of one document;
             the last piece of a document has the end-of-text token if the tokenizer has one and the piece has room.
+        bos: See `find_opening`.
 
     Returns:
         int32, (P, length). What does not fill a piece is dropped if `fixed`; if `documents`, it is padded on the right
-        with PADDING, and dropped only where it has less than two tokens, end-of-text included and BOS not.
+        with PADDING, and dropped only where it has less than two tokens, end-of-text included and the opening not.
     """
-    opening = _opening(tokenizer)
+    opening = find_opening(tokenizer, bos)
+    assert len(opening) < length, f"{len(opening)} tokens open pieces of {length}"
     key = _key(documents, tokenizer, opening=opening, length=length, packing=packing)
     path = cache / "tokens" / f"{key}.safetensors"
     pieces_PT = _read(path, key, length)
     if pieces_PT is None:
         stride = length - len(opening)
         least = stride if packing == "fixed" else min(LEAST_TOKENS, stride)
-        pieces_PT = _cut(_runs(documents, tokenizer, packing), opening=opening, stride=stride, least=least)
+        pieces_PT = _cut(_runs(documents, tokenizer, packing, opening), opening=opening, stride=stride, least=least)
         _write(path, key, pieces_PT)
     return pieces_PT
 
@@ -79,16 +83,38 @@ def draw(pieces_PT: Tensor, number: int, *, seed: int) -> Tensor:
     return pieces_PT[torch.randperm(len(pieces_PT), generator=generator)[:number]].long()
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer puts it before a text by itself, else []."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def find_opening(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> list[int]:
+    """Tokens at the start of every piece.
+
+    Args:
+        tokenizer: Of the model.
+        bos: "auto": all that the tokenizer puts before a text by itself, often BOS, often nothing. True: BOS before
+            that, where it is not in it. False: nothing.
+
+    Raises:
+        ValueError: BOS is asked for and the tokenizer has none.
+    """
+    if bos is False:
+        return []
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+    opening: list[int] = whole[:start]
+    if bos is True and tokenizer.bos_token_id is None:
+        raise ValueError("data.bos=true: the model's tokenizer names no BOS token; leave it out")
+    return [tokenizer.bos_token_id, *opening] if bos is True and tokenizer.bos_token_id not in opening else opening
 
 
-def _runs(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: Packing) -> list[list[int]]:
-    """Runs of tokens to cut: one per document, end-of-text after it, or one of all documents, end-of-text between."""
+def _runs(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: Packing, opening: Sequence[int]
+) -> list[list[int]]:
+    """Runs of tokens to cut: one per document, end-of-text after it, or one of all documents, end-of-text between.
+
+    An opening that stands in a document's text, as chat templates write it, is not repeated in its tokens.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    runs = [tokens + end for tokens in _tokens(documents, tokenizer)]
+    size = len(opening)
+    tokens = _tokens(documents, tokenizer)
+    runs = [(ids[size:] if size and ids[:size] == opening else ids) + end for ids in tokens]
     if packing == "documents":
         return runs
     joined = list(chain.from_iterable(runs))

@@ -18,7 +18,8 @@ from typing import Literal, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_recon.data.packing import PADDING, Packing, draw, pack
+from lit_recon.data.documents import render
+from lit_recon.data.packing import PADDING, Bos, Packing, draw, find_opening, pack
 from lit_recon.system.cache import cache_folder
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,17 @@ class Samples:
         calibration_ST: (num_samples, length), to train windows on.
         held_out_ST: (num_held_out, length), to judge windows by.
         evaluation_ST: (evaluation_samples, evaluation_length), for perplexity.
-        description: The data set, for plan, protocol and model card.
+        description: The data set, for plan and model card.
+        evaluation_description: The data set of evaluation_ST, for the protocol.
+        opening: What the tokenizer put at the start of each sample, such as `<s>`, or "none".
     """
 
     calibration_ST: Tensor
     held_out_ST: Tensor
     evaluation_ST: Tensor
     description: str
+    evaluation_description: str = ""
+    opening: str = "none"
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
@@ -82,6 +87,7 @@ class TextSource(ABC):
         length: Tokens of each calibration and held-out sample.
         packing: `fixed` cuts these samples from all documents joined; with `documents` each is of one document, and
             padded where it is shorter. Evaluation samples are `fixed` always, so that perplexities compare.
+        bos: Whether samples start with BOS; "auto": with what the tokenizer puts before a text by itself.
         batch_size: Samples of a batch.
         num_held_out: Held-out samples.
         evaluation_samples: Sequences for perplexity, the first of the evaluation part; None takes all.
@@ -91,6 +97,7 @@ class TextSource(ABC):
     num_samples: int = 32
     length: int = 256
     packing: Packing = "fixed"
+    bos: Bos = "auto"
     batch_size: int = 2
     num_held_out: int = 4
     evaluation_samples: int | None = 16
@@ -98,7 +105,9 @@ class TextSource(ABC):
 
     @abstractmethod
     def documents(self, part: Part) -> Iterable[str]:
-        """Documents of a part, in an order that does not depend on a seed; read only as far as needed.
+        """Documents of a part, texts or Conversations, in an order that does not depend on a seed.
+
+        They are read only as far as needed.
 
         Raises:
             ValueError: They cannot be read.
@@ -130,6 +139,7 @@ class TextSource(ABC):
             ValueError: The text cannot be read, or there is too little of it.
         """
         cache = cache or cache_folder()
+        opening = self._opening(tokenizer)
         taken: set[str] = set()
         evaluation_PT = self._packed("evaluation", taken, tokenizer, cache)
         held_out_PT = self._packed("held_out", taken, tokenizer, cache)
@@ -147,6 +157,8 @@ class TextSource(ABC):
             held_out_ST=draw(held_out_PT, self.num_held_out, seed=seed),
             evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
+            evaluation_description=evaluation,
+            opening=opening,
         )
 
     def _problems(self) -> list[str]:
@@ -161,7 +173,21 @@ class TextSource(ABC):
         ]
         if self.packing not in get_args(Packing):
             problems.append(f"data.packing={self.packing!r}: choose one of {', '.join(get_args(Packing))}")
+        if self.bos != "auto" and type(self.bos) is not bool:
+            problems.append(f"data.bos={self.bos!r}: choose one of auto, true, false")
         return problems
+
+    def _opening(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Tokens that open each sample, as text; a ValueError where they leave no room."""
+        tokens = find_opening(tokenizer, self.bos)
+        opening = "".join(str(token) for token in tokenizer.convert_ids_to_tokens(tokens))
+        short = [name for name in ("length", "evaluation_length") if getattr(self, name) <= len(tokens)]
+        if short:
+            raise ValueError(
+                f"data.{short[0]}={getattr(self, short[0])}: the tokenizer opens each sample with {len(tokens)} tokens "
+                f"({opening}); give {len(tokens) + 1} or more"
+            )
+        return opening or "none"
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
         """Settings of a part with their values: how many samples, and of how many tokens."""
@@ -177,7 +203,8 @@ class TextSource(ABC):
     def _packed(self, part: Part, taken: set[str], tokenizer: PreTrainedTokenizerBase, cache: Path) -> Tensor:
         """Read and pack a part, without documents that are `taken`: int32, (P, T)."""
         *_, length = self._asked(part)
-        return pack(self._read(part, taken), tokenizer, length=length, cache=cache, packing=self._packing(part))
+        texts = render(self._read(part, taken), tokenizer, origin=self.describe(part))
+        return pack(texts, tokenizer, length=length, cache=cache, packing=self._packing(part), bos=self.bos)
 
     def _read(self, part: Part, taken: set[str]) -> list[str]:
         """Enough documents of a part, none of which is `taken`; adds them to `taken`."""

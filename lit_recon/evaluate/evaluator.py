@@ -3,25 +3,57 @@
 The pruned model is the dense one, with a context around each layer in which the layer is pruned.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.data.source import Samples
-from lit_recon.evaluate.perplexity import perplexity, relative_error
+from lit_recon.evaluate.perplexity import negative_log_likelihoods, relative_error
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.layerwise import LayerContext, final_states, unchanged
 from lit_recon.system.clock import Clock
 from lit_recon.system.device import Compute
+from lit_recon.system.finite import NotFinite
 
 LOGITS_OF = 64  # tokens, by which a model that was read back is compared with the one that was saved
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a model was measured at.
+
+    Attributes:
+        by_sample: Mean negative log-likelihood of each evaluation sample, in nats per token.
+        states_STD: Final hidden states by which models are compared.
+    """
+
+    by_sample: list[float]
+    states_STD: Tensor
+
+    @property
+    def nats(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return fmean(self.by_sample)
+
+    def check(self, precision: str) -> None:
+        """Raise a NotFinite that names the first sample whose likelihood is not finite."""
+        bad = [index for index, nats in enumerate(self.by_sample) if not math.isfinite(nats)]
+        if bad:
+            advice = " (bf16-mixed and 32-true reach further)" if precision == "16-mixed" else ""
+            raise NotFinite(
+                f"the dense model's perplexity is not finite: {len(bad)} of {len(self.by_sample)} evaluation samples, "
+                f"first sample {bad[0]}, in trainer.precision={precision}{advice}. Nothing could be compared with it; "
+                "use another precision, another copy of the model, another model.dtype, or other evaluation text."
+            )
+
+
+@dataclass(frozen=True)
 class Evaluator:
-    """Measures models on the evaluation and the held-out samples.
+    """Measures models on the evaluation samples.
 
     Attributes:
         samples: The samples.
@@ -35,31 +67,40 @@ class Evaluator:
     compute: Compute
     clock: Clock
 
-    def perplexity(self, model: PreTrainedModel, around: LayerContext = unchanged) -> float:
-        """Perplexity on the evaluation samples; `around` may change each layer, such as prune it."""
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel, around: LayerContext = unchanged) -> Measured:
+        """Measure a model on the evaluation samples; `around` may change each layer, such as prune it."""
+        tokens_ST, decoder = self.samples.evaluation_ST, Decoder(model, self.compute.device)
         with self.clock.phase("evaluate"):
-            tokens_ST = self.samples.evaluation_ST
-            return perplexity(
-                model, tokens_ST, batch_size=self._batch_size(tokens_ST), compute=self.compute, around=around
-            )
+            states_STD = self._states(decoder, tokens_ST, around)
+            nats = negative_log_likelihoods(decoder, states_STD, tokens_ST, self.compute)
+            return Measured(nats, states_STD[: self.num_compared].clone())
 
     @torch.no_grad()
-    def final_states(self, model: PreTrainedModel, around: LayerContext = unchanged) -> Tensor:
-        """Hidden states after the last layer on the held-out samples, (S, T, D)."""
-        tokens_ST, decoder = self.samples.held_out_ST, Decoder(model, self.compute.device)
+    def final_states(self, model: PreTrainedModel) -> Tensor:
+        """Hidden states after the last layer that models are compared by, (S, T, D)."""
         with self.clock.phase("evaluate"):
-            return final_states(
-                decoder, tokens_ST, batch_size=self._batch_size(tokens_ST), compute=self.compute, around=around
-            )
+            tokens_ST = self.samples.evaluation_ST[: self.num_compared]
+            return self._states(Decoder(model, self.compute.device), tokens_ST, unchanged)
+
+    def _states(self, decoder: Decoder, tokens_ST: Tensor, around: LayerContext) -> Tensor:
+        size = max(1, self.tokens_per_batch // tokens_ST.shape[1])
+        return final_states(decoder, tokens_ST, batch_size=size, compute=self.compute, around=around)
+
+    @property
+    def num_compared(self) -> int:
+        """Evaluation samples whose final states are compared: the first ones, as many tokens as are held out.
+
+        Held-out samples would flatter a model: they decided which reconstructions were accepted.
+        """
+        return -(-self.samples.held_out_ST.numel() // self.samples.evaluation_ST.shape[1])
 
     def error(self, states_STD: Tensor, dense_STD: Tensor) -> float:
         """Relative error of final hidden states."""
-        return relative_error(states_STD, dense_STD, self.samples.held_out_ST)
+        return relative_error(states_STD, dense_STD, self.samples.evaluation_ST[: self.num_compared])
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Logits of a few tokens, (1, T, V)."""
-        return model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits
-
-    def _batch_size(self, tokens_ST: Tensor) -> int:
-        return max(1, self.tokens_per_batch // tokens_ST.shape[1])
+        decoder = Decoder(model, torch.device("cpu"))
+        return decoder.model(self.samples.evaluation_ST[:1, :LOGITS_OF], use_cache=False).logits

@@ -4,12 +4,16 @@ exp of the mean negative log-likelihood of every token but the first of each seq
 sequences step through the layers together, so that a device needs one layer and a slice of logits, not the model.
 """
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
-from torchmetrics.text import Perplexity
+from torch.nn import functional
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
@@ -18,7 +22,7 @@ from lit_recon.model.head import Head
 from lit_recon.model.layerwise import LayerContext, final_states, unchanged
 from lit_recon.system.device import Compute
 
-LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; softmax and its copy double it
+LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; their softmax doubles it
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class EvaluationProtocol:
         windows: Number of sequences, which do not overlap.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
+        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
     """
 
     dataset: str
@@ -40,17 +45,21 @@ class EvaluationProtocol:
     windows: int
     tokens: int
     precision: str
+    opening: str = "none"
 
     @classmethod
-    def from_tokens(cls, tokens_ST: Tensor, *, dataset: str, precision: str) -> "EvaluationProtocol":
+    def from_tokens(
+        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none"
+    ) -> "EvaluationProtocol":
         """The protocol of an evaluation part."""
         windows, context = tokens_ST.shape
-        return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision)
+        return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision, opening)
 
     def describe(self) -> str:
         """One line."""
+        opened = f", each after {self.opening}" if self.opening != "none" else ""
         return (
-            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens, "
+            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{opened}, "
             f"{self.tokens} predicted, {self.precision}"
         )
 
@@ -82,23 +91,69 @@ def perplexity(
     compute = compute or Compute.default()
     decoder = Decoder(model, compute.device)
     hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, around=around)
-    metric = Perplexity().to(compute.device)
-    for logits_BCV, targets_BC in _slices(decoder, hidden_STD, tokens_ST, compute):
-        metric.update(logits_BCV, targets_BC)
-    return metric.compute().item()
+    return perplexity_of(fmean(negative_log_likelihoods(decoder, hidden_STD, tokens_ST, compute)))
+
+
+def perplexity_of(nats: float) -> float:
+    """Perplexity: exp of a mean negative log-likelihood; infinite where that overflows, NaN of NaN."""
+    return math.exp(nats) if not nats > math.log(sys.float_info.max) else math.inf
+
+
+class NegativeLogLikelihood(Metric):
+    """Mean negative log-likelihood of the predicted tokens of each sequence, in nats.
+
+    By cross entropy, which is finite also where a token's probability is not above zero in float32; summed in float64.
+    (`torchmetrics.text.Perplexity` takes the logarithm of a softmax, and one such token makes it infinite.)
+
+    Args:
+        num_sequences: S.
+    """
+
+    nats_S: Tensor
+    tokens_S: Tensor
+
+    def __init__(self, num_sequences: int) -> None:
+        super().__init__()
+        for name in ("nats_S", "tokens_S"):
+            self.add_state(name, torch.zeros(num_sequences, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, row: int, logits_CV: Tensor, targets_C: Tensor) -> None:
+        """Add C tokens of a sequence, with the logits that predict them."""
+        self.nats_S[row] += functional.cross_entropy(logits_CV, targets_C, reduction="none").sum(dtype=torch.float64)
+        self.tokens_S[row] += len(targets_C)
+
+    def compute(self) -> Tensor:
+        """The mean of each sequence, (S) in float64."""
+        return self.nats_S / self.tokens_S
+
+
+@torch.no_grad()
+def negative_log_likelihoods(decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute) -> list[float]:
+    """Mean negative log-likelihood of each sequence, but for its first token, in nats.
+
+    Args:
+        decoder: The model.
+        hidden_STD: Its hidden states after the last layer.
+        tokens_ST: Token ids.
+        compute: Device and precision.
+    """
+    metric = NegativeLogLikelihood(len(tokens_ST)).to(compute.device)
+    for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute):
+        metric.update(row, logits_CV, targets_C)
+    return metric.compute().tolist()
 
 
 def _slices(
     decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (1, C, V) and the tokens (1, C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """A sequence, logits (C, V) and the tokens (C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
     vocabulary = decoder.model.config.get_text_config().vocab_size
     width = max(1, LOGITS_BYTES // (4 * vocabulary))
     head = Head(decoder)
     with head.on(compute.device):
-        for hidden_TD, tokens_T in zip(hidden_STD, tokens_ST, strict=True):
+        for row, (hidden_TD, tokens_T) in enumerate(zip(hidden_STD, tokens_ST, strict=True)):
             for start in range(0, len(tokens_T) - 1, width):
                 stop = min(start + width, len(tokens_T) - 1)
                 with compute.autocast():
                     logits_BCV = head(hidden_TD[None, start:stop].to(compute.device)).float()
-                yield logits_BCV, tokens_T[None, start + 1 : stop + 1].to(compute.device)
+                yield row, logits_BCV[0], tokens_T[start + 1 : stop + 1].to(compute.device)

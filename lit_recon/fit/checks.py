@@ -4,6 +4,7 @@ Each raises a ValueError, or adds a problem, that says what was given, what is a
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,6 +17,7 @@ from lit_recon.activations.matrix_inputs import check_experts
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings, check_targets
 from lit_recon.activations.teacher import check_halves
+from lit_recon.data.source import Samples
 from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
@@ -25,6 +27,8 @@ from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.window_fit import check_retry_rates, needs_gram
 from lit_recon.system.command_line import Problems
+
+log = logging.getLogger(__name__)
 
 
 def check_settings(
@@ -56,11 +60,16 @@ def check_settings(
     if prune_by not in PRUNE_BY:
         problems.add(f"prune_by={prune_by}: expected one of {', '.join(PRUNE_BY)}.")
     if isinstance(module, partial):
-        clipped = trainer["gradient_clip_val"] if trainer["precision"] == "16-mixed" else None
+        clipped = trainer.get("gradient_clip_val") if trainer["precision"] == "16-mixed" else None
         check_optimizer(module, problems, clipped=clipped)
     problems.check(check_retry_rates, retry_rates)
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
+    if trainer.get("enable_checkpointing"):
+        problems.add(
+            f"trainer.enable_checkpointing={trainer['enable_checkpointing']}: expected false; a run commits each "
+            "window itself, and Lightning's checkpoints would be pickles that nothing reads."
+        )
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
 
 
@@ -86,6 +95,33 @@ def check_model(model: PreTrainedModel, method: Method, matrices: LayerMatrices 
     check_pattern(found, method.pattern)
     if method.windows.by == WindowKind.MATRIX:
         check_experts([matrix for matrix in found if matrix.input_dim is not None], method.propagation)
+
+
+def check_samples(model: PreTrainedModel, samples: Samples) -> None:
+    """Check that samples are for a model, or its skeleton; warn of samples beyond the context it was trained with.
+
+    Raises:
+        ValueError: A token has no row in the model's embedding.
+    """
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    rows = len(embedding)
+    parts = {"calibration": samples.calibration_ST, "held-out": samples.held_out_ST}
+    for part, tokens_ST in (parts | {"evaluation": samples.evaluation_ST}).items():
+        if (largest := int(tokens_ST.max())) >= rows:
+            raise ValueError(
+                f"the {part} text has the token {largest}, and the model's embedding {rows} rows, 0 to {rows - 1}: the "
+                "tokenizer is of another model, or tokens were added to it; use the model's own tokenizer, or give the "
+                "model rows for them (resize_token_embeddings)."
+            )
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for setting, tokens_ST in (("length", samples.calibration_ST), ("evaluation_length", samples.evaluation_ST)):
+        if isinstance(trained, int) and (length := tokens_ST.shape[1]) > trained:
+            log.warning(
+                "data.%s=%d: longer than the context that %s was trained with, %d tokens (max_position_embeddings), so "
+                "that even the dense model may be poor there",
+                *(setting, length, type(model).__name__, trained),
+            )
 
 
 def check_windows(

@@ -1,121 +1,149 @@
 """From the configuration to a Job: every part as an object, every problem in one message.
 
-The only file that sees the configuration.
+With resume_config.py the only file that sees the configuration.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
+from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_model, check_module, check_settings, prunes_apart
+from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.store import StoreSettings
+from lit_recon.data.source import TextSource
+from lit_recon.fit.annotations import wrong_types
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
-from lit_recon.fit.output.folder import ACTIVATIONS, NEXT_CONFIG, check_output, check_writable, folder_state
+from lit_recon.fit.moved import FOLDERS, MOVED
+from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
-from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
+from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.resume_config import targets
+from lit_recon.fit.settings import check_call, expand_home, given, given_of
+from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
+from lit_recon.pruning.criteria import Criterion
+from lit_recon.pruning.patterns import Pattern
 from lit_recon.system.cache import cache_folder
-from lit_recon.system.command_line import Problems
+from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
-PARTS = ("model", "data", "criterion", "pattern", "chain", "store", "windows", "module", "trainer")
+log = logging.getLogger(__name__)
+
+PARTS: dict[str, type] = {  # what each is an object of
+    "model": LanguageModel,
+    "data": TextSource,
+    "criterion": Criterion,
+    "pattern": Pattern,
+    "chain": Propagation,
+    "store": StoreSettings,
+    "windows": Partition,
+}
+MADE_LATER = ("module", "trainer")  # for each window; until then partial calls
+SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
+NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
 PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ stands in the package; in a checkout next to it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-MOVED = {  # before version 0.3.0
-    "lit_recon.modules.reconstruction.ReconstructionModule": "lit_recon.modules.masked_weights.MaskedWeights",
-    "lit_recon.modules.least_squares.LeastSquaresModule": "lit_recon.modules.least_squares.LeastSquares",
-    "lit_recon.criteria.wanda.Wanda": "lit_recon.pruning.criteria.wanda.Wanda",
-    "lit_recon.criteria.magnitude.Magnitude": "lit_recon.pruning.criteria.magnitude.Magnitude",
-    "lit_recon.masks.Unstructured": "lit_recon.pruning.patterns.Unstructured",
-    "lit_recon.masks.NM": "lit_recon.pruning.patterns.NM",
-    "lit_recon.losses.mean_squared": "lit_recon.modules.losses.mean_squared",
-    "lit_recon.losses.mean_absolute": "torch.nn.functional.l1_loss in a function of your own",
-    "lit_recon.models.HubModel": "lit_recon.model.loading.HubModel",
-    "lit_recon.models.WheelModel": "lit_recon.model.wheels.WheelModel",
-    "lit_recon.partition.Partition": "lit_recon.model.partition.Partition",
-    "lit_recon.regime.Regime": "lit_recon.activations.propagation.Propagation",
-    "lit_recon.store.StoreSettings": "lit_recon.activations.store.StoreSettings",
-}
 
-FOLDERS = {  # of modules that files of the user's own import from
-    "activations": "activations.datamodule",
-    "blocks": "model.decoder",
-    "captured": "activations.matrix_inputs",
-    "chain": "activations.chain",
-    "criteria": "pruning.criteria",
-    "halves": "model.halves",
-    "losses": "modules.losses",
-    "masks": "pruning.patterns",
-    "matrices": "model.matrices",
-    "models": "model.loading",
-    "modules.reconstruction": "modules.masked_weights",
-    "moments": "activations.gram",
-    "packed_masks": "pruning.masks",
-    "partition": "model.partition",
-    "regime": "activations.propagation",
-    "windows": "model.windows",
-}
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What a configuration chooses, before it is looked at together.
+
+    Attributes:
+        call: Settings of the run itself.
+        parts: The parts, by name; None for one that could not be made.
+        trainer: Settings of the Trainer.
+        retry_rates: Of the fit.
+        compute: Where it will compute; None if that cannot be said.
+    """
+
+    call: dict[str, Any]
+    parts: dict[str, Any]
+    trainer: dict[str, Any]
+    retry_rates: list[float]
+    compute: Compute | None
+
+    def method(self) -> Method:
+        """The method, of parts that could all be made."""
+        assert self.compute is not None
+        apart = prunes_apart(self.call["prune_by"], self.parts["chain"])
+        return Method(
+            criterion=self.parts["criterion"],
+            pattern=self.parts["pattern"],
+            windows=self.parts["windows"],
+            propagation=self.parts["chain"],
+            prune_by=self.call["prune_by"] if apart else "window",
+            module=self.parts["module"],
+            retry_rates=tuple(self.retry_rates),
+            trainer=self.compute.trainers(self.parts["trainer"]),
+            schedule=Schedule.from_trainer(self.trainer),
+            allow_unscored=self.call["allow_unscored"],
+        )
+
+    def execution(self, limit: int | None = None) -> Execution:
+        """How it is carried out, with a limit of memory."""
+        assert self.compute is not None
+        return Execution(
+            compute=self.compute,
+            store=self.parts["store"],
+            batch_size=self.parts["data"].batch_size,
+            memory_limit=limit,
+            stop_after=self.call["stop_after"],
+            seed=self.call["seed"],
+        )
 
 
 def prepare(cfg: DictConfig) -> Job:
     """Build what a run needs and check it all, before any weight is loaded or any file written.
 
     Raises:
-        ValueError: With every problem that could be found at once.
+        ValueError: With every problem that could be found at once. What is raised while settings are looked at is its
+            cause.
     """
     problems = Problems()
-    folder = Path(str(cfg.output_dir))  # a name of digits is read as a number
-    found = folder_state(folder)
-    retry_rates = _plain(OmegaConf.select(cfg, "module.retry_rates"))
-    retry_rates = [] if retry_rates is None else retry_rates  # a module that is solved exactly has none
-    parts = {name: _instantiate(cfg[name], name, problems) for name in PARTS}
-    trainer = _plain(cfg.trainer)
-    check_settings(
-        problems,
-        windows=parts["windows"],
-        module=parts["module"],
-        propagation=parts["chain"],
-        store=parts["store"],
-        prune_by=cfg.prune_by,
-        retry_rates=retry_rates,
-        trainer=trainer,
-    )
-    compute = _check_call(cfg, parts, problems)
-    limit = None if cfg.memory_limit is None else problems.check(parse_limit, cfg.memory_limit)
+    problems.check(expand_home, cfg)
+    chosen = _choose(cfg, problems)
+    found = problems.check(folder_state, Path(chosen.call.get("output_dir", "")), about="output_dir: ")
+    limit = _check_call(cfg, chosen.call, chosen.parts, problems)
     problems.raise_all()
-    assert compute is not None
-    model, source, store = parts["model"], parts["data"], parts["store"]
-    method = _method(cfg, parts, compute, Schedule.from_trainer(trainer), retry_rates)
-    execution = Execution(
-        compute=compute,
-        store=store,
-        batch_size=cfg.data.batch_size,
-        memory_limit=limit,
-        stop_after=cfg.stop_after,
-        seed=cfg.seed,
-    )
-    model.check()
-    skeleton = model.skeleton()
-    check_model(skeleton, method)
-    check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
-    tokenizer = model.tokenizer()
-    samples = source.samples(tokenizer, seed=cfg.seed, cache=cache_folder())
+    model, source, call = chosen.parts["model"], chosen.parts["data"], chosen.call
+    with concerning(given_of("trainer")):
+        method, execution = chosen.method(), chosen.execution(limit)
+    with concerning(given_of("model")):
+        model.check()
+        skeleton = model.skeleton()
+        check_model(skeleton, method)
+    with concerning(given_of("module")):
+        check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
+    _rehearse(chosen, skeleton)
+    with concerning(given_of("model")):
+        tokenizer = model.tokenizer()
+    with concerning(given_of("data")):
+        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder())
+        check_samples(skeleton, samples)
+    folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
-    store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
+    with concerning(given_of("store")):
+        store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
     output = Output(
         folder=folder,
         config=_plain(cfg),
-        resume=cfg.resume is not None,
-        plan_only=cfg.plan,
+        resume=call["resume"] is not None,
+        plan_only=call["plan"],
         found=found,
         named_by_time=_named_by_time(cfg),
     )
@@ -130,130 +158,204 @@ def prepare(cfg: DictConfig) -> Job:
     )
 
 
-def _method(
-    cfg: DictConfig, parts: Mapping[str, Any], compute: Compute, schedule: Schedule, retry_rates: list[float]
-) -> Method:
-    """The method, of parts that could all be made."""
-    return Method(
-        criterion=parts["criterion"],
-        pattern=parts["pattern"],
-        windows=parts["windows"],
-        propagation=parts["chain"],
-        prune_by=cfg.prune_by if prunes_apart(cfg.prune_by, parts["chain"]) else "window",
-        module=parts["module"],
-        retry_rates=tuple(retry_rates),
-        trainer=compute.trainers(parts["trainer"]),
-        schedule=schedule,
-        allow_unscored=cfg.allow_unscored,
+def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
+    """What a configuration chooses, with what is wrong added to the problems."""
+    call = check_call(cfg, problems)
+    parts = {name: _part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
+    trainer = _trainer_settings(cfg, problems)
+    rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
+    retry_rates = [] if rates is None else rates  # a module that is solved exactly has none
+    compute = None
+    if trainer and "prune_by" in call:
+        check_settings(
+            problems,
+            windows=parts["windows"],
+            module=parts["module"],
+            propagation=parts["chain"],
+            store=parts["store"],
+            prune_by=call["prune_by"],
+            retry_rates=retry_rates,
+            trainer=trainer,
+        )
+        if parts["trainer"]:
+            about = f"{given_of('trainer')}: "
+            compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
+    return _Chosen(call=call, parts=parts, trainer=trainer, retry_rates=retry_rates, compute=compute)
+
+
+def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
+    """Rehearse a run; where that fails, find the setting without which it does not.
+
+    Raises:
+        ValueError: The first window would end with an exception, but not with the settings' defaults.
+    """
+    try:
+        _rehearse_once(chosen, skeleton)
+    except Exception as error:
+        words = [word for name, word in given().items() if not name.startswith(NOT_REHEARSED)]
+        others = [word for word in given().values() if word not in words]
+        if chosen.call["resume"] is not None:
+            guilty = given_of("resume")
+        elif not _passes(others, skeleton):
+            log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
+            return
+        else:
+            without = ([*others, *(one for one in words if one != word)] for word in words)
+            found = [word for word, left in zip(words, without, strict=True) if _passes(left, skeleton)]
+            guilty = found[0] if len(found) == 1 else " ".join(words)
+        raise ValueError(
+            f"{guilty}: a training step on a tiny model of this class ends in {in_words(error)}. Expected what "
+            "the first window can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."
+        ) from error
+
+
+def _passes(words: Sequence[str], skeleton: PreTrainedModel) -> bool:
+    """Whether a run with these words on its command line can be rehearsed."""
+    problems = Problems()
+    try:
+        chosen = _choose(compose("fit", overrides=list(words)), problems)
+        problems.raise_all()
+        _rehearse_once(chosen, skeleton)
+    except Exception:  # whatever the words that are left lead to
+        return False
+    return True
+
+
+def _rehearse_once(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
+    source = chosen.parts["data"]
+    rehearse(
+        skeleton,
+        chosen.method(),
+        chosen.execution(),
+        num_samples=source.num_samples,
+        num_held_out=source.num_held_out,
+        padded=source.packing != "fixed",
     )
 
 
-def resumed(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that `resume` names; those settings of this call that belong to the call replace it.
+def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
+    """The object that a part of the configuration describes; None with what is wrong added to the problems.
 
-    Raises:
-        ValueError: There is no run to resume, or a setting is given that differs.
+    That of a part that is made for each window is a partial call.
     """
-    folder = Path(str(cfg.resume))
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
-    overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
-    if (folder / "results.json").is_file() and not overwriting:
-        raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
-    before = OmegaConf.create(OmegaConf.load(folder / (NEXT_CONFIG if overwriting else "config.yaml")))
-    assert isinstance(before, DictConfig)
-    given = {key.split("/")[0] for key in _given()} - {*OF_THE_CALL}
-    now = {key: OmegaConf.select(cfg, key) for key in given}
-    changed = [
-        f"{where} is {old!r} there and {new!r} here"
-        for key in sorted(given)
-        for where, old, new in differences(_plain(OmegaConf.select(before, key)), _plain(now[key]), key)
-    ]
-    if changed:
-        raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
-    for key in OF_THE_CALL:
-        if key in _given() or key in OF_ONE_CALL:
-            OmegaConf.update(before, key, cfg[key])
-    OmegaConf.update(before, "output_dir", str(folder))
-    if overwriting:
-        before.resume, before.overwrite = None, True
-    return before
-
-
-def _instantiate(node: DictConfig, name: str, problems: Problems) -> Any:
-    """The object that a configuration node describes, or None with what is wrong added to the problems."""
-    target = str(node.get("_target_", ""))
-    unresolved = OmegaConf.to_container(node, resolve=False)
-    if replaced := [(key, old) for key, old in _targets(unresolved, name) if old in MOVED]:
-        for key, old in replaced:
-            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
-        return None
-    try:
-        made = instantiate(node, _convert_="all")
-        if name == "module" and isinstance(made, partial):
-            made.keywords.pop("retry_rates", None)  # a setting of the fit, not of the module
-        return made
-    except MissingMandatoryValue as error:
-        problems.add(f"{error.full_key or name} has no value; give {error.full_key or name}=<value>.")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, MissingMandatoryValue):
-            problems.add(f"{cause.full_key} has no value; give {cause.full_key}=<value>.")
-        elif isinstance(cause, ImportError):
-            reason = " ".join(str(cause).split())
-            moved = [
-                f"lit_recon.{a} is lit_recon.{b} now. " for a, b in FOLDERS.items() if f"'lit_recon.{a}'" in reason
-            ]
-            problems.add(
-                f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
-                "where the file is in the working directory or the package is installed."
-            )
-        elif isinstance(cause, (ValueError, TypeError)):
-            problems.add(str(cause) if isinstance(cause, ValueError) else f"{name}: {cause}")
-        else:
-            problems.add(f"{name}: {error}")
-    return None
-
-
-def _targets(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The dotted paths in a configuration, with the settings that give them."""
-    for key, value in node.items():
-        if key == "_target_":
-            yield f"{name}._target_", str(value)
-        elif isinstance(value, dict):
-            yield from _targets(value, f"{name}.{key}")
-
-
-def _check_call(cfg: DictConfig, parts: Mapping[str, Any], problems: Problems) -> Compute | None:
-    """Add what is wrong with the settings of the run itself; where it will compute."""
-    pattern = parts["pattern"]
-    if "sparsity" in _given() and pattern and pattern.sparsity != cfg.sparsity:
+    node = cfg.get(name)
+    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # also of no value
         problems.add(
-            f"sparsity={cfg.sparsity} was given, but pattern={pattern.describe()} has a sparsity of its own, "
+            f"{given_of(name)}: a run needs a {name} with _target_=<file>.<class>; leave that out, or choose a member "
+            f"of the group ({', '.join(sorted(path.stem for path in (CONF / name).glob('*.yaml'))) or 'none here'})."
+        )
+        return None
+    before = len(problems.found)
+    for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
+        if old in MOVED:
+            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
+    make = None if problems.found[before:] else _instantiated(node, name, problems)
+    if make is None:
+        return None
+    made = None
+    if name not in MADE_LATER:
+        try:
+            made = make()
+        except Exception as error:
+            _add_failure(error, name, str(node["_target_"]), problems)
+    leave_out = SCHEDULE if name == "trainer" else ()  # asked for by rules of their own
+    if made is not None or name in MADE_LATER or not problems.found[before:]:
+        for problem in wrong_types(make, name, leave_out=leave_out):
+            problems.add(problem)
+    if problems.found[before:]:
+        return None
+    if name in MADE_LATER:
+        return _made_later(make, name, problems)
+    if not isinstance(made, PARTS[name]):
+        kind = PARTS[name]
+        needed = f"an object like {kind.__module__}.{kind.__name__}"
+        problems.add(f"{name}._target_={node['_target_']}: expected {needed}.")
+        return None
+    return made
+
+
+def _made_later(make: "partial[Any]", name: str, problems: Problems) -> "partial[Any] | None":
+    """A partial call of what is made for each window, or None with a problem."""
+    if name == "trainer" and not (isinstance(make.func, type) and issubclass(make.func, Trainer)):
+        problems.add(f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it.")
+        return None
+    return make
+
+
+def _instantiated(node: DictConfig, name: str, problems: Problems) -> "partial[Any] | None":
+    """A partial call of a part's target with what its settings describe."""
+    target = str(OmegaConf.to_container(node, resolve=False).get("_target_"))  # type: ignore[union-attr]
+    try:
+        make = instantiate(node, _partial_=True, _convert_="all")
+        assert isinstance(make, partial)
+        return make
+    except Exception as error:
+        _add_failure(error, name, target, problems)
+        return None
+
+
+def _add_failure(error: Exception, name: str, target: str, problems: Problems) -> None:
+    """Add what is wrong with a part that cannot be made."""
+    cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
+    if isinstance(cause, MissingMandatoryValue):
+        missing = cause.full_key or name
+        problems.add(f"{missing} has no value; give {missing}=<value>.", error)
+    elif isinstance(cause, ImportError):
+        reason = " ".join(str(cause).split())
+        moved = [f"lit_recon.{a} is lit_recon.{b} now. " for a, b in FOLDERS.items() if f"'lit_recon.{a}'" in reason]
+        problems.add(
+            f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
+            "where the file is in the working directory or the package is installed.",
+            error,
+        )
+    elif type(cause) is ValueError and target.startswith("lit_recon."):
+        problems.add(str(cause), error)  # names its setting
+    else:
+        kind = PARTS.get(name)
+        needed = f"; expected an object like {kind.__module__}.{kind.__name__}" if kind else ""
+        problems.add(f"{given_of(name)}: {in_words(cause)}{needed}", error)
+
+
+def _trainer_settings(cfg: DictConfig, problems: Problems) -> dict[str, Any]:
+    """The settings of the Trainer, or none with a problem."""
+    try:
+        settings = _plain(cfg.get("trainer"))
+    except OmegaConfBaseException:
+        return {}  # told of with the part
+    if not isinstance(settings, dict):
+        return {}
+    if missing := [name for name in SCHEDULE if name not in settings]:
+        problems.add(f"trainer.{missing[0]}: a run needs it; leave ~trainer.{missing[0]} out.")
+        return {}
+    return settings
+
+
+def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, Any], problems: Problems) -> int | None:
+    """Add what is wrong with the settings of the run itself; its limit of memory in bytes."""
+    pattern = parts["pattern"]
+    if "sparsity" in given() and "sparsity" in call and pattern and pattern.sparsity != call["sparsity"]:
+        problems.add(
+            f"sparsity={call['sparsity']} was given, but pattern={pattern.describe()} has a sparsity of its own, "
             f"{pattern.sparsity:g}; leave one of them out."
         )
-    if not isinstance(parts["windows"], Partition | None):
-        problems.add(f"windows._target_={cfg.windows._target_}: expected lit_recon.model.partition.Partition.")
     if parts["data"]:
-        problems.check(parts["data"].check)
-    folder = Path(str(cfg.output_dir))
-    if _named_by_time(cfg) and cfg.resume is None:
-        problems.check(check_writable, folder)
-    elif cfg.resume is None:
-        problems.check(check_output, folder, overwrite=cfg.overwrite)
-    if all(parts.values()):
-        problems.check(check_inputs, folder, _plain(cfg))
-    if cfg.stop_after is not None and not (type(cfg.stop_after) is int and cfg.stop_after > 0):
-        problems.add(f"stop_after={cfg.stop_after}: expected a number of windows, or null for all.")
-    if not (type(cfg.seed) is int and 0 <= cfg.seed < 2**31):
-        problems.add(f"seed={cfg.seed}: expected a whole number from 0 to 2147483647.")
-    for name in ("overwrite", "allow_unscored", "plan"):
-        if type(cfg[name]) is not bool:
-            problems.add(f"{name}={cfg[name]}: expected true or false.")
-    trainer = parts["trainer"]
-    if not isinstance(trainer, partial):
+        with_name = f"{given_of('data')}: "
+        problems.check(parts["data"].check, about="" if "lit_recon" in type(parts["data"]).__module__ else with_name)
+    if {"output_dir", "overwrite", "resume"} <= set(call) and call["resume"] is None:
+        with_folder = f"output_dir={shortened(call['output_dir'], 100)}: "
+        if _named_by_time(cfg):
+            problems.check(check_writable, Path(call["output_dir"]), about=with_folder)
+        else:
+            problems.check(check_output, Path(call["output_dir"]), overwrite=call["overwrite"], about=with_folder)
+    if all(parts.values()) and "output_dir" in call:
+        problems.check(check_inputs, Path(call["output_dir"]), _plain(cfg))
+    if call.get("stop_after") is not None and call["stop_after"] < 1:
+        problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
+    if "seed" in call and not 0 <= call["seed"] < 2**31:
+        problems.add(f"seed={call['seed']}: expected a whole number from 0 to 2147483647.")
+    if call.get("memory_limit") is None:
         return None
-    return problems.check(Compute.choose, trainer, cfg.trainer.precision, about="trainer: ")
+    return problems.check(parse_limit, call["memory_limit"])
 
 
 def _named_by_time(cfg: DictConfig) -> bool:
@@ -263,8 +365,3 @@ def _named_by_time(cfg: DictConfig) -> bool:
 
 def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def _given() -> set[str]:
-    """The settings that the command line gives."""
-    return {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}

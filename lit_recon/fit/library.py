@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.configure import CONF
 from lit_recon.fit.job import Execution, Method, Schedule
 from lit_recon.fit.session import open_session, reconstruct
@@ -168,6 +168,7 @@ def _walk(
 ) -> Reconstruction:
     """Open a session and walk over it."""
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
+    check_samples(model, samples)
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))

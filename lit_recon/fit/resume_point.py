@@ -22,7 +22,7 @@ from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.commits import Commit, Commits
+from lit_recon.system.commits import Commit, CommitError, Commits
 
 
 class ResumePoint(WalkCallback):
@@ -50,6 +50,11 @@ class ResumePoint(WalkCallback):
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         """Write what has changed with a window, and make it the point from which a run is resumed."""
         session, number = self.session, len(results)
+        if changed := session.weights.files.changed() if session.weights.files else []:
+            raise CommitError(
+                f"{'; '.join(changed)} while the run had the dense model mapped from there: window {window.name} is "
+                f"not kept. Restore the model and resume with resume={self.commits.folder.parent}"
+            )
         with session.clock.phase("commit"):
             self._write_layers(window, number)
             self._write_masks(masks, number)

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +20,7 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.job import Job
+from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
     ACTIVATIONS,
     begin_output,
@@ -39,6 +39,7 @@ from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
 from lit_recon.fit.signature import changes, differences, machine, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
+from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.reconstruction.tensorboard import RunLogger
@@ -47,6 +48,7 @@ from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.system.signals import protected
 from lit_recon.system.units import duration
@@ -147,7 +149,9 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
-    found = DenseFiles.from_model(model, job.model.files())
+    if said := job.model.describe_left_out():
+        log.info("%s; the checkpoint holds them as they are", said)
+    found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
     files = found if isinstance(found, DenseFiles) else None
     if files is None:
         log.info("the model is in memory as a whole: %s", found)
@@ -167,7 +171,7 @@ class _Walked:
     saved: Saved
     windows: list[WindowResult]
     logger: RunLogger
-    dense_perplexity: float
+    dense_nats: float
     by_magnitude: list[str]
     peak_bytes: int
     walk_peak_bytes: int
@@ -189,11 +193,16 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     job, session, commit, facts = opened.job, opened.session, opened.commit, opened.facts
     device, evaluator = job.execution.compute.device, _evaluator(job, session.clock)
     if commit is None:
+        dense = evaluator.measure(session.model)
+        try:
+            dense.check(job.execution.compute.precision)
+        except NotFinite as error:
+            raise Refusal(str(error)) from error
+        facts["dense_nats"] = dense.nats
         with protected():
             begin_output(job.output.folder, _config(job))
-        facts["dense_perplexity"] = evaluator.perplexity(session.model)
     else:
-        facts["dense_perplexity"] = commit.state["dense_perplexity"]
+        facts["dense_nats"] = commit.state["dense_nats"]
     session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
@@ -203,17 +212,14 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     if len(resume_point.done) < len(session.windows):
         console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
-    chain, dense_STD = session.chain, None
-    if chain.dense and chain.dense.states_STD.dtype == torch.float32:
-        dense_STD = chain.dense.states_STD[chain.passes.batching.num_samples :].clone()
     logits_BTV = evaluator.logits(session.model)
     return _Walked(
         job=job,
         plan=opened.plan,
-        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, dense_STD),
+        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV),
         windows=resume_point.done,
         logger=resume_point.logger,
-        dense_perplexity=facts["dense_perplexity"],
+        dense_nats=facts["dense_nats"],
         by_magnitude=session.pruner.labels(),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
@@ -231,7 +237,8 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
-    checkpoint = CheckpointWriter(folder, job.tokenizer, resume_point, lambda done: _card(opened, done))
+    companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
+    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
     together = job.method.windows.by == WindowKind.MATRIX
     progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
     with session.clock.phase("commit"):
@@ -277,16 +284,17 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
 
 
 def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
-    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results)
+    loads = auto_class(opened.session.model.config).__name__
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:
     """Read the checkpoint back, measure it, and write results and report."""
     job, plan, saved, folder = walked.job, walked.plan, walked.saved, walked.job.output.folder
-    perplexities, errors = read_back(saved, job.model, _evaluator(job, clock))
+    found = read_back(saved, job.model, _evaluator(job, clock))
     results = Results(
-        perplexity={"dense": walked.dense_perplexity} | {state: perplexities[state] for state in PRUNED_STATES},
-        relative_error={state: errors[state] for state in PRUNED_STATES},
+        nats={"dense": walked.dense_nats} | {state: found.nats[state] for state in PRUNED_STATES},
+        relative_error={state: found.errors[state] for state in PRUNED_STATES},
         protocol=_protocol(job),
         model={
             "name": job.model.describe(),
@@ -295,7 +303,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, plan) | {"by_magnitude": walked.by_magnitude},
+        sparsity=sparsity(saved.masks, found.zeros, plan) | {"by_magnitude": walked.by_magnitude},
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
@@ -326,6 +334,7 @@ def _evaluator(job: Job, clock: Clock) -> Evaluator:
 def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
-        dataset=job.source.describe("evaluation"),
+        dataset=job.samples.evaluation_description,
+        opening=job.samples.opening,
         precision=job.execution.compute.precision,
     )

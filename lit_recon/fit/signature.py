@@ -93,7 +93,7 @@ def _code(config: Mapping[str, Any]) -> dict[str, Path]:
     loaded = {}
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "").resolve()
-        apart = not any(folder in path.parents for folder in (*installed, _PACKAGE))
+        apart = name != "__main__" and not any(folder in path.parents for folder in (*installed, _PACKAGE))
         if apart and path.suffix == ".py" and path.is_file() and not {"site-packages", "dist-packages"} & {*path.parts}:
             loaded[name] = path
     return package | loaded | named

@@ -1,5 +1,6 @@
 """The runs of a sweep (-m), each a process of its own, of which the next ones follow however one ends."""
 
+import os
 import subprocess
 import sys
 
@@ -10,8 +11,13 @@ from lit_recon.system.command_line import stop
 from lit_recon.system.signals import Terminated, stoppable
 
 
-def fit_apart(ended: dict[str, int]) -> None:
-    """The run of a sweep that Hydra has composed; its exit status goes into `ended`, by what is its own."""
+def fit_apart(ended: dict[str, int], *, tracebacks: bool) -> None:
+    """The run of a sweep that Hydra has composed; its exit status goes into `ended`, by what is its own.
+
+    Args:
+        ended: Exit statuses of the runs so far.
+        tracebacks: Whether the traceback of what is refused is shown as well.
+    """
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     given = {override.key_or_group: override for override in OverridesParser.create().parse_overrides(words)}
     same = {key for key, override in given.items() if not override.is_sweep_override()}  # in all runs
@@ -19,19 +25,21 @@ def fit_apart(ended: dict[str, int]) -> None:
         stop("output_dir is one folder, but a sweep has several runs; experiment_dir=<folder> moves all.", status=2)
     settings = HydraConfig.get().overrides.task
     name = " ".join([one for one in settings if one.partition("=")[0].lstrip("+~") not in same] or settings)
-    ended[name] = _run(name)
+    ended[name] = _run(name, tracebacks=tracebacks)
 
 
-def _run(name: str) -> int:
+def _run(name: str, *, tracebacks: bool) -> int:
     """One run of a sweep as a process of its own; its exit status.
 
     In one process, each run would find the memory that those before it left, and the end of one would be that of all.
     """
-    overrides = HydraConfig.get().overrides
+    about = HydraConfig.get()
     sys.stdout.write(f"\n== {name} ==\n")
     sys.stdout.flush()
-    command = [sys.executable, "-m", "lit_recon.fit", *overrides.task, *overrides.hydra, "hydra.mode=RUN"]
-    with stoppable(), subprocess.Popen(command) as process:
+    own = [*about.overrides.hydra, "hydra.mode=RUN", f"hydra.job.num={about.job.num}", f"hydra.job.id={about.job.id}"]
+    environment = os.environ | {"HYDRA_FULL_ERROR": str(int(tracebacks))}
+    command = [sys.executable, "-m", "lit_recon.fit", *about.overrides.task, *own]
+    with stoppable(), subprocess.Popen(command, env=environment) as process:
         try:
             status = process.wait()
         except KeyboardInterrupt as interrupt:

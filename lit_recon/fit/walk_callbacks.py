@@ -12,9 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lit_recon.fit.output.checkpoint import ShardedFolder, save_whole
+from lit_recon.fit.output.checkpoint import Companions, ShardedFolder, save_whole
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.model.windows import Window
 from lit_recon.reconstruction.driver import WalkCallback
@@ -127,7 +126,7 @@ class CheckpointWriter(WalkCallback):
 
     Args:
         folder: The run's folder.
-        tokenizer: The model's tokenizer.
+        companions: What else is in it, such as the tokenizer.
         resume_point: Commits the windows, before this is called; the layers' files are its files.
         card: Makes the model card from the results so far.
     """
@@ -135,11 +134,11 @@ class CheckpointWriter(WalkCallback):
     def __init__(
         self,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        companions: Companions,
         resume_point: ResumePoint,
         card: Callable[[Sequence[WindowResult]], str],
     ) -> None:
-        self.folder, self.tokenizer, self.resume_point, self.card = folder, tokenizer, resume_point, card
+        self.folder, self.companions, self.resume_point, self.card = folder, companions, resume_point, card
         self.session = resume_point.session
         files = self.session.weights.files
         self._shards = ShardedFolder(folder / "checkpoint", self.session.model, files) if files else None
@@ -150,9 +149,9 @@ class CheckpointWriter(WalkCallback):
             return
         done, files = self.resume_point.done, self.resume_point.layer_files()
         if done and self._shards.is_there():
-            self._shards.mend(self.tokenizer, files)
+            self._shards.mend(self.companions, files)
         else:
-            self._shards.start(self.tokenizer, self.card(done))
+            self._shards.start(self.companions, self.card(done))
         for index, path in files.items():
             self._shards.put(index, path)
         self._shards.describe(self.card(done))
@@ -174,6 +173,6 @@ class CheckpointWriter(WalkCallback):
         with self.session.clock.phase("commit"):
             self.resume_point.masks.save(self.folder / "masks.safetensors")
             if self._shards is None:
-                save_whole(self.folder / "checkpoint", self.session.model, self.tokenizer, self.card(done))
+                save_whole(self.folder / "checkpoint", self.session.model, self.companions, self.card(done))
             else:
                 sync_folder(self.folder / "checkpoint")  # the names of its shards, before results say it is done

@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_recon.model.decoder import Decoder, LayerCall
 from lit_recon.model.head import Head
@@ -38,6 +38,11 @@ _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _HEADS = {"head_dim": 8}
 _SLIDING = {"sliding_window": 8}
 _MIXED = _SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}  # in turn
+_LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+_LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_GEMMA4 = _GATED | _HEADS | _MIXED | {"vocab_size_per_layer_input": VOCABULARY}
 _LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
@@ -56,7 +61,7 @@ class Shape:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-SHAPES = {
+_SHAPES = {
     "llama": Shape("Llama", "llama", _GATED),
     "mistral": Shape("Mistral", "mistral", _GATED | _SLIDING),
     "qwen2": Shape("Qwen2", "qwen2", _GATED),
@@ -106,7 +111,66 @@ SHAPES = {
         | {"intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1}
         | {"interleave_moe_layer_step": 2, "attention_chunk_size": 8},
     ),
+    "gemma4": Shape("Gemma 4 (text)", "gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 8}),
+    "gemma4_moe": Shape(
+        "Gemma 4 (text), mixture of experts",
+        "gemma4_text",
+        _GEMMA4
+        | {"hidden_size_per_layer_input": 0, "enable_moe_block": True}
+        | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
+    "qwen3_next": Shape(
+        "Qwen3-Next",
+        "qwen3_next",
+        _GATED
+        | _HEADS
+        | _LINEAR
+        | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"shared_expert_intermediate_size": 24},
+    ),
+    "qwen3_5": Shape("Qwen3.5 (text)", "qwen3_5_text", _GATED | _HEADS | _LINEAR),
+    "lfm2": Shape("LFM2", "lfm2", _GATED | {"layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": Shape("Falcon-H1", "falcon_h1", _GATED | _HEADS | _MAMBA | {"mamba_d_ssm": 64}),
+    "granitemoehybrid": Shape(
+        "Granite 4, hybrid",
+        "granitemoehybrid",
+        _GATED | _EXPERTS | _MAMBA | {"shared_intermediate_size": 24, "layer_types": ["mamba", "attention"]},
+    ),
+    "modernbert": Shape("ModernBERT decoder", "modernbert-decoder", _COMMON | _MIXED | {"intermediate_size": 48}),
+    "cohere": Shape("Cohere, norms per head", "cohere", _GATED | {"use_qk_norm": True}),
+    "olmo3": Shape("OLMo 3", "olmo3", _GATED | _MIXED),
+    "exaone4": Shape("EXAONE 4", "exaone4", _GATED | _HEADS | _MIXED),
+    "seed_oss": Shape("Seed-OSS", "seed_oss", _GATED | _HEADS),
+    "hunyuan": Shape("Hunyuan", "hunyuan_v1_dense", _GATED | _HEADS),
+    "nemotron": Shape("Nemotron", "nemotron", _GATED | _HEADS),
+    "apertus": Shape("Apertus", "apertus", _GATED),
+    "mpt": Shape(
+        "MPT", "mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
+    ),
+    "minimax": Shape(
+        "MiniMax", "minimax", _GATED | _EXPERTS | _HEADS | {"layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "olmoe": Shape("OLMoE", "olmoe", _GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": Shape("Phi-3.5-MoE", "phimoe", _GATED | _EXPERTS),
+    "granitemoe": Shape("Granite MoE", "granitemoe", _GATED | _EXPERTS),
+    "glm4_moe": Shape(
+        "GLM-4.5",
+        "glm4_moe",
+        _GATED
+        | _HEADS
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+        | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "ernie4_5_moe": Shape(
+        "ERNIE 4.5",
+        "ernie4_5_moe",
+        _GATED | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
 }
+
+
+SHAPES = {name: shape for name, shape in _SHAPES.items() if shape.model_type in CONFIG_MAPPING}  # what is installed
+UNKNOWN = _SHAPES.keys() - SHAPES.keys()
 
 
 def tiny_model(name: str, **changes: Any) -> PreTrainedModel:

@@ -4,6 +4,9 @@ Facts instead of family names: the layers are found by their count, their argume
 every layer is replaced by a recorder that returns its hidden states unchanged. A layer replayed with its own recorded
 arguments computes exactly what it computes inside the model, also where layers differ (sliding windows, several masks).
 
+What this cannot do is refused: layers that a pass leaves out or calls twice, and layers that hand each other more than
+hidden states (keys and values of another layer, indices that another layer chose).
+
 Positions that hold no text (PADDING, at the end of a sample) are masked out, as the model does it itself.
 
 Shapes: B samples, T tokens, D hidden size.
@@ -50,14 +53,25 @@ class LayerCall:
         return LayerCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
 
+def text_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of `model` that reads text, and its qualified name: the whole, unless it also sees or hears.
+
+    It is the outermost module whose configuration is the text's.
+    """
+    text = model.config.get_text_config()
+    parts = ((name, part) for name, part in model.named_modules() if getattr(part, "config", None) is text)
+    return next(parts, ("", model))
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder layers of `model` and the qualified name of their list.
 
     Raises:
         ValueError: No outermost ModuleList has `num_hidden_layers` entries, or several have.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    root, part = text_part(model)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: module for name, module in part.named_modules(prefix=root) if isinstance(module, nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     fitting = [name for name in outermost if len(lists[name]) == depth]
     if len(fitting) != 1:
@@ -81,12 +95,41 @@ def call_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
 
 
 def _same(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
-    """Whether two batches led to the same arguments."""
-    leaves = ([leaf for call in both for leaf in tree_leaves((call.args, call.kwargs))] for both in (calls, others))
-    return all(
-        torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else type(one) is type(other)
-        for one, other in zip(*leaves, strict=True)
-    )
+    """Whether two batches led to the same arguments, by value."""
+    ones, twos = (tree_leaves([(call.args, call.kwargs) for call in both]) for both in (calls, others))
+    return len(ones) == len(twos) and all(map(_equal, ones, twos))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal; of objects that cannot tell it, whether they are of one kind."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    return type(one).__eq__ is object.__eq__ or (one == other) is True
+
+
+@contextmanager
+def examining(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """Turn whatever a model's code raises while it is examined into a refusal with the cause.
+
+    Args:
+        model: The model.
+        what: What cannot be done with it, if something is raised.
+
+    Raises:
+        ValueError: The refusal.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__}: {what}: {cause(error)}.") from error
+
+
+def cause(error: Exception) -> str:
+    """An error on one line, with its kind where its words alone would not be understood."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split()).rstrip(".")
 
 
 @contextmanager
@@ -124,33 +167,44 @@ class Decoder:
     Args:
         model: The model; its embeddings and head stay on the device that they are on.
         device: Where recorded calls are put: the device on which the layers will be called.
+
+    Attributes:
+        model: The model, or its text part where that has a head of its own.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model = model
+        _, part = text_part(model)
+        has_head = isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
+        self.model: PreTrainedModel = part if has_head else model  # type: ignore[assignment]
         self.device = device
         self.prefix, self.layers = decoder_layers(model)
-        self._returns_tuple: dict[type, bool] = {}
+        self._rests: dict[type, list | tuple | None] = {}  # what follows the hidden states in a layer's own answer
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
         self._by_token = False
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """What reaches layer 0, (B, T, D) in float32, and every layer's own arguments, for these tokens."""
+        """What reaches layer 0, (B, T, D) in float32, and every layer's own arguments, for these tokens.
+
+        Raises:
+            ValueError: Not every layer is called once, in order, with hidden states and nothing else of another layer.
+        """
         received: list[Tensor] = []
+        called: list[int] = []
         calls: list[LayerCall] = []
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def record(layer: nn.Module) -> Callable[..., Any]:
+        def record(index: int, layer: nn.Module) -> Callable[..., Any]:
             original = layer.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden_BTD, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                self._check_own(index, (args, kwargs))
                 received.append(hidden_BTD)
+                called.append(index)
                 calls.append(LayerCall(args, kwargs).to(self.device, moved))
-                if type(layer) not in self._returns_tuple:  # a tuple where the model expects one, or it unpacks samples
-                    output = original(hidden_BTD, *args, **kwargs)
-                    self._returns_tuple[type(layer)] = not isinstance(output, Tensor)
+                if type(layer) not in self._rests:  # a tuple where the model expects one, or it unpacks samples
+                    self._rests[type(layer)] = _rest(original(hidden_BTD, *args, **kwargs))
                 return self.answer(layer, hidden_BTD)
 
             return forward
@@ -159,11 +213,23 @@ class Decoder:
         is_text_BT = tokens_BT != PADDING
         mask = {} if is_text_BT.all() else {"attention_mask": is_text_BT.long()}
         with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(patched_forward(layer, record(layer)))
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(patched_forward(layer, record(index, layer)))
             self.model.base_model(input_ids=tokens_BT.where(is_text_BT, 0), use_cache=False, **mask)
-        assert len(calls) == len(self.layers), f"{len(calls)} layer calls in a model of {len(self.layers)} layers"
+        _check_order(called, len(self.layers))
+        if received[0].dim() != 3 or received[0].shape[:2] != tokens_BT.shape:
+            shapes = f"{tuple(received[0].shape)} for {tuple(tokens_BT.shape)} tokens"
+            raise ValueError(f"its layers are given hidden states of shape {shapes}; expected one vector per token")
         return received[0].float(), calls
+
+    def _check_own(self, index: int, given: Any) -> None:
+        """Refuse arguments of a layer that another layer has made."""
+        handed = {id(leaf) for rest in self._rests.values() for leaf in rest or () if isinstance(leaf, Tensor)}
+        if any(id(leaf) in handed for leaf in tree_leaves(given)):
+            raise ValueError(
+                f"layer {index} is given more than hidden states by an earlier layer, such as indices that it chose, "
+                "which is not supported"
+            )
 
     def calls(self, tokens_BT: Tensor) -> list[LayerCall]:
         """Every layer's arguments for a batch.
@@ -189,7 +255,30 @@ class Decoder:
         return next(self.model.get_input_embeddings().parameters()).device
 
     def answer(self, layer: nn.Module, hidden_BTD: Tensor) -> Any:
-        """Hidden states in the form in which a layer returns its own: a tensor, or a tuple that starts with it."""
-        if not self._returns_tuple:
+        """Hidden states in the form in which a layer returns its own: a tensor, a tuple or a list."""
+        if not self._rests:
             self.embed(torch.zeros(1, 1, dtype=torch.long))
-        return (hidden_BTD,) if self._returns_tuple[type(layer)] else hidden_BTD
+        rest = self._rests[type(layer)]
+        return hidden_BTD if rest is None else type(rest)([hidden_BTD, *rest])
+
+
+def _rest(output: Any) -> list | tuple | None:
+    """What follows the hidden states in a layer's output, with empty tensors for tensors; None: it is a tensor."""
+    if isinstance(output, Tensor):
+        return None
+    kind = list if isinstance(output, list) else tuple
+    return kind(entry.new_empty(0) if isinstance(entry, Tensor) else entry for entry in output[1:])
+
+
+def _check_order(called: Sequence[int], depth: int) -> None:
+    """Refuse a pass that did not call every layer once, in order."""
+    if list(called) == list(range(depth)):
+        return
+    missing = sorted(set(range(depth)) - set(called))
+    left_out = (
+        f"without layers {', '.join(map(str, missing))}" if missing else "some more than once or in another order"
+    )
+    raise ValueError(
+        f"a pass over text makes {len(called)} calls of its {depth} layers, {left_out}; expected each once, from the "
+        "first to the last"
+    )

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_recon.model.decoder import LayerCall, call_layer, first_tensor, patched_forward
+from lit_recon.model.decoder import LayerCall, call_layer, cause, patched_forward
 
 SIDES = ("attention", "mlp")
-Answers = dict[str, tuple[int, int]]
+Answers = dict[str, Any]
 TOLERANCE = 1e-5  # largest difference between a layer and its halves, relative to the largest output
 
 
@@ -34,8 +34,8 @@ class Split:
 
     Attributes:
         children: For each side the names of the layer's child modules that hold its matrices.
-        answers: For each of these children the last dimension of its output, and the length of the tuple that this is
-            the first entry of; 0 for a plain tensor.
+        answers: For each of these children the form of its output: a tensor, or a tuple or list of what it answers,
+            each tensor with no rows and the last dimension that it has, others None.
         parallel: Both halves start from the layer's input; otherwise the second starts from the first one's output.
         trained: For each side the names, in the layer, of the parameters that are trained in its half.
         shared: Those of them that the other half, which is the second one, depends on too.
@@ -62,12 +62,26 @@ def split_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Split:
         call: The layer's own arguments for them.
 
     Raises:
-        ValueError: The layer has no two sides, or its halves do not make it up.
+        ValueError: The layer has no two sides, or its halves do not make it up, or cannot be called by themselves.
     """
+    try:
+        split, problem = _split(layer, hidden_BTD, call)
+    except Exception as error:  # of the layer's own code, which was not made for a side that answers zeros
+        raise ValueError(
+            f"{type(layer).__name__}: its attention and MLP halves cannot be called by themselves ({cause(error)}); "
+            "use windows=block."
+        ) from error
+    if split is None:
+        raise ValueError(f"{type(layer).__name__}{problem}; use windows=block.")
+    return split
+
+
+def _split(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> tuple[Split | None, str]:
+    """The halves of a layer, or None and why it has none."""
     children, answers = _sides(layer, hidden_BTD, call)
     missing = [side for side in SIDES if not children[side]]
     if missing:
-        raise ValueError(f"{type(layer).__name__} has no {missing[0]} side; use windows=block.")
+        return None, f" has no {missing[0]} side"
     halves = {side: partial(_run_without, layer, children[_other(side)], answers) for side in SIDES}
     with torch.no_grad():
         whole_BTD = call_layer(layer, hidden_BTD, call)
@@ -76,12 +90,11 @@ def split_layer(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> Split:
         beside_BTD = attention_BTD + halves["mlp"](hidden_BTD, call) - hidden_BTD
     fits = [_close(candidate_BTD, whole_BTD) for candidate_BTD in (in_turn_BTD, beside_BTD)]
     if sum(fits) != 1:
-        raise ValueError(
-            f"{type(layer).__name__}: attention and MLP halves do not make up the layer, neither one after the other "
-            "nor side by side; use windows=block."
+        return None, (
+            ": attention and MLP halves do not make up the layer, neither one after the other nor side by side"
         )
     trained, shared = _trained(layer, children, halves, hidden_BTD, call)
-    return Split(children, answers, parallel=fits[1], trained=trained, shared=shared)
+    return Split(children, answers, parallel=fits[1], trained=trained, shared=shared), ""
 
 
 def _other(side: str) -> str:
@@ -102,7 +115,7 @@ def _sides(layer: nn.Module, hidden_BTD: Tensor, call: LayerCall) -> tuple[dict[
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if name not in answers:
                 children["attention" if len(args) + len(kwargs) > 1 else "mlp"].append(name)
-                answers[name] = first_tensor(output).shape[-1], 0 if isinstance(output, Tensor) else len(output)
+                answers[name] = _form(output)
 
         return hook
 
@@ -125,18 +138,34 @@ def _run_without(
 def _silenced(layer: nn.Module, names: Sequence[str], answers: Answers) -> Iterator[None]:
     """Have some children of a layer answer zeros, in the form of their own answers."""
 
-    def answer(width: int, entries: int) -> Callable[..., Any]:
+    def answer(form: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            zeros = hidden.new_zeros((*hidden.shape[:-1], width))
-            return (zeros, *[None] * (entries - 1)) if entries else zeros
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            return _zeros(form, given)
 
         return forward
 
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(patched_forward(layer.get_submodule(name), answer(*answers[name])))
+            stack.enter_context(patched_forward(layer.get_submodule(name), answer(answers[name])))
         yield
+
+
+def _form(output: Any) -> Any:
+    """A child's output with tensors of no rows in place of its tensors, and None for what is no tensor."""
+    if isinstance(output, Tensor):
+        return output.new_empty(0, *output.shape[-1:])
+    if isinstance(output, list | tuple):
+        return (list if isinstance(output, list) else tuple)(_form(entry) for entry in output)
+    return None
+
+
+def _zeros(form: Any, given: Tensor) -> Any:
+    """Zeros in the form of a child's output, for each row that it is given."""
+    if isinstance(form, Tensor):
+        floating = form.is_floating_point() and given.is_floating_point()  # then as autocast has it now
+        return given.new_zeros((*given.shape[:-1], *form.shape[1:]), dtype=given.dtype if floating else form.dtype)
+    return type(form)(_zeros(entry, given) for entry in form) if form is not None else None
 
 
 def _trained(
@@ -180,6 +209,8 @@ def _with_gradient(parameters: dict[str, nn.Parameter], run: Callable[[], Tensor
     try:
         with torch.enable_grad():
             output_BTD = run()
+            if not output_BTD.requires_grad:  # on none of them
+                return set()
             weights_BTD = torch.randn(output_BTD.shape, generator=torch.Generator().manual_seed(0)).to(output_BTD)
             gradients = torch.autograd.grad(
                 (output_BTD * weights_BTD).sum(), list(parameters.values()), allow_unused=True

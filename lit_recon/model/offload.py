@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.mapped_files import DenseFiles, layer_state, point_at
-from lit_recon.model.windows import Window
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
 from lit_recon.system.clock import Clock, timed
 
 _ALIGNED = 16  # weights: each master starts at a multiple of 64 bytes
@@ -74,12 +74,12 @@ class WeightOffloader:
             for index in prefetch:
                 self.files.read_ahead(layer_state(self.layers[index], f"{self.prefix}.{index}"))
 
-    @timed("advance")
-    @torch.no_grad()
-    def round(self, window: Window) -> None:
-        """Round a window's weights to what will be stored of them, so that the next windows see that; in float32."""
-        for parameter, home in zip(window.parameters(), self._homes, strict=True):
-            parameter.copy_(parameter.to(home.dtype))
+    def dtypes(self, window: AnyWindow) -> list[torch.dtype]:
+        """Dtypes in which what is trained of a window is stored; of the one on the device, or of a matrix of it."""
+        assert self._window is not None
+        homes = {id(one): home.dtype for one, home in zip(self._window.parameters(), self._homes, strict=True)}
+        matrix = window.matrix.weight if isinstance(window, MatrixWindow) else None
+        return [homes[id(matrix if matrix is not None else one)] for one in window.trained()]
 
     @timed("commit")
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Cuts a model into windows; windows.py has the drawing."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,11 @@ class Partition:
             raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise a ValueError for a model whose layers cannot be found, or are too few; it needs no weights."""
+        """Raise a ValueError for a model whose layers cannot be found, are too few, or share parameters.
+
+        It needs no weights.
+        """
+        check_own_parameters(model)
         depth = len(decoder_layers(model)[1])
         if self.size > depth:
             raise ValueError(
@@ -106,6 +111,23 @@ class Partition:
         size = f" of {self.size}" if self.by == WindowKind.BLOCKS else ""
         stride = f" every {self.stride}" if self.stride else ""
         return self.by + size + stride + (", logits at the end" if self.head else "")
+
+
+def check_own_parameters(model: PreTrainedModel) -> None:
+    """Raise a ValueError for a parameter of a layer that another layer, or what stands outside of them, has as well."""
+    prefix, layers = decoder_layers(model)
+    owners = [{id(parameter) for parameter in layer.parameters()} for layer in layers]
+    named = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    owners.append({identity for name, identity in named if not name.startswith(f"{prefix}.")})
+    counts = Counter(identity for owner in owners for identity in owner)
+    inside = {identity for owner in owners[:-1] for identity in owner}
+    shared = next((identity for _, identity in named if counts[identity] > 1 and identity in inside), None)
+    if shared is not None:
+        names = " and ".join([name for name, identity in named if identity == shared][:2])
+        raise ValueError(
+            f"{type(model).__name__}: {names} are one parameter, which would be pruned and trained in each of its "
+            "places; models whose layers share parameters are not supported."
+        )
 
 
 def partition(model: PreTrainedModel, **settings: Any) -> list[AnyWindow]:

@@ -6,6 +6,7 @@ module of their own, and a layer may use a weight in ways that its module does n
 Shapes: E experts (1 for a plain matrix), O outputs, I inputs, N rows.
 """
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lit_recon.model.matrices import LayerMatrices, Matrix
 
@@ -32,8 +34,11 @@ _PRODUCTS = {
     "_grouped_mm": (0, -2),
     "grouped_mm_fallback": (0, -2),
 }
+# Products, and other ways to use a weight, whose operands are not read.
+_OTHER_USES = {"einsum", "tensordot", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "inner", "outer"}
 
 
+_ENTRY = re.compile(r"(\.\d+\..*)\.\d+(?=\.)")  # in a name, the entry of a list in a layer
 _REMEMBERED = 8  # inputs back that a matrix may share
 
 
@@ -61,9 +66,20 @@ class Product:
 
 
 class _ProductMode(TorchFunctionMode):
-    """Sees every product of torch and reports those by one of some matrices."""
+    """Sees every product of torch and reports those by one of some matrices.
 
-    def __init__(self, matrices: Sequence[Matrix], note: Callable[[Product], None]) -> None:
+    Args:
+        matrices: The matrices.
+        note: Is called with each product.
+        note_other: Is called with a matrix that is used in a way of which the inputs are not known.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        note: Callable[[Product], None],
+        note_other: Callable[[Matrix], None] | None = None,
+    ) -> None:
         super().__init__()
         # By address and not by storage: the weights of a mapped checkpoint file share one storage.
         self.slices = {
@@ -71,11 +87,11 @@ class _ProductMode(TorchFunctionMode):
             for matrix in matrices
             for expert in range(matrix.experts)
         }
-        self.note = note
+        self.note, self.note_other = note, note_other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        operands = _PRODUCTS.get(getattr(func, "__name__", ""))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        operands = _PRODUCTS.get(name)
         if operands and len(args) > operands[0] + 1 and isinstance(args[operands[0] + 1], Tensor):
             position, summed = operands
             used = args[position + 1]
@@ -83,6 +99,10 @@ class _ProductMode(TorchFunctionMode):
             if matrix is not None and used.numel() * used.element_size() >= matrix.slice_bytes:
                 for product in _products(matrix, expert, args[position], used, summed, kwargs.get("offs")):
                     self.note(product)
+        elif self.note_other and name in _OTHER_USES:
+            for used in tree_leaves((args, kwargs)):
+                if isinstance(used, Tensor) and used.data_ptr() in self.slices:
+                    self.note_other(self.slices[used.data_ptr()][0])
         return func(*args, **kwargs)
 
 
@@ -148,7 +168,11 @@ class SharedInputs:
 
 @torch.no_grad()
 def learn_input_dims(matrices: LayerMatrices, run: Callable[[], Any]) -> LayerMatrices:
-    """The matrices with what a pass shows of how each is used.
+    """The matrices with what a pass shows of how each is used; without parameters that it shows to be none.
+
+    What no product uses is no matrix in this model if it is no larger than a vector (weights of a norm for each head, a
+    bias for each expert), is a depthwise convolution, or is the weight of an ordinary module (attention to an encoder
+    that is not there), but not of an expert, which may have seen no token. How anything else is used is not known.
 
     Args:
         matrices: As their modules' kinds tell, by layer.
@@ -156,11 +180,23 @@ def learn_input_dims(matrices: LayerMatrices, run: Callable[[], Any]) -> LayerMa
     """
     seen: dict[str, int] = {}
 
+    used_otherwise: set[str] = set()
+
     def note(product: Product) -> None:
         seen[product.matrix.name] = product.input_dim
 
-    with observing_products([matrix for layer in matrices for matrix in layer], note):
+    found = [matrix for layer in matrices for matrix in layer]
+    with _ProductMode(found, note, lambda matrix: used_otherwise.add(matrix.name)):
         run()
+    lists = {_ENTRY.sub(r"\1.*", name) for name in seen}  # of experts, of which some were given tokens
+
+    def is_matrix(matrix: Matrix, vector: int) -> bool:
+        if _ENTRY.sub(r"\1.*", matrix.name) in lists:
+            return True
+        if matrix.weight.dim() > 2 and 1 in matrix.weight.shape[1:]:  # depthwise: a few numbers for each channel
+            return False
+        is_plain = matrix.weight.dim() == 2 and matrix.input_dim is not None  # its product would have been seen
+        return matrix.name in used_otherwise or (not is_plain and matrix.weight.numel() > vector)
 
     def learnt(matrix: Matrix) -> Matrix:
         # Experts in modules of their own may have seen no token; their module's kind decides then. Fused ones see some,
@@ -168,4 +204,6 @@ def learn_input_dims(matrices: LayerMatrices, run: Callable[[], Any]) -> LayerMa
         known = None if matrix.weight.dim() == 3 else matrix.input_dim
         return replace(matrix, input_dim=seen.get(matrix.name, known))
 
-    return [tuple(learnt(matrix) for matrix in layer) for layer in matrices]
+    vectors = [max((max(matrix.weight.shape) for matrix in layer), default=0) for layer in matrices]
+    pairs = zip(matrices, vectors, strict=True)
+    return [tuple(learnt(matrix) for matrix in layer if is_matrix(matrix, vector)) for layer, vector in pairs]

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lit_recon.model.gguf import check_transformers, dequantise
+from lit_recon.model.gguf import check_transformers, dequantise, title
 from lit_recon.model.loading import LanguageModel, explained
 from lit_recon.system.atomic_files import chunks
 from lit_recon.system.cache import cache_folder, cached_folder
@@ -60,12 +60,18 @@ class WheelModel(LanguageModel):
         for wheel in self._wheels:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", wheel.package):
                 raise ValueError(f"model.wheels: package={wheel.package!r} is no name of a package.")
-        self._name = PurePosixPath(self._wheels[0].member).name.partition(".gguf")[0]  # a piece ends in .gguf.part00
+        first, more = self._wheels[0], self._wheels[1:]
+        file, dot, _ = PurePosixPath(first.member).name.partition(".gguf")  # a piece may end in .gguf.part00
+        self._file = file if dot else None
+        digest = hashlib.sha256("".join(wheel.sha256 for wheel in self._wheels).encode()).hexdigest()
+        self._cached = f"{self._file or first.package}-{digest[:16] if more else first.sha256[:8]}"
 
     def describe(self) -> str:
-        """File, package and version."""
+        """Name, package and version; the name is the file's, or what it says itself once it has been fetched."""
         first, more = self._wheels[0], len(self._wheels) - 1
-        return f"{self._name} ({first.package} {first.version}{f' and {more} more' if more else ''})"
+        where = f"{first.package} {first.version}{f' and {more} more' if more else ''}"
+        name = self._file or title(self._folder)
+        return f"{name} ({where})" if name else where
 
     @cached_property
     def folder(self) -> Path:
@@ -74,9 +80,12 @@ class WheelModel(LanguageModel):
         Raises:
             ValueError: It cannot be made: no network, another file under this name, no room.
         """
-        folder = cache_folder() / "models" / "-".join([self._name, *(wheel.sha256[:8] for wheel in self._wheels)])
-        with explained(f"{self.describe()}, kept in {folder} (below LIT_RECON_CACHE)"):
-            return cached_folder(folder, self._build)
+        with explained(f"{self.describe()}, kept in {self._folder} (below LIT_RECON_CACHE)"):
+            return cached_folder(self._folder, self._build)
+
+    @property
+    def _folder(self) -> Path:
+        return cache_folder() / "models" / self._cached
 
     def _location(self) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(self.folder), "trust_remote_code": False}
@@ -85,9 +94,9 @@ class WheelModel(LanguageModel):
         check_transformers(self.transformers)
         download = folder / "download"
         download.mkdir()
-        gguf = download / f"{self._name}.gguf"
+        gguf = download / f"{self._cached}.gguf"
         fetch_joined(self._wheels, gguf)
-        log.info("dequantising %s, once", gguf.name)
+        log.info("dequantising %s, once", self.describe())
         dequantise(gguf, folder)
         shutil.rmtree(download)
 

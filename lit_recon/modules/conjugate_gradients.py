@@ -2,7 +2,7 @@
 
 For inputs X (N, I) and targets Y (N, O), over the matrices W that are zero where the mask is:
 
-    minimise ||X W^T - Y||^2 + DAMPING * sum_ij G_jj (W_ij - start_ij)^2,    G = X^T X
+    minimise ||X W^T - Y||^2 + damping * sum_ij G_jj (W_ij - start_ij)^2,    G = X^T X
 
 X and Y enter as G and B = Y^T X only; where the targets are the dense outputs for the same inputs, B = W_dense G.
 Shapes: O outputs, I inputs, N rows of inputs, A outputs (rows of W) that are not finished.
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The pull towards the start makes the minimiser unique where G is singular (fewer rows than inputs) and keeps it within
-# the reach of float32. Of SmolLM2-135M's error it costs 0.4% at most, and gains up to 0.4% on text not calibrated on.
-DAMPING = 1e-4
+# The pull towards the start keeps the minimiser from fitting the calibration text alone, makes it unique where G is
+# singular (fewer rows than inputs), and keeps it within the reach of float32. SmolLM2-135M on 8,192 tokens: perplexity
+# 21.33 with 1e-4, 20.94 with 0.1 and a third fewer iterations, 21.75 with 1.
+DAMPING = 0.1  # conf/module/least_squares.yaml
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def solve(
     gram_II: Tensor,
     cross_OI: Tensor,
     *,
+    damping: float = DAMPING,
     tolerance: float = 1e-2,
     max_iterations: int = 100,
     on_iteration: Callable[[int, float], None] | None = None,
@@ -39,6 +41,7 @@ def solve(
         mask_OI: Boolean, True = kept.
         gram_II: G = X^T X; best in float64, which all but the iterations is computed in.
         cross_OI: B = Y^T X.
+        damping: Strength of the pull towards the start, in units of each input's own energy.
         tolerance: Share of its possible gain that a row may leave at most; most leave a tenth of that. Below 1e-8
             the precision of float32 decides.
         max_iterations: Where all rows stop at the latest.
@@ -48,14 +51,14 @@ def solve(
         Float32, exactly zero off the mask. No row's squared error is above the start's.
 
     Raises:
-        torch.linalg.LinAlgError: `gram_II` is not finite, or not positive semi-definite.
+        torch.linalg.LinAlgError: `gram_II` is not finite, or with this damping not positive definite.
     """
     gram_II, start_OI = gram_II.double(), start_OI.float().masked_fill(~mask_OI, 0)
     residual_OI = cross_OI.double() - start_OI.double() @ gram_II
     norms_I = gram_II.diagonal().sqrt()
     # With inputs of norm 1 an outlier counts like any other. The mask is the same: the scaling is diagonal.
     scale_I = torch.where(norms_I > 0, norms_I, 1)
-    system_II = (gram_II / scale_I / scale_I[:, None]).fill_diagonal_(1 + DAMPING)
+    system_II = (gram_II / scale_I / scale_I[:, None]).fill_diagonal_(1 + damping)
     limits = (tolerance, max_iterations)
     step_OI = _conjugate_gradients(system_II, residual_OI / scale_I, mask_OI, *limits, on_iteration) / scale_I
     solution_OI = (start_OI + step_OI).float()

@@ -3,17 +3,20 @@
     min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved in conjugate_gradients.py)
 
 The data are one batch, the normal equations of the calibration samples (gram.py), so that no activations are kept and
-no optimizer is needed. TensorBoard shows the error over the iterations of the solver.
+no optimizer is needed. TensorBoard shows the error, with what damping adds, over the iterations of the solver.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from lit_recon.activations.gram import QuadraticError
 from lit_recon.model.windows import MatrixWindow
-from lit_recon.modules.conjugate_gradients import solve
+from lit_recon.modules.conjugate_gradients import DAMPING, solve
 
 
 class LeastSquares(LightningModule):
@@ -23,8 +26,13 @@ class LeastSquares(LightningModule):
         window: The pruned matrix.
         masks: Its boolean mask (True = kept), by the matrix's name.
         variance: Variance of the targets, the unit of the errors that are logged.
+        damping: Pull of each weight towards its start, in units of its input's energy; where the Gram matrix is not
+            positive definite in float32, ten times as much, up to 1.
         tolerance: Share of what a row of the matrix could gain that the solver may leave.
         max_iterations: Bound on its iterations.
+
+    Attributes:
+        note: Remark for the window's result: the damping that was needed, where that is more.
 
     Raises:
         ValueError: One of these is out of range.
@@ -38,10 +46,13 @@ class LeastSquares(LightningModule):
         masks: Mapping[str, Tensor],
         variance: float,
         *,
+        damping: float = DAMPING,
         tolerance: float = 1e-3,
         max_iterations: int = 200,
     ) -> None:
         super().__init__()
+        if type(damping) not in (int, float) or not 0 < damping < math.inf:
+            raise ValueError(f"module.damping={damping}: expected a number above 0, such as 0.1.")
         if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
             raise ValueError(f"module.tolerance={tolerance}: expected a share of what can be gained, 0 to below 1.")
         if type(max_iterations) is not int or max_iterations < 1:
@@ -50,7 +61,8 @@ class LeastSquares(LightningModule):
         self.window = window
         self.masks = masks
         self.variance = variance
-        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.damping, self.tolerance, self.max_iterations = damping, tolerance, max_iterations
+        self.note = ""
 
     def training_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """Solve for each expert's weights (a plain matrix has one) and put them in place."""
@@ -67,16 +79,20 @@ class LeastSquares(LightningModule):
         for weight_OI, mask_OI, gram_II, cross_OI in zip(
             weight_EOI, mask_EOI, batch.gram_EII, batch.cross_EOI, strict=True
         ):
-            solution_OI = solve(
-                weight_OI,
-                mask_OI,
-                gram_II,
-                cross_OI,
-                tolerance=self.tolerance,
-                max_iterations=self.max_iterations,
-                on_iteration=note,
-            )
-            weight_OI.copy_(solution_OI)
+            weight_OI.copy_(self._solution(weight_OI, mask_OI, gram_II, cross_OI, on_iteration=note))
+
+    def _solution(self, *problem: Tensor, on_iteration: Callable[[int, float], None]) -> Tensor:
+        """The solution with as little damping as the Gram matrix allows."""
+        limited = partial(solve, tolerance=self.tolerance, max_iterations=self.max_iterations)
+        damping = self.damping
+        while True:
+            try:
+                return limited(*problem, damping=damping, on_iteration=on_iteration)
+            except torch.linalg.LinAlgError:
+                if damping >= 1:
+                    raise
+            damping = min(1, 10 * damping)
+            self.note = f"damped by {damping:g}: its Gram matrix is not positive definite in float32"
 
     def validation_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """The relative error on held-out samples."""

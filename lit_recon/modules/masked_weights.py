@@ -74,15 +74,15 @@ class MaskedWeights(LightningModule):
         return self.window(batch.inputs_BTD, batch.calls)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
         loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
-        self.log("loss/train", loss.detach(), batch_size=len(batch.inputs_BTD))
-        return loss
+        self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
+        return loss * batch.weight
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of one held-out batch."""
         loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
-        self.log("loss/held_out", loss, batch_size=len(batch.inputs_BTD))
+        self.log("loss/held_out", loss, batch_size=batch.num_tokens)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights."""

@@ -93,14 +93,22 @@ class Masks:
         homes = {name: (weight, weight.data) for name, weight in named if name in self}
         try:
             for name, (weight, home) in homes.items():
-                weight.data = home * self[name].to(home.device)
+                weight.data = (home * self[name].to(home.device)).add_(0.0)
             yield
         finally:
             for weight, home in homes.values():
                 weight.data = home
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise a RuntimeError if a pruned weight of `model` is not exactly zero."""
+    def count_zeros(self, model: PreTrainedModel) -> dict[str, int]:
+        """Exact zeros of a model that these masks have pruned, by matrix.
+
+        Raises:
+            RuntimeError: A pruned weight is not exactly zero.
+        """
+        zeros = {}
         for name in self:
-            if torch.count_nonzero(model.get_parameter(name)[~self[name]]):
+            kept = model.get_parameter(name) != 0
+            if (kept & ~self[name]).any():
                 raise RuntimeError(f"{name}: pruned weights are not zero in the checkpoint that was read back.")
+            zeros[name] = kept.numel() - int(torch.count_nonzero(kept))
+        return zeros

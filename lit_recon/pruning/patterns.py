@@ -7,12 +7,15 @@ Exact means by count, not by threshold: ties go to the first index, so a matrix 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lit_recon.system.finite import NotFinite
 
+
+@runtime_checkable
 class Pattern(Protocol):
     """Which weights of a matrix stay, given their scores."""
 
@@ -31,7 +34,11 @@ class Pattern(Protocol):
 
 
 def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
-    """Mask (R, C) with the `count` lowest scores of each row False; ties broken by index, independent of the device."""
+    """Mask (R, C) with the `count` lowest scores of each row False; ties broken by index, independent of the device.
+
+    Raises:
+        NotFinite: Scores are NaN.
+    """
     mask_RC = torch.ones_like(scores_RC, dtype=torch.bool)
     if count == 0:
         return mask_RC
@@ -43,7 +50,10 @@ def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
     ties_RC = scores_RC == threshold_R1
     if int(ties_RC.sum()) > int(missing_R1.sum()):
         ties_RC &= ties_RC.cumsum(1) <= missing_R1
-    return mask_RC.masked_fill_(below_RC | ties_RC, False)
+    mask_RC.masked_fill_(below_RC | ties_RC, False)
+    if int(torch.count_nonzero(mask_RC)) != len(mask_RC) * (mask_RC.shape[1] - count):  # no row drops more than `count`
+        raise NotFinite("scores are not numbers (NaN), so that the lowest of them cannot be dropped.")
+    return mask_RC
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ none of them is pruned yet. Pruning windows may be larger or smaller than the wi
     smaller   one after the other, each on what the pruned ones before it output (`masks`)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,11 +27,14 @@ from lit_recon.system.clock import Clock, timed
 
 
 @torch.no_grad()
-def prune(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:
-    """Zero the weights of a window that their masks (True = kept) remove, in place."""
+def prune(window: AnyWindow, masks: Mapping[str, Tensor]) -> bool:
+    """Zero the weights of a window that their masks (True = kept) remove, in place; whether that changed any."""
+    changed = False
     for matrix in window.matrices():
         if matrix.name in masks:
-            matrix.weight.mul_(masks[matrix.name])
+            changed |= bool(((matrix.weight != 0) & ~masks[matrix.name]).any())
+            matrix.weight.mul_(masks[matrix.name]).add_(0.0)  # which makes zeros of negative zeros
+    return changed
 
 
 class Pruner:
@@ -47,6 +51,7 @@ class Pruner:
 
     Attributes:
         by_magnitude: By matrix, labels of the experts that saw no token and were scored by magnitude.
+        has_pruned: Whether weights were zeroed already as the last masks were made, one pruning window after the other.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Pruner:
         self.seed = seed
         self.clock = clock or Clock()
         self.by_magnitude: dict[str, list[str]] = {}
+        self.has_pruned = False
         self._larger: Window | None = None  # the pruning window, larger than a window, in which the walk is
         self._masks: dict[str, Tensor] = {}  # of that pruning window
 
@@ -110,6 +116,7 @@ class Pruner:
             window: The window, dense, on the device.
             statistics: What `statistics` gave, after the dense pass.
         """
+        self.has_pruned = False
         if self._larger is not None:
             found = self._masks
         elif smaller := self._smaller(window):
@@ -131,7 +138,7 @@ class Pruner:
         masks: dict[str, Tensor] = {}
         for window in pruning_windows:
             found = self._masks_at(window, boundary)
-            prune(window, found)
+            self.has_pruned |= prune(window, found)
             masks |= found
             self.chain.step_over(boundary, window)
         return masks
@@ -144,13 +151,19 @@ class Pruner:
 
     @torch.no_grad()
     def _score(self, window: Window, statistics: Statistics) -> dict[str, Tensor]:
-        """The masks of a window's matrices, where they can be scored."""
+        """The masks of a window's matrices, where they can be scored.
+
+        What is zero already is the first to go, and goes even where the pattern would have room for it.
+        """
         masks = {}
         for matrix in window.matrices():
             if matrix.input_dim is not None:
                 scores_EOI, self.by_magnitude[matrix.name] = statistics.scores(matrix)
+                zero_EOI = matrix.by_expert(matrix.weight) == 0
+                if zero_EOI.any():
+                    scores_EOI = torch.where(zero_EOI, -math.inf, scores_EOI)
                 mask_EOI = torch.stack([self.pattern(scores_OI) for scores_OI in scores_EOI])
-                masks[matrix.name] = matrix.as_weight(mask_EOI)
+                masks[matrix.name] = matrix.as_weight(mask_EOI & ~zero_EOI)
         return masks
 
 

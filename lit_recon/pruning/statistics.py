@@ -13,6 +13,7 @@ from lit_recon.model.matrices import Matrix
 from lit_recon.model.products import Product, observing_products
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
+from lit_recon.system.finite import NotFinite, first_not_finite
 
 
 class Statistics:
@@ -46,7 +47,11 @@ class Statistics:
         return observing_products(self.observed, self.note)
 
     def scores(self, matrix: Matrix) -> tuple[Tensor, list[str]]:
-        """Scores (E, O, I), and the labels of the experts that saw no token and are scored by magnitude."""
+        """Scores (E, O, I), and the labels of the experts that saw no token and are scored by magnitude.
+
+        Raises:
+            NotFinite: A score is not finite.
+        """
         unseen = [
             expert
             for expert, statistics in enumerate(self.by_name[matrix.name])
@@ -62,4 +67,10 @@ class Statistics:
                 )
             ]
         )
+        if found := first_not_finite(scores_EOI):
+            expert, output, feature = found
+            statistics, label = self.by_name[matrix.name][expert], matrix.label(expert)
+            overflown = isinstance(statistics, Tensor) and first_not_finite(statistics)
+            what = "statistics of the inputs" if overflown else "scores"
+            raise NotFinite(f"{what} of {label} are not finite, first for output {output} and input {feature}")
         return scores_EOI, [matrix.label(expert) for expert in unseen]

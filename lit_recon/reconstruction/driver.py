@@ -24,8 +24,11 @@ from lit_recon.activations.steps import steps
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.pruning.pruner import Pruner, prune
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, kept_pruned
+from lit_recon.system.finite import NotFinite, first_not_finite
 from lit_recon.system.signals import protected
+
+NOTHING_PRUNED = "what pruning takes is zero already, so there is no error"
 
 
 class WalkCallback:
@@ -67,31 +70,61 @@ def walk(
 
     Returns:
         One result per window, those of `done` first.
+
+    Raises:
+        NotFinite: Hidden states, statistics, scores, targets or errors are not finite; the message says where.
     """
     results = list(done)
     with _quick_collection():
         for step, upcoming in steps(windows, chain, needs_gram=fitter.needs_gram):
-            pruner.begin(step.window)
-            weights.onload(step.window, prefetch=upcoming)  # 1
-            statistics = pruner.statistics(step.window)
-            chain.dense_pass(step.window, [statistics, *step.observers])  # 2
-            masks = pruner.masks(step.window, statistics)  # 3
-            del statistics  # may be as large as the weights
-            for window, data in step.training_data():
-                prune(window, masks)
-                results.append(fitter.fit(window, masks, data))  # 4
-                del data  # before the next matrix's data are made, or the chain advances
-                for callback in callbacks:
-                    callback.on_window_fit(results[-1])
-            step.install()
-            weights.round(step.window)
-            chain.advance(step.window)  # 5
+            with _explaining(step.window, chain.passes.compute.precision):
+                pruner.begin(step.window)
+                weights.onload(step.window, prefetch=upcoming)  # 1
+                statistics = pruner.statistics(step.window)
+                chain.dense_pass(step.window, [statistics, *step.observers])  # 2
+                masks = pruner.masks(step.window, statistics)  # 3
+                del statistics  # may be as large as the weights
+                for window, data in step.training_data():
+                    if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain):
+                        results.append(fitter.fit(window, masks, data, weights.dtypes(window)))  # 4
+                    else:
+                        results.append(kept_pruned(window, NOTHING_PRUNED))
+                    del data  # before the next matrix's data are made, or the chain advances
+                    for callback in callbacks:
+                        callback.on_window_fit(results[-1])
+                step.install()
+                chain.advance(step.window)  # 5
             with protected():
                 weights.offload(step.window)  # 6
                 kept = {one.name: masks[one.name] for one in step.window.kept_matrices() if one.name in masks}
                 for callback in callbacks:
                     callback.on_window_end(step.window, kept, results)
     return results
+
+
+def _matches_itself(window: Window, chain: Chain) -> bool:
+    """Whether targets are what the dense window makes of its inputs: those of a window that is dense have no error."""
+    return chain.propagation.one_source and not window.has_shared_norms
+
+
+@contextmanager
+def _explaining(window: Window, precision: str) -> Iterator[None]:
+    """A context in which a number that is not finite ends the walk with the window's name and what to do."""
+    try:
+        yield
+    except NotFinite as error:
+        where = "" if window.name in str(error) else f"{window.name}: "
+        damaged = [name for name, parameter in window.named_parameters() if first_not_finite(parameter)]
+        if damaged:
+            remedy = f"{damaged[0]} of the window is not finite itself: use another copy of the model"
+        elif precision == "16-mixed":
+            remedy = "trainer.precision=16-mixed ends at 65504: start again with bf16-mixed or 32-true"
+        else:
+            remedy = (
+                f"in trainer.precision={precision} that is the model's weights, the text or the criterion: look at "
+                "that window and sample, and start again without what is wrong"
+            )
+        raise NotFinite(f"{where}{error}; {remedy}.") from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The fit of one window: a LightningModule, a DataModule, a fresh Trainer; accepted, or the window keeps its weights.
 
-A reconstruction is accepted if the error on held-out samples became smaller. A fit that diverges or does not improve
+A reconstruction is accepted if the error on held-out samples became smaller, of the weights as they will be stored: of
+a model in 16 bits they are rounded before they are measured. A fit that diverges or does not improve
 is tried again from the pruned weights at the smaller learning rates of `retry_rates`, if there are any: the rate that
 suits one model or window size is too high for others. A window that is still not better keeps its pruned weights.
 """
@@ -23,12 +24,14 @@ from lit_recon.model.windows import AnyWindow
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
 from lit_recon.system.clock import Clock, timed
+from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
 
 RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
 DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
+_ROUNDING = 0.01  # of the squared change: what rounding may take of it unseen; its share of the gain is smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class WindowResult:
 
     Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
     window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says. Those
-    after are of the weights that were kept; what a try reached that was not accepted is in the note.
+    after are of the weights that were kept; what a try reached that was not accepted is in the note. `lost_by_rounding`
+    is the share of what training gained on held-out samples that went as weights were rounded to the model's dtype.
     """
 
     name: str
@@ -50,10 +54,11 @@ class WindowResult:
     seconds: float
     note: str = ""
     measure: str = "relative error"
+    lost_by_rounding: float = 0.0
 
 
 def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
-    """The result of a single matrix that has nothing to be trained on, and so no error."""
+    """The result of a window that cannot be trained or needs no training, and so has no error."""
     note = f"{reason}: kept its pruned weights"
     return WindowResult(
         name=window.name,
@@ -120,13 +125,23 @@ class WindowFitter:
         return needs_gram(self.module)
 
     @timed("fit")
-    def fit(self, window: AnyWindow, masks: Mapping[str, Tensor], data: TrainingData | None) -> WindowResult:
+    def fit(
+        self,
+        window: AnyWindow,
+        masks: Mapping[str, Tensor],
+        data: TrainingData | None,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> WindowResult:
         """Train a pruned window towards its targets; keep the result if it is better on held-out samples.
 
         Args:
             window: The window, on the device.
             masks: Masks of its matrices (True = kept), and maybe of others.
             data: What it is trained on; None if no calibration or no held-out token reaches it.
+            dtypes: Those in which what is trained will be stored; None: those that it has.
+
+        Raises:
+            NotFinite: Its targets, or its errors before training, are not finite.
         """
         if data is None:
             return kept_pruned(window, "no calibration or no held-out token reaches it")
@@ -136,34 +151,48 @@ class WindowFitter:
         seed_everything(self.seed + window.indices.start, verbose=False)
         try:
             variance = data.variance()
+            if not math.isfinite(variance):
+                raise NotFinite(f"{window.name}: the variance of its targets is not finite ({variance})")
             if variance == 0:  # of a matrix of zeros
                 return kept_pruned(window, "its dense outputs are all the same")
             with window.head.on(self.device) if window.head else nullcontext():
-                result = self._reconstruct(window, masks, data, variance)
+                stored = dtypes or [parameter.dtype for parameter in window.trained()]
+                result = self._reconstruct(window, masks, data, variance, stored)
         finally:
             release_memory()
         return replace(result, seconds=round(time.perf_counter() - start, 3))
 
     def _reconstruct(
-        self, window: AnyWindow, masks: Mapping[str, Tensor], data: TrainingData, variance: float
+        self,
+        window: AnyWindow,
+        masks: Mapping[str, Tensor],
+        data: TrainingData,
+        variance: float,
+        dtypes: Sequence[torch.dtype],
     ) -> WindowResult:
         """Train at one rate after the other until a try is accepted."""
-        before, held_out_before = after, held_out_after = data.errors(window, variance)
-        pruned = [_copy(parameter) for parameter in window.trained()]
-        reason = ""
+        before = data.errors(window, variance)
+        _check_errors(window, *before)
+        pruned, reason = [_copy(parameter) for parameter in window.trained()], ""
         for rate in self.rates:
-            steps, diverged = self._train(self.module(window, masks, variance), window, data, rate)
-            after, held_out_after = data.errors(window, variance)
-            diverged = diverged or not math.isfinite(held_out_after)
-            accepted = not diverged and held_out_after < held_out_before
+            module = self.module(window, masks, variance)
+            steps, diverged = self._train(module, window, data, rate)
+            remark = getattr(module, "note", "")
+            after, lost = _measured(window, data, variance, pruned, dtypes, before[1])
+            diverged = diverged or not math.isfinite(after[1])
+            accepted = not diverged and after[1] < before[1]
             if accepted:
                 break
-            reason = DIVERGED if diverged else f"{NOT_BETTER} ({held_out_after:.3g})"
+            reason = DIVERGED if diverged else f"{NOT_BETTER} ({after[1]:.3g})"
             _restore(window, pruned)
+            del module
             release_memory()  # optimizer and gradients of this try, before the next one makes its own
-            after, held_out_after = before, held_out_before
+            after = before
             if diverged:
                 steps = 0
+            elif lost == 1:  # of a smaller step rounding would take all the more
+                reason = f"rounding to {_names(dtypes)} took all that training had gained"
+                break
             elif steps == 0:  # no step, so nothing that a learning rate could change
                 break
         _check_zeros(window, masks)
@@ -171,15 +200,16 @@ class WindowFitter:
             self.logger.end_window()
         return WindowResult(
             name=window.name,
-            relative_error_before=before,
-            relative_error_after=after,
-            held_out_before=held_out_before,
-            held_out_after=held_out_after,
+            relative_error_before=before[0],
+            relative_error_after=after[0],
+            held_out_before=before[1],
+            held_out_after=after[1],
             accepted=accepted,
             steps=steps,
             seconds=0.0,
-            note=_note(reason, rate, accepted=accepted),
+            note="; ".join(filter(None, [remark, _note(reason, rate, accepted=accepted)])),
             measure="relative error" if window.head is None else "KL divergence",
+            lost_by_rounding=lost,
         )
 
     def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
@@ -234,6 +264,57 @@ def _note(reason: str, rate: float, *, accepted: bool) -> str:
     return f"{reason}{f', also at {rate:g} of the learning rate' if rate < 1 else ''}: kept its pruned weights"
 
 
+def _check_errors(window: AnyWindow, calibration: float, held_out: float) -> None:
+    """Raise a NotFinite for a window whose errors are not finite before it is trained."""
+    for samples, error in (("calibration", calibration), ("held-out", held_out)):
+        if not math.isfinite(error):
+            raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({error})")
+
+
+def _measured(
+    window: AnyWindow,
+    data: TrainingData,
+    variance: float,
+    pruned: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    before: float,
+) -> tuple[tuple[float, float], float]:
+    """Round a trained window to what will be stored of it, and measure that.
+
+    Args:
+        window: The window.
+        data: What it was trained on.
+        variance: Of its targets.
+        pruned: What was trained, as it was before.
+        dtypes: Those in which it will be stored.
+        before: Its held-out error before.
+
+    Returns:
+        Its errors; the share of what it gained on held-out samples that rounding took back, up to 1.
+    """
+    exact = data.errors(window, variance)[1] if _rounding_matters(window, pruned, dtypes) else before
+    for parameter, dtype in zip(window.trained(), dtypes, strict=True):
+        parameter.data.copy_(parameter.data.to(dtype))
+    after = data.errors(window, variance)
+    return after, min(1.0, max(0.0, (after[1] - exact) / (before - exact))) if exact < before else 0.0
+
+
+@torch.no_grad()
+def _rounding_matters(window: AnyWindow, pruned: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether rounding takes more than a trace of what training has changed."""
+    change, rounding = 0.0, 0.0
+    for parameter, start, dtype in zip(window.trained(), pruned, dtypes, strict=True):
+        if dtype != parameter.dtype:
+            change += float((parameter - start).square().sum())
+            rounding += float((parameter.to(dtype) - parameter).square().sum())
+    return rounding > _ROUNDING * change
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes in words."""
+    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
 @torch.no_grad()
 def _copy(weight: Tensor) -> Tensor:
     """A copy, in 16 bits where these hold the values exactly: those of a model whose own weights have 16 bits."""
@@ -253,7 +334,7 @@ def _restore(window: AnyWindow, weights: Sequence[Tensor]) -> None:
 def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:
     """Raise if training moved a pruned weight: only an optimizer that mixes weights of one matrix can do that."""
     for matrix in window.matrices():
-        if matrix.name in masks and torch.count_nonzero(matrix.weight[~masks[matrix.name]]):
+        if matrix.name in masks and ((matrix.weight != 0) & ~masks[matrix.name]).any():
             raise RuntimeError(
                 f"{window.name}: the optimizer moved pruned weights of {matrix.name}. Use an elementwise optimizer "
                 "(AdamW, SGD), or multiply the weights by their masks in your module's optimizer_step."

@@ -51,11 +51,14 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
     """Settings of a run, each as text that needs no label."""
     recipe, protocol = results["recipe"], results["protocol"]
     texts = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
+    opening = protocol.get("opening", "none")  # which versions before 0.4 do not say
+    sequences = f"{protocol['windows']} x {protocol['context']} tokens"
+    sequences += f", each after {opening}" if opening != "none" else ""
     texts |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
     return texts | {
         "model": results["model"]["name"],
         "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
-        "evaluation": f"perplexity on {protocol['dataset']}, {protocol['windows']} x {protocol['context']} tokens",
+        "evaluation": f"perplexity on {protocol['dataset']}, {sequences}",
         "seed": f"seed {results['seed']}",
     }
 

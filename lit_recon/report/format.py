@@ -15,6 +15,7 @@ LABELS = {  # where the key of results.json alone does not say it
     "protocol.context": "tokens per sequence",
     "protocol.windows": "sequences",
     "protocol.tokens": "predicted tokens",
+    "protocol.opening": "tokens before each sequence",
     "tokens.calibration": "calibration tokens",
 }
 

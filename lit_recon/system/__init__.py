@@ -11,6 +11,7 @@ signals.py          Ctrl-C, SIGTERM and SIGHUP, held back in protected sections
 terminal.py         letters that the terminal lacks, and its end
 clock.py            seconds per phase
 memory.py           peak memory, giving memory back
+finite.py           numbers that are not finite, found and named
 units.py            bytes and seconds as text
 command_line.py     problems in one message, refusals, the end of a process
 quiet_libraries.py  log levels and warnings of libraries, their progress bars

@@ -5,9 +5,13 @@ manifest (size and CRC-32 of each file) finds truncated and bit-flipped files at
 accidents, not against malice, and takes a quarter of a second for half a gigabyte where SHA-256 takes a second.
 """
 
+import atexit
+import functools
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +26,42 @@ MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path:
-    """The cache folder: `$LIT_RECON_CACHE`, by default `lit_recon` in the user's cache folder."""
+    """The cache folder: `$LIT_RECON_CACHE`, by default `lit_recon` in the user's cache folder.
+
+    By default it is a temporary folder where there is no home, or none that can be written.
+    """
     chosen = os.environ.get("LIT_RECON_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "lit_recon"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lit_recon"
+    return usable_folder(usual, remedy="set LIT_RECON_CACHE to a folder that can be written")
+
+
+def usable_folder(folder: Path, *, remedy: str, written: bool = False) -> Path:
+    """A folder, made where it is not there; a temporary one where that fails, the same throughout the process.
+
+    Args:
+        folder: Its path, which may begin with `~`.
+        remedy: What the user is advised to do where the temporary folder is used.
+        written: Whether a folder of which nothing but reading is possible is replaced too.
+    """
+    try:
+        folder = folder.expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        return _temporary(folder, getattr(error, "strerror", None) or str(error), remedy)
+    if written and not os.access(folder, os.W_OK):
+        return _temporary(folder, "it cannot be written", remedy)
+    return folder
+
+
+@functools.cache
+def _temporary(folder: Path, reason: str, remedy: str) -> Path:
+    """A temporary folder instead of another, removed when the process ends."""
+    made = Path(tempfile.mkdtemp(prefix="lit_recon-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    log.warning("%s: %s; what it would keep is in %s until this process ends; %s", folder, reason, made, remedy)
+    return made
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:

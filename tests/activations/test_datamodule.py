@@ -18,6 +18,7 @@ from lit_recon.model.partition import partition
 from lit_recon.model.products import observing_products
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.statistics import Statistics
+from lit_recon.system.finite import NotFinite
 
 
 @pytest.fixture
@@ -246,3 +247,15 @@ def test_target_variance_is_that_of_the_calibration_targets_around_each_features
     values = targets_STD[:11].double().numpy().reshape(-1, 32)
     expected = np.mean([np.mean((feature - np.mean(feature)) ** 2) for feature in values.T])
     assert activations.variance() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_token_without_a_finite_embedding_is_named_with_its_first_place() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9, 3] = float("nan")
+    tokens_ST = torch.full((5, 8), 4)
+    tokens_ST[3, 6], tokens_ST[4, 1] = 9, 9
+    with pytest.raises(NotFinite, match=r"token id 9 is not finite \(first in calibration sample 3, position 6 "):
+        chain_of(model, tokens_ST, 4)
+    with pytest.raises(NotFinite, match=r"first in held-out sample 0, position 6 .*another copy of the model"):
+        chain_of(model, tokens_ST, 3)

@@ -1,15 +1,15 @@
 """Text files are divided in their order; what is wrong with a file or a path is named."""
 
+import gzip
 import socket
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from text_and_tokens import all_text, byte_tokenizer, library_logs, write_rows
 from transformers import PreTrainedTokenizerFast
 
-from lit_recon.data import hub
+from lit_recon.data import documents
 from lit_recon.data.files import Files
 
 
@@ -91,12 +91,12 @@ def test_a_paragraph_that_repeats_an_evaluation_paragraph_is_left_out_and_a_repe
 
 
 def test_a_long_txt_file_becomes_documents_that_a_tokenizer_can_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.joined, "__kwdefaults__", {"at_most": 1000})
+    monkeypatch.setattr(documents.joined, "__kwdefaults__", {"at_most": 1000})
     text = "".join(f"Line {number}\n\n" for number in range(2000))
     (tmp_path / "text.txt").write_text(text)
-    documents = list(Files(paths=[str(tmp_path / "text.txt")]).documents("calibration"))
-    assert len(documents) > 10 and max(map(len, documents)) < 1100
-    assert text.startswith("".join(documents))
+    found = list(Files(paths=[str(tmp_path / "text.txt")]).documents("calibration"))
+    assert len(found) > 10 and max(map(len, found)) < 1100
+    assert text.startswith("".join(found))
 
 
 def test_a_missing_field_lists_the_columns_of_each_format(tmp_path):
@@ -112,16 +112,20 @@ def test_a_missing_field_lists_the_columns_of_each_format(tmp_path):
 def test_all_that_is_wrong_with_paths_is_in_one_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "text.docx").write_text("text")
     (tmp_path / "both.txt").write_text("text")
+    (tmp_path / "also.txt").symlink_to("both.txt")
     (tmp_path / "empty.txt").write_text("")
-    paths = ["missing.txt", "nothing*.txt", "folder", "table.csv", "both.txt", "empty.txt"]
+    (tmp_path / "empty.jsonl").write_text("")
+    paths = ["missing.txt", "nothing*.txt", "folder", "text.docx", "both.txt", "empty.txt", "empty.jsonl"]
     with pytest.raises(ValueError) as error:
-        Files(paths=paths, evaluation_paths="both.txt", num_samples=0).check()
+        Files(paths=paths, evaluation_paths="also.txt", num_samples=0).check()
     message = str(error.value)
-    for part in ("missing.txt is not there", "nothing*.txt is not there", "folder/*.txt", "empty.txt is empty"):
+    for part in ("missing.txt is not there", "nothing*.txt is not there", "empty.txt is empty", "empty.jsonl is empty"):
         assert part in message
-    assert "table.csv is none of .txt, .jsonl, .parquet" in message
+    readable = ".txt, .md, .json, .jsonl, .csv, .parquet, also with .gz, .bz2, .xz, .zst"
+    assert f"folder is a folder without text; expected {readable}" in message
+    assert f"text.docx is none of {readable}" in message
     assert "both.txt; name it in one of them" in message
     assert "data.num_samples=0" in message
 
@@ -134,8 +138,14 @@ def test_no_paths_at_all_is_refused():
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("latin1.txt", "caf\xe9".encode("latin-1"), "utf-8"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "JSON parse error"),
+        ("latin 1.txt", "caf\xe9".encode("latin-1"), "not UTF-8 (byte 0xe9), perhaps Latin-1 or Windows-1252; convert"),
+        ("utf16.md", "text".encode("utf-16"), "is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 "),
+        ("utf16.csv", "text".encode("utf-16-le"), "it holds NUL characters: UTF-16, or no text at all"),
+        ("binary.txt", b"\x89PNG\0", "holds NUL bytes, so that it is no text"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON: Expecting value at column 9"),
+        ("deep.jsonl", b"[" * 100_000, "nested too deeply"),
+        ("strings.json", b'["a", "b"]', 'the array holds str; each row is an object such as {"text": "..."}'),
+        ("cut.txt.gz", gzip.compress(b"text" * 1000)[:-20], "ended before"),
         ("broken.parquet", b"PAR1", "Parquet"),
         ("numbers.jsonl", b'{"text": 3}\n', "field 'text' holds int, not text"),
     ],
@@ -150,14 +160,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_else_is
     assert not caplog.records
 
 
-def test_files_give_samples_without_a_copy_in_the_cache_of_datasets(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+def test_files_give_samples(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"Paragraph {number}.\n\n" for number in range(500)))
     source = Files(paths=[str(tmp_path / "text.txt")], num_samples=4, length=32, evaluation_length=32)
     samples = source.samples(tokenizer, seed=0, cache=tmp_path / "cache")
     assert samples.calibration_ST.shape == (4, 32)
-    assert samples.description == "text.txt"
-    assert not list((tmp_path / "datasets").rglob("*.arrow"))
+    assert samples.description == samples.evaluation_description == "text.txt"
 
 
 def test_local_files_are_read_without_use_of_the_network(tmp_path, monkeypatch):
@@ -172,3 +180,46 @@ def test_local_files_are_read_without_use_of_the_network(tmp_path, monkeypatch):
     source = Files(paths=[str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")])
     source.check()
     assert sum(map(len, all_text(source).values())) == 3
+
+
+SENTENCES = "".join(f"This is sentence number {number} of a text without an end of a line. " for number in range(800))
+
+
+@pytest.mark.parametrize("name", ["line.txt", "row.jsonl"])
+@pytest.mark.parametrize("text", [SENTENCES, SENTENCES.replace(".", ","), "".join(map(str, range(12_000)))])
+def test_a_text_of_one_line_or_one_row_is_divided_too_and_nothing_is_lost(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text) if path.suffix == ".txt" else write_rows(path, [{"text": text}])
+    parts = all_text(Files(paths=str(path)))
+    assert "".join(document for part in parts.values() for document in part).removesuffix("\n") == text
+    sizes = [sum(map(len, part)) / len(text) for part in parts.values()]
+    assert sizes == pytest.approx([0.7, 0.1, 0.2], abs=0.05)
+    assert text is not SENTENCES or parts["calibration"][0].endswith("line. ")
+
+
+def test_a_row_in_which_no_part_ends_stays_whole(tmp_path):
+    rows = [f"{number} " + SENTENCES[:5000] for number in range(40)]
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": row} for row in rows])
+    parts = all_text(Files(paths=str(path)))
+    assert set(parts["calibration"][:-1]) < set(rows) and len(parts["calibration"]) >= 28
+
+
+def test_a_folder_is_all_text_in_it_and_a_file_that_is_named_twice_counts_once(tmp_path):
+    (tmp_path / "notes" / "more").mkdir(parents=True)
+    (tmp_path / "notes" / "b.md").write_text("second\n")
+    (tmp_path / "notes" / "a.TXT.gz").write_bytes(gzip.compress(b"first\n"))
+    (tmp_path / "notes" / "more" / "c.txt").write_text("third\n")
+    (tmp_path / "notes" / "picture.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "evaluation.txt").write_text("other\n")
+    settings = {"evaluation_paths": str(tmp_path / "evaluation.txt")}
+    source = Files(paths=[str(tmp_path / "notes"), str(tmp_path / "notes" / ".." / "notes" / "b.md")], **settings)
+    source.check()
+    parts = all_text(source)
+    assert parts["calibration"] + parts["held_out"] == ["first\n", "second\n", "third\n"]
+    assert source.describe("calibration") == "a.TXT.gz and 2 more"
+
+
+@pytest.mark.parametrize("paths", [5, [5], {"a": 1}, None])
+def test_paths_that_are_no_names_are_one_message(paths):
+    with pytest.raises(ValueError, match=r"data.paths: .* names no file; give \[a.txt, ...\]"):
+        Files(paths=paths).check()

@@ -85,6 +85,31 @@ def test_joined_lines_are_dealt_out_in_blocks_that_keep_their_context(tmp_path):
     assert len(parts["held_out"]) == 2  # of 20 blocks
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_few_giant_rows_are_divided_among_the_parts(tmp_path, rows):
+    text = "".join(f"Sentence {number} of a giant row. " for number in range(12_000 // rows))
+    write_rows(tmp_path / "set" / "train.jsonl", [{"text": f"{number}. {text}"} for number in range(rows)])
+    parts = all_text(Hub(name=str(tmp_path / "set")))
+    shares = [sum(map(len, parts[part])) / (rows * len(text)) for part in PARTS]
+    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
+    assert sorted("".join(sum(parts.values(), []))) == sorted("".join(f"{number}. {text}" for number in range(rows)))
+
+
+def test_a_data_set_without_rows_is_one_message(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="data set .*set train has no rows"):
+        Hub(name=str(tmp_path / "set")).check()
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(folder, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nothing/datasets")
+    for streaming in (True, False):
+        assert len(list(Hub(name=str(folder), streaming=streaming).documents("calibration"))) == 70
+    assert caplog.text.count("/proc/nothing/datasets: No such file or directory; what it would keep is in") == 1
+    assert "set HF_HOME to a folder that can be written" in caplog.text
+
+
 def test_streaming_reads_no_further_than_the_samples_need(tokenizer, tmp_path, monkeypatch):
     reads = []
 

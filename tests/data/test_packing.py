@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from text_and_tokens import BOS, EOS, ascii_ids, byte_tokenizer, library_logs
+from tokenizers import processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lit_recon.data import packing
-from lit_recon.data.packing import PADDING, draw, pack
+from lit_recon.data.packing import PADDING, draw, find_opening, pack
 
 
 class SlowTokenizer(PreTrainedTokenizer):
@@ -64,6 +65,50 @@ def test_a_tokenizer_that_opens_texts_with_bos_opens_every_piece_with_it_and_no_
     pieces = pack(["abcd", "ef"], byte_tokenizer(bos=True), length=3, cache=tmp_path)
     # abcd|ef in twos
     assert pieces.tolist() == [[BOS, *ascii_ids("ab")], [BOS, *ascii_ids("cd")], [BOS, EOS, *ascii_ids("e")]]
+
+
+def opened_by(*tokens: str, **names: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that opens each text with several tokens, as GLM's does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    ids = list(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
+    template = processors.TemplateProcessing(single=f"{' '.join(tokens)} $A", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.bos_token = names.get("bos")
+    return tokenizer
+
+
+def test_the_opening_is_all_that_the_tokenizer_puts_before_a_text_declared_or_not(tmp_path):
+    tokenizer = opened_by("[gMASK]", "<sop>")
+    opening = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    assert find_opening(tokenizer) == opening and None not in opening
+    assert pack(["abcd"], tokenizer, length=4, cache=tmp_path).tolist() == [[*opening, 97, 98], [*opening, 99, 100]]
+    assert find_opening(opened_by("<s>")) == [258]
+    assert find_opening(byte_tokenizer()) == []
+    assert find_opening(SlowTokenizer(opens=True)) == [25] and find_opening(SlowTokenizer()) == []
+
+
+def test_an_end_of_text_token_that_the_tokenizer_puts_after_a_text_opens_none():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    assert find_opening(tokenizer) == [BOS]
+
+
+def test_bos_is_put_before_each_piece_or_left_out_as_asked(tmp_path):
+    leaves_out, opens = byte_tokenizer(), byte_tokenizer(bos=True)
+    assert find_opening(leaves_out, True) == find_opening(opens, True) == find_opening(opens) == [BOS]
+    assert find_opening(leaves_out, False) == find_opening(opens, False) == []
+    assert pack(["ab"], leaves_out, length=2, cache=tmp_path, bos=True).tolist() == [[BOS, 97], [BOS, 98]]
+    assert pack(["ab"], opens, length=2, cache=tmp_path, bos=False).tolist() == [[97, 98]]
+    with pytest.raises(ValueError, match="data.bos=true: the model's tokenizer names no BOS token"):
+        find_opening(opened_by("<s>"), True)
+
+
+def test_an_opening_that_stands_in_the_text_is_not_there_twice(tmp_path):
+    pieces = pack(["<bos>ab", "cd"], byte_tokenizer(bos=True), length=6, cache=tmp_path)
+    assert pieces.tolist() == [[BOS, 97, 98, EOS, 99, 100]]
 
 
 def test_a_slow_tokenizer_packs_too_and_its_vocabulary_is_part_of_the_key(tmp_path):

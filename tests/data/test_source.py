@@ -8,7 +8,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from text_and_tokens import PARTS, byte_tokenizer, texts
+from text_and_tokens import BOS, PARTS, byte_tokenizer, texts
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from lit_recon.data.packing import PADDING
@@ -123,6 +124,35 @@ def test_an_unknown_way_of_packing_is_one_message_with_the_choices():
         Words(packing="document").check()
     assert str(error.value) == "data.packing='document': choose one of fixed, documents"
     Words(packing="documents").check()
+
+
+def test_samples_say_what_opens_them_and_there_must_be_room_for_it(tmp_path):
+    settings = {"num_samples": 2, "num_held_out": 1, "evaluation_samples": 1, "evaluation_length": 4}
+    opens = byte_tokenizer(bos=True)
+    assert Words(length=4, **settings).samples(opens, cache=tmp_path).opening == "<bos>"
+    assert Words(length=4, bos=False, **settings).samples(opens, cache=tmp_path).opening == "none"
+    opened = Words(length=4, bos=True, **settings).samples(byte_tokenizer(), cache=tmp_path)
+    assert opened.opening == "<bos>" and texts(opened.evaluation_ST) == [chr(BOS) + "eva"]
+    opens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> <bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    with pytest.raises(ValueError, match=r"data.length=2: .* 2 tokens \(<bos><bos>\); give 3 or more"):
+        Words(length=2, **settings).samples(opens, cache=tmp_path)
+
+
+@pytest.mark.parametrize("bos", ["yes", 1, None])
+def test_bos_is_auto_true_or_false(bos):
+    with pytest.raises(ValueError, match=r"data.bos=.*: choose one of auto, true, false"):
+        Words(bos=bos).check()
+
+
+def test_what_is_no_valid_unicode_costs_a_question_mark(tokenizer, tmp_path):
+    class Halves(TextSource):
+        def documents(self, part: Part) -> Iterable[str]:
+            return [f"{part[0]}\ud800" * 4]
+
+    source = Halves(num_samples=1, length=4, num_held_out=1, evaluation_samples=1, evaluation_length=4)
+    assert texts(source.samples(tokenizer, cache=tmp_path).evaluation_ST) == ["e?e?"]
 
 
 def test_all_wrong_settings_are_in_one_message():

@@ -1,17 +1,24 @@
 """Perplexity, computed one layer and one slice of logits at a time, is the model's own."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import CPU
 from torch import Tensor
+from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.evaluate import perplexity as evaluate
-from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity, relative_error
+from lit_recon.evaluate.perplexity import (
+    EvaluationProtocol,
+    NegativeLogLikelihood,
+    perplexity,
+    perplexity_of,
+    relative_error,
+)
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.layerwise import final_states
@@ -50,6 +57,21 @@ def test_no_slice_of_logits_is_larger_than_allowed(tokens_ST: Tensor, monkeypatc
     perplexity(model, tokens_ST, batch_size=4, compute=CPU)
     handle.remove()
     assert max(sizes) == 5 * 64 * 4
+
+
+def test_the_metric_is_that_of_torchmetrics_and_finite_where_a_token_is_hopeless() -> None:
+    logits_STV = torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
+    targets_ST = logits_STV.argmin(-1)
+    metric, reference = NegativeLogLikelihood(3), Perplexity()
+    for row, (logits_TV, targets_T) in enumerate(zip(logits_STV, targets_ST, strict=True)):
+        for part in (slice(0, 3), slice(3, 7)):
+            metric.update(row, logits_TV[part], targets_T[part])
+    assert metric.compute().mean().exp().item() == pytest.approx(reference(logits_STV, targets_ST).item(), rel=1e-5)
+    hopeless_V, target = torch.zeros(11), torch.tensor([0])
+    hopeless_V[1] = 120
+    metric.reset()
+    metric.update(0, hopeless_V[None], target)
+    assert metric.compute()[0].item() == 120 and reference(hopeless_V[None, None], target[None]).isinf()
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(tokens_ST: Tensor) -> None:
@@ -109,4 +131,23 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "windows": 3,
         "tokens": 12,
         "precision": "32-true",
+        "opening": "none",
     }
+    assert "each after" not in protocol.describe()
+    assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
+
+
+def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.mul_(100)  # log(softmax) is minus infinity in float32 from 104 nats on
+    with torch.no_grad():
+        logits_BTV = model(tokens_ST, use_cache=False).logits[:, :-1].double()
+    chosen_BT1 = logits_BTV.log_softmax(-1).gather(2, tokens_ST[:, 1:, None])
+    assert chosen_BT1.min() < -200
+    expected = math.exp(-chosen_BT1.mean().item())
+    assert perplexity(model, tokens_ST, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_perplexity_beyond_the_largest_number_is_infinite_and_of_nan_nan() -> None:
+    assert perplexity_of(700) == math.exp(700) and perplexity_of(710) == math.inf
+    assert math.isnan(perplexity_of(math.nan)) and perplexity_of(math.inf) == math.inf

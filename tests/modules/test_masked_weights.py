@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, fitter, module, pruned_window, trainer, weights
+from conftest import CPU, chain_of, fitter, masks_of, module, pruned_window, trainer, weights
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Batch
-from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.activations.datamodule import Activations, Batch
+from lit_recon.activations.gram import GramSums, NormalEquations, QuadraticError
+from lit_recon.data.packing import PADDING
 from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
+from lit_recon.modules.least_squares import LeastSquares
 from lit_recon.modules.losses import mean_squared
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.pruning.criteria.magnitude import Magnitude
+from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.window_fit import RETRY_RATES
 
 
@@ -198,6 +203,7 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     window.weight.mul_(mask)
     make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
+    make = partial(make, damping=1e-4)  # what is left of the error is then the minimum's
     result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, equations)
     assert torch.count_nonzero(window.weight[~mask]) == 0
     left = 0.0
@@ -207,6 +213,23 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     best = left / targets_NO.size / targets_NO.var(0).mean()
     assert result.accepted and best < 0.6 * result.relative_error_before, "there is much to gain"
     assert result.relative_error_after == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.parametrize(("damping", "needed"), [(0.01, 1.0), (0.1, 1.0), (0.5, 0.5), (2, 2)])
+def test_damping_grows_tenfold_where_the_gram_matrix_is_not_positive_definite(damping: float, needed: float) -> None:
+    window = partition(tiny_model("llama"), by="matrix")[0]
+    window.open()
+    outputs, inputs = window.weight.shape
+    gram_II = torch.eye(inputs)
+    gram_II[0, 1] = gram_II[1, 0] = 1.3  # eigenvalues 2.3 and -0.3
+    mask = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(0)) < 0.5
+    cross_OI, one = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)), torch.ones(())
+    solver = LeastSquares(window, {window.matrix.name: mask}, 1.0, damping=damping)
+    solver.training_step(QuadraticError(gram_II[None], cross_OI[None], one, one, one), 0)
+    assert solver.note == (
+        "" if needed == damping else "damped by 1: its Gram matrix is not positive definite in float32"
+    )
+    assert torch.isfinite(window.weight).all()
 
 
 def called(make: object) -> tuple[object, dict]:
@@ -271,3 +294,53 @@ def test_predicting_the_mean_of_each_feature_has_squared_loss_one() -> None:
     variance = targets_BTD.double().flatten(0, 1).numpy().var(axis=0).mean()
     loss = mean_squared(mean_D.expand_as(targets_BTD), targets_BTD, variance=variance)
     assert loss.item() == pytest.approx(1, rel=1e-5)
+
+
+def trained_in_batches(tokens_ST: Tensor, num_samples: int, batch_size: int, make: Callable) -> tuple[Tensor, Tensor]:
+    """Weights of a window before and after an epoch of four samples per step, accumulated over smaller batches."""
+    model = tiny_model("llama")
+    chain = chain_of(model, tokens_ST, num_samples, batch_size=batch_size)
+    window = partition(model)[0]
+    masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), window)
+    prune(window, masks)
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in window.parameters()])
+    data = Activations.from_chain(chain)
+    window.requires_grad_(True)
+    accumulated = trainer(max_epochs=1, accumulate_grad_batches=4 // batch_size, num_sanity_val_steps=0)
+    accumulated(logger=False).fit(make(window, masks, data.variance()), datamodule=data.data_module(seed=0))
+    return before, torch.cat([parameter.detach().flatten() for parameter in window.parameters()])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [partial(torch.optim.AdamW, lr=1e-3, eps=1e-12), partial(torch.optim.SGD, lr=0.1)],
+    ids=["AdamW", "SGD"],
+)
+@pytest.mark.parametrize(
+    ("num_samples", "is_padded"),
+    [(17, False), (16, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((16, False), (18, False)))],
+)
+def test_accumulation_padding_and_incomplete_batches_change_nothing(
+    num_samples: int, is_padded: bool, optimizer: Callable
+) -> None:
+    tokens_ST = torch.randint(3, 64, (num_samples + 2, 24), generator=torch.Generator().manual_seed(1))
+    if is_padded:
+        for row in range(len(tokens_ST)):
+            tokens_ST[row, 4 + 5 * row % 21 :] = PADDING
+    make = module(optimizer=optimizer)
+    before, whole = trained_in_batches(tokens_ST, num_samples, 4, make)
+    moved = (whole - before).norm()
+    assert moved > 1e-3
+    for batch_size in (2, 1):
+        _, accumulated = trained_in_batches(tokens_ST, num_samples, batch_size, make)
+        assert (accumulated - whole).norm() < 1e-4 * moved, f"batches of {batch_size}"
+
+
+def test_a_batch_weighs_as_many_tokens_as_it_has_and_a_full_one_exactly_one() -> None:
+    tokens_ST = torch.randint(3, 64, (7, 8), generator=torch.Generator().manual_seed(1))
+    for padding, expected in ((8, [1.0, 1.0, 0.5]), (4, [12 / 12.8, 16 / 12.8, 4 / 12.8])):
+        padded_ST = tokens_ST.clone()
+        padded_ST[::4, padding:] = PADDING  # of five calibration samples the first and the last: 6.4 tokens on average
+        chain = chain_of(tiny_model("llama"), padded_ST, 5)
+        chain.dense_pass(partition(tiny_model("llama"))[0])
+        assert [batch.weight for batch in Activations.from_chain(chain).batches(0, 5)] == pytest.approx(expected)

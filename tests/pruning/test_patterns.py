@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lit_recon.pruning.patterns import NM, Unstructured
+from lit_recon.pruning.patterns import NM, Pattern, Unstructured
+from lit_recon.system.finite import NotFinite
 
 
 def test_per_row_the_lowest_scores_of_each_row_go() -> None:
@@ -59,3 +60,14 @@ def test_keeping_more_than_there_are_or_nothing_is_refused(n: int, m: int) -> No
 def test_a_width_that_m_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"pattern\.m=4 does not divide the width 30 of layers\.0\.up\.weight"):
         NM(n=2, m=4).check("layers.0.up.weight", 8, 30)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(sparsity=0.5), Unstructured(sparsity=0.5, scope="matrix"), NM(n=2, m=4)], ids=str
+)
+def test_scores_that_are_no_numbers_are_refused_where_the_count_would_be_wrong(pattern: Pattern) -> None:
+    scores_OI = torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
+    assert (~pattern(scores_OI)).sum() == 64
+    scores_OI[2 if getattr(pattern, "scope", "row") == "row" else slice(None)] = float("nan")
+    with pytest.raises(NotFinite, match="NaN"):
+        pattern(scores_OI)

@@ -1,6 +1,7 @@
 """Masks are those of scores computed by hand, at every granularity of pruning."""
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,14 +19,16 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.matrices import routers
 from lit_recon.model.partition import layer_windows, partition
+from lit_recon.model.products import Product
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.pruning.patterns import Unstructured
+from lit_recon.pruning.patterns import NM, Pattern, Unstructured
 from lit_recon.pruning.pruner import Pruner, check_nested, prune
 from lit_recon.pruning.statistics import Statistics
+from lit_recon.system.finite import NotFinite
 
 CALIBRATION = 3
 HALF = Unstructured(sparsity=0.5)
@@ -493,3 +496,62 @@ def test_units_that_are_not_nested_with_windows_are_refused(
     model = CUT()
     with pytest.raises(ValueError, match=said):
         check_nested(layer_windows(model, **units), partition(model, **windows))
+
+
+# Zeros, and what is not finite
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pattern",
+    [HALF, Unstructured(sparsity=0.5, scope="matrix"), NM(n=2, m=4), Unstructured(sparsity=0.9)],
+    ids=lambda pattern: pattern.describe(),
+)
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "mixtral"])
+def test_weights_that_are_zero_are_the_first_to_go_and_the_counts_hold(
+    shape: str, pattern: Pattern, tokens_ST: Tensor
+) -> None:
+    model = tiny_model(shape)
+    window = partition(model)[0]
+    draw = torch.Generator().manual_seed(0)
+    for matrix in window.matrices():
+        matrix.weight[torch.rand(matrix.weight.shape, generator=draw) < 0.7] = 0
+    dense = {matrix.name: matrix.weight.clone() for matrix in window.matrices()}
+    chain = chain_of(model, tokens_ST, CALIBRATION)
+    for name, mask in masks_of(Pruner(Wanda(), pattern, chain), window).items():
+        (matrix,) = (one for one in window.matrices() if one.name == name)
+        kept_EOI, zero_EOI = matrix.by_expert(mask), matrix.by_expert(dense[name]) == 0
+        assert not (kept_EOI & zero_EOI).any(), f"{name}: zeros stay zeros"
+        for kept_OI, zero_OI in zip(kept_EOI, zero_EOI, strict=True):
+            groups_RC = (
+                kept_OI.reshape(-1, 4)
+                if isinstance(pattern, NM)
+                else kept_OI.reshape(1 if pattern.scope == "matrix" else len(kept_OI), -1)
+            )
+            room = groups_RC.shape[1] - int(pattern.sparsity * groups_RC.shape[1] + 1e-9)
+            nonzero_R = (~zero_OI.reshape(groups_RC.shape)).sum(1)
+            assert torch.equal(groups_RC.sum(1), nonzero_R.clamp(max=room)), name
+
+
+def test_pruning_leaves_no_negative_zero_and_tells_whether_it_changed_anything() -> None:
+    window = partition(tiny_model("llama"))[0]
+    masks = {one.name: torch.rand(one.weight.shape) < 0.5 for one in window.matrices()}
+    assert prune(window, masks)
+    for matrix in window.matrices():
+        assert not torch.signbit(matrix.weight[matrix.weight == 0]).any()
+    assert not prune(window, masks)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"), [(1e25, "statistics of the inputs of"), (1.0, "scores of")], ids=["overflow", "damaged weight"]
+)
+def test_scores_that_are_not_finite_name_their_matrix_and_what_overflowed(inputs: float, said: str) -> None:
+    window = partition(tiny_model("llama"))[0]
+    matrix = window.matrices()[0]
+    if inputs == 1.0:
+        matrix.weight.data[3, 5] = float("inf")
+    statistics = Statistics(Wanda(), [matrix])
+    statistics.note(Product(matrix, torch.full((4, matrix.weight.shape[1]), inputs), 0, 1))
+    first = "output 0 and input 0" if inputs > 1 else "output 3 and input 5"
+    with pytest.raises(NotFinite, match=rf"{said} {re.escape(matrix.name)} are not finite, first for {first}"):
+        statistics.scores(matrix)

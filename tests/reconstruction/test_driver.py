@@ -1,24 +1,32 @@
 """The walk holds nothing of a window longer than it is needed, and tells its callbacks of each window in order."""
 
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.gram import GramSums
 from lit_recon.activations.matrix_inputs import MatrixInputs
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
-from lit_recon.model.windows import MatrixWindow, Window
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
+from lit_recon.modules.least_squares import LeastSquares
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.pruning.statistics import Statistics
 from lit_recon.reconstruction.driver import WalkCallback, walk
 from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.device import Compute
+from lit_recon.system.finite import NotFinite
 
 
 class Told(WalkCallback):
@@ -37,10 +45,18 @@ class Told(WalkCallback):
         self.masks |= masks
 
 
-def walked(tokens_ST: Tensor, run: Path, callback: WalkCallback, **settings: object) -> list[WindowResult]:
+def walked(
+    tokens_ST: Tensor,
+    run: Path,
+    callback: WalkCallback,
+    model: PreTrainedModel | None = None,
+    precision: str = "32-true",
+    **settings: object,
+) -> list[WindowResult]:
     """A walk over the tiny Llama."""
-    model = tiny_model("llama")
+    model = model or tiny_model("llama")
     chain = chain_of(model, tokens_ST, 4)
+    chain.passes.batching.compute = Compute(CPU.device, precision)
     return walk(
         partition(model, **settings),
         chain=chain,
@@ -103,3 +119,83 @@ def test_statistics_are_gone_when_a_window_is_fitted(
     monkeypatch.setattr(Statistics, "__init__", init)
     walked(tokens_ST, tmp_path, Looking())
     assert len(made) == 3
+
+
+def test_a_damaged_weight_ends_the_walk_at_its_window_and_is_named(tokens_ST: Tensor, tmp_path: Path) -> None:
+    told, model = Told(), tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[2, 3] = float("inf")
+    with pytest.raises(NotFinite) as caught:
+        walked(tokens_ST, tmp_path, told, model)
+    assert told.events == ["fit block_00", "end block_00 after 1"]
+    assert re.match(r"block_01: outputs are not finite, first in calibration sample 0, position 0", str(caught.value))
+    assert "layers.0.mlp.down_proj.weight of the window is not finite itself" in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"by": "half"}], ids=str)
+def test_what_overflows_float16_names_the_window_and_the_precision(
+    tokens_ST: Tensor, tmp_path: Path, settings: dict
+) -> None:
+    told, model = Told(), tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
+    name = "half_01_mlp" if settings else "block_01"
+    with pytest.raises(NotFinite, match=rf"^{name}: outputs are not finite, first in calibration sample 0.*16-mixed"):
+        walked(tokens_ST, tmp_path, told, model, "16-mixed", **settings)
+    assert told.events[-1].startswith("end half_01_attention" if settings else "end block_00")
+
+
+def test_a_pruned_window_without_a_finite_error_is_named_before_it_is_trained(
+    tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    monkeypatch.setattr(Activations, "errors", lambda *_: (0.1, float("nan")))
+    with pytest.raises(NotFinite, match="^block_00: its error on held-out samples, pruned, is not finite.*16-mixed"):
+        walked(tokens_ST, tmp_path, told, precision="16-mixed")
+    assert told.events == []
+
+
+def test_sums_of_inputs_that_overflow_name_their_matrix(
+    tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GramSums, "add", lambda self, rows_NI: self.gram_II.fill_(float("inf")))
+    chain = chain_of(model := tiny_model("llama"), tokens_ST, 4)
+    with pytest.raises(NotFinite, match=r"^block_00\.self_attn\.q_proj: the variance of its targets is not finite"):
+        walk(
+            partition(model, by="matrix"),
+            chain=chain,
+            pruner=Pruner(Wanda(), Unstructured(sparsity=0.5), chain),
+            fitter=fitter(tmp_path, LeastSquares),
+            weights=WeightOffloader(model, CPU.device),
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [(torch.bfloat16, {}), (torch.float16, {}), (torch.bfloat16, {"by": "half"}), (torch.bfloat16, {"by": "matrix"})],
+    ids=str,
+)
+def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
+    tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, settings: dict
+) -> None:
+    measured: list[bool] = []
+
+    class Measuring(Told):
+        def on_window_fit(self, result: WindowResult) -> None:
+            window, data, variance = last
+            for parameter in window.trained():
+                parameter.data.copy_(parameter.data.to(dtype))
+            assert result.held_out_after == data.errors(window, variance)[1]
+            measured.append(result.accepted)
+
+    errors = Activations.errors
+
+    def keep(self: Activations, window: AnyWindow, variance: float) -> tuple[float, float]:
+        nonlocal last
+        last = window, self, variance
+        return errors(self, window, variance)
+
+    last: tuple = ()
+    monkeypatch.setattr(Activations, "errors", keep)
+    walked(tokens_ST, tmp_path, Measuring(), tiny_model("llama").to(dtype), **settings)
+    assert len(measured) in (3, 6, 21) and sum(measured) > 0.7 * len(measured)

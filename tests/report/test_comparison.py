@@ -110,3 +110,17 @@ def test_the_default_module_is_not_named_neither_by_its_name_of_today_nor_by_tha
     main(["--markdown", *runs])
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[1] for row in rows] == ["block", "block", "block, Mine"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_perplexities_after_other_openings_are_not_said_to_be_on_the_same_sequences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for name, opening in (("with", "<s>"), ("without", "none")):
+        results = results_of(1) | NEW
+        results["protocol"]["opening"] = opening
+        folders.append(str(make_run(tmp_path / "runs" / name, results)))
+    main(folders)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("16 x 512 tokens") == 2 and "16 x 512 tokens, each after <s>" in said

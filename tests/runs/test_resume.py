@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import Ended, content, letter_tokenizer, mounted, numbers, pairs, tiny_settings
 from launcher import Launcher, Running
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import lit_recon
 from lit_recon.fit.output.checkpoint import save_whole
 from lit_recon.model.architectures import tiny_model
 from lit_recon.system.lock import hold
@@ -133,6 +134,15 @@ def test_what_was_stopped_is_gone_on_with_from_there(
     assert "unfinished" not in (run / "checkpoint" / "README.md").read_text()
 
 
+def test_the_seconds_of_a_run_in_two_parts_are_those_of_both(go: Go, run: Path) -> None:
+    before = json.loads((run / "commits" / "00002.json").read_text())["state"]
+    assert go("resume=run").status == 0
+    seconds = json.loads((run / "results.json").read_text())["seconds"]
+    assert seconds["total"] > before["elapsed"] > 0
+    for phase, earlier in before["seconds"].items():
+        assert seconds[phase] >= round(earlier, 3), phase
+
+
 NOISY = """
 import torch
 from lit_recon.pruning.criteria.wanda import Wanda
@@ -177,7 +187,37 @@ def test_a_changed_file_of_the_users_own_is_refused(go: Go, settings: list[str],
     assert go(*settings, "module._target_=mine.Noisy", "stop_after=1").status == 0
     before = content(Path("run"))
     (tmp_path / "mine.py").write_text(NOISY.replace("rand(())", "rand(()) / 2"))
-    refused(go("resume=run"), Path("run"), before, "the file of mine.Noisy has changed")
+    refused(go("resume=run"), Path("run"), before, "code has changed (mine, mine.Noisy)")
+
+
+def test_a_changed_file_that_the_users_own_imports_is_refused(go: Go, settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("SHARE = 0.5\n")
+    (tmp_path / "mine.py").write_text("import helper\n" + NOISY)
+    assert go(*settings, "module._target_=mine.Noisy", "stop_after=1").status == 0
+    before = content(Path("run"))
+    (tmp_path / "helper.py").write_text("SHARE = 0.25\n")
+    refused(go("resume=run"), Path("run"), before, "code has changed (helper)")
+
+
+def test_changed_code_of_the_package_is_refused(
+    command: Callable[..., Ended], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(run)
+    package = shutil.copytree(Path(lit_recon.__file__).parent, tmp_path / "lit_recon")
+    masks = package / "pruning" / "masks.py"
+    masks.write_text(masks.read_text() + "\n")
+    monkeypatch.setattr("lit_recon.fit.signature._PACKAGE", package)
+    refused(command("resume=run"), run, before, "code has changed (lit_recon/pruning/masks.py)")
+
+
+def test_another_machine_is_told_and_the_run_is_resumed(
+    command: Callable[..., Ended], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS")
+    monkeypatch.setattr("lit_recon.fit.output.folder.write_report", lambda folder: None)
+    ended = command("resume=run")
+    assert ended.status == 0, ended
+    assert "instructions of the CPU was" in said(ended.out) and "and is ABACUS; the run is resumed" in said(ended.out)
 
 
 def test_a_limit_that_what_was_begun_does_not_keep_is_refused_with_numbers(go: Go, run: Path) -> None:
@@ -273,6 +313,135 @@ def test_where_both_commits_are_damaged_the_run_is_refused_and_nothing_is_lost(
     assert content(run) == before
 
 
+@pytest.mark.parametrize("lost", ["manifests", "folder"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_run_whose_commits_are_gone_is_refused_and_left(go: Go, run: Path, lost: str, masks: bool) -> None:
+    for path in (run / "commits").glob("*.json"):
+        path.unlink()
+    if lost == "folder":
+        shutil.rmtree(run / "commits")
+    if not masks:  # of a run that was killed
+        (run / "masks.safetensors").unlink()
+    before = content(run)
+    refused(go("resume=run"), run, before, "2 windows were done, but run/commits holds no commit any more")
+
+
+CHANGED = ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json", "README.md"]
+CHANGED += [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 4)]  # all else, a done layer, a dense one
+
+
+def test_what_was_changed_in_the_checkpoint_of_a_stopped_run_is_mended(
+    go: Go, run: Path, whole: dict[str, object], stopped: tuple[Path, Ended]
+) -> None:
+    for how, names in ((flip, CHANGED[:-2]), (truncate, CHANGED[:-2]), (remove, CHANGED[:4])):
+        for name in names:
+            if "-of-" in name:  # changed in place, it would be the commit's file too
+                shutil.copy(run / "checkpoint" / name, run / "copy")
+                os.replace(run / "copy", run / "checkpoint" / name)
+            how(run / "checkpoint" / name)
+        assert go("resume=run", "stop_after=2").status == 0
+        assert content(run / "checkpoint") == content(stopped[0] / "checkpoint"), how
+    for name in CHANGED[-2:]:
+        shutil.copy(run / "checkpoint" / name, run / "copy")
+        os.replace(run / "copy", run / "checkpoint" / name)
+        flip(run / "checkpoint" / name)
+    assert go("resume=run").status == 0
+    assert found(run) == whole
+
+
+WAITING = """
+import time
+from pathlib import Path
+from lit_recon.data.files import Files
+
+
+class Slow(Files):
+    def samples(self, *given, **settings):
+        if Path("wait").exists():
+            Path("waiting").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+        return super().samples(*given, **settings)
+"""
+
+
+@pytest.fixture
+def slow(launcher: Launcher, go: Go, settings: list[str], tmp_path: Path) -> Callable[..., Running]:
+    """A run that has looked at its folder and waits, before it holds it, until there is a file `go`."""
+    (tmp_path / "mine.py").write_text(WAITING)
+
+    def start(*overrides: str) -> Running:
+        Path("wait").touch()
+        running, end = launcher.start(*overrides), time.monotonic() + 60
+        while not Path("waiting").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        Path("wait").unlink()
+        return running
+
+    settings.append("data._target_=mine.Slow")
+    return start
+
+
+def test_of_two_resumes_the_late_one_leaves_what_the_other_has_finished(
+    go: Go, slow: Callable[..., Running], settings: list[str], whole: dict[str, object]
+) -> None:
+    assert go(*settings, "stop_after=2").status == 0
+    late = slow("resume=run")
+    assert go("resume=run").status == 0
+    before = content(Path("run"))
+    Path("go").touch()
+    refused(late.wait(), Path("run"), before, "resume=run holds a finished run since this command began")
+    assert found("run") == whole
+
+
+@pytest.mark.parametrize("other", [(), ("stop_after=1",), ("overwrite=true",)])
+def test_of_two_starts_the_late_one_leaves_what_the_other_has_made(
+    go: Go, slow: Callable[..., Running], settings: list[str], other: tuple[str, ...]
+) -> None:
+    late = slow(*settings, "seed=7", *(word for word in other if word == "overwrite=true"))
+    assert go(*settings, *other).status == 0
+    before = content(Path("run"))
+    Path("go").touch()
+    refused(late.wait(), Path("run"), before, "output_dir=run holds", "since this command began")
+
+
+def test_runs_of_one_second_have_folders_of_their_own(
+    launcher: Launcher, go: Go, settings: list[str], whole: dict[str, object]
+) -> None:
+    settings.remove("output_dir=run")
+    time.sleep(1 - time.time() % 1)
+    started = [launcher.start(*settings) for _ in range(3)]
+    assert [run.wait().status for run in started] == [0, 0, 0]
+    runs = sorted(Path("runs").iterdir())
+    assert len(runs) == 3 and all(found(run) == whole for run in runs)
+    for run in runs:
+        assert f"output_dir: {run}" in (run / "config.yaml").read_text()
+
+
+def test_what_a_run_reads_does_not_lie_in_what_it_clears(
+    go: Go, settings: list[str], text_file: Path, once: tuple[Path, int], tmp_path: Path
+) -> None:
+    run = shutil.copytree(once[0], tmp_path / "run")
+    shutil.copy(text_file, run / "figures.txt")
+    (run / "figures").mkdir()
+    shutil.copy(text_file, run / "figures" / "words.txt")
+    Path("linked").mkdir()
+    for path in (run / "checkpoint").iterdir():
+        (Path("linked") / path.name).symlink_to(path)
+    Path("whole").symlink_to(run / "checkpoint")
+    before = content(run)
+    for model in ("run/checkpoint", str(run / "checkpoint"), "linked", "whole", "linked/../run/checkpoint"):
+        for overwrite in (["overwrite=true"], []):
+            ended = go(*settings, f"model.name={model}", *overwrite, "sparsity=0.8")
+            assert ended.status == 2 and f"model.name={model} lies in run/checkpoint, which a run in" in said(ended.err)
+    for text in ("data.paths=[run/figures/words.txt]", "data.evaluation_paths=run/figures/*.txt"):
+        ended = go(*settings, text, "overwrite=true")
+        assert ended.status == 2 and "lies in run/figures" in ended.err, ended
+    assert content(run) == before
+    assert go(*settings, "data.paths=[run/figures.txt]", "overwrite=true").status == 0, "is not removed"
+
+
 def refused(ended: Ended, run: Path, before: dict[str, bytes], *messages: str) -> None:
     assert ended.status == 2, ended
     for message in messages:
@@ -300,7 +469,19 @@ def test_a_changed_model_is_refused(go: Go, settings: list[str], model_folder: P
     before, weights = content(Path("run")), folder / "model.safetensors"
     flip(weights)
     assert weights.stat().st_size == (model_folder / "model.safetensors").stat().st_size
-    refused(go("resume=run"), Path("run"), before, "resume=run: the files of the dense model are not the same")
+    refused(go("resume=run"), Path("run"), before, "files of the dense model are not the same (model.safetensors)")
+
+
+def test_one_changed_norm_in_a_large_model_is_noticed(go: Go, settings: list[str], tmp_path: Path) -> None:
+    tiny_model("llama", vocab_size=100_000).save_pretrained(folder := tmp_path / "model")  # of 26 MB
+    letter_tokenizer().save_pretrained(folder)
+    settings = [f"model.name={folder}" if word.startswith("model.name") else word for word in settings]
+    assert go(*settings, "stop_after=1").status == 0
+    before = content(Path("run"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.input_layernorm.weight"].fill_(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(go("resume=run"), Path("run"), before, "files of the dense model are not the same (model.safetensors)")
 
 
 def test_a_changed_text_is_refused(go: Go, settings: list[str], text_file: Path, tmp_path: Path) -> None:
@@ -319,7 +500,7 @@ def test_other_versions_are_refused(command: Callable[..., Ended], run: Path, mo
     from lit_recon import __version__
 
     before = content(run)
-    monkeypatch.setattr("lit_recon.fit.signature.__version__", "99.1")
+    monkeypatch.setattr("lit_recon.__version__", "99.1")
     monkeypatch.setattr("lit_recon.fit.signature.version", lambda name: "98.2")
     ended = command("resume=run")
     refused(ended, run, before, f"lit_recon was {__version__} and is 99.1", "and is 98.2")

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +28,35 @@ from lit_recon.system.tensor_files import write_tensors
 INDEX = "model.safetensors.index.json"
 
 
-def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+@dataclass(frozen=True)
+class Companions:
+    """What a checkpoint has from the dense model besides its weights and configuration.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        files: Small files of its folder, by name: licence, processor, code of its own.
+        tensors: Tensors of its files that transformers leaves out; a growing checkpoint copies all of its files anyway.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write them next to what is there, which stays; code that the folder then lacks is not spoken of in it."""
+        for name, content in self.files.items():
+            if not (folder / name).exists():
+                (folder / name).write_bytes(content)
+        self.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*config.json"):
+            said = json.loads(path.read_text(encoding="utf-8"))
+            if "auto_map" in said and not all(_has_code(folder, one) for one in said.pop("auto_map").values()):
+                path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_whole(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Companions, card: str
+) -> None:
     """Write a model that is in memory, its tokenizer and a model card as a Hugging Face folder, all at once.
 
     Raises:
@@ -39,6 +69,8 @@ def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         except SafetensorError as error:  # it says of a full disk only in words what the system's number is
             number = re.search(r"(?:os error |Os { code: )(\d+)", str(error))  # the latter: safetensors 0.4
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
+        if isinstance(tokenizer, Companions) and tokenizer.tensors:
+            _add_shard(partial, tokenizer.tensors)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -62,7 +94,7 @@ class ShardedFolder:
         shards = (self._shard(index) for index in range(-1, len(self._names)))
         return all((self.folder / name).is_file() for name in (INDEX, *shards))
 
-    def start(self, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    def start(self, tokenizer: PreTrainedTokenizerBase | Companions, card: str) -> None:
         """Write the dense model, its tokenizer and a card, all at once, in place of what is there."""
         with replaced_folder(self.folder) as partial:
             self._write_companions(partial, tokenizer)
@@ -71,7 +103,7 @@ class ShardedFolder:
             _write_text(partial / INDEX, self._index())
             _write_text(partial / "README.md", card)
 
-    def mend(self, tokenizer: PreTrainedTokenizerBase, done: Collection[int]) -> None:
+    def mend(self, tokenizer: PreTrainedTokenizerBase | Companions, done: Collection[int]) -> None:
         """Return all but the shards of the layers that are `done` to what `start` wrote: they may have been changed."""
         scratch = self.folder.with_name(f"{self.folder.name}.partial")
         shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
@@ -96,7 +128,7 @@ class ShardedFolder:
         """Replace the model card."""
         _write_text(self.folder / "README.md", card)
 
-    def _write_companions(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _write_companions(self, folder: Path, tokenizer: PreTrainedTokenizerBase | Companions) -> None:
         """What is in a checkpoint besides its weights."""
         self.model.config.save_pretrained(folder)
         if self.model.can_generate() and self.model.generation_config is not None:
@@ -111,9 +143,7 @@ class ShardedFolder:
         return shards | {self._shard(index): names for index, names in enumerate(self._names)}
 
     def _index(self) -> str:
-        weight_map = {name: shard for shard, names in self._shards().items() for name in names}
-        index = {"metadata": {"total_size": self.files.nbytes}, "weight_map": weight_map}
-        return json.dumps(index, indent=2) + "\n"
+        return _index_of(self._shards(), self.files.nbytes)
 
     def _is_dense(self, path: Path, names: Sequence[str]) -> bool:
         """Whether a shard holds just the dense weights."""
@@ -132,6 +162,29 @@ class ShardedFolder:
     def _shard(self, index: int) -> str:
         """File name of a layer's shard; -1: of all that is not in a layer."""
         return f"model-{index + 2:05}-of-{len(self._names) + 1:05}.safetensors"
+
+
+def _has_code(folder: Path, references: Any) -> bool:
+    """Whether the files are there that an entry of auto_map names: file.Class, or one of another repository."""
+    named = [name for name in (references if isinstance(references, list) else [references]) if name]
+    return all("--" in name or (folder / f"{name.partition('.')[0]}.py").is_file() for name in named)
+
+
+def _add_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that are not the model's into a folder with a saved model."""
+    single = folder / "model.safetensors"
+    if single.exists():  # it would be read alone
+        single.rename(folder / "model-00001-of-00001.safetensors")
+    with replaced(folder / "left_out.safetensors") as file:
+        write_tensors(file, tensors, {"format": "pt"})
+    files = {path.name: DenseFiles([path]) for path in sorted(folder.glob("*.safetensors"))}
+    shards = {name: found.names for name, found in files.items()}
+    _write_text(folder / INDEX, _index_of(shards, sum(found.nbytes for found in files.values())))
+
+
+def _index_of(shards: Mapping[str, Sequence[str]], nbytes: int) -> str:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    return json.dumps({"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

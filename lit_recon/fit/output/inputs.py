@@ -1,6 +1,7 @@
 """Inputs of a run: what its configuration names on the disk. None may lie in what the run clears or writes."""
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:
     cleared = [home / name for name in (*RUN_FILES, ACTIVATIONS)]
     for name, path in _inputs(config):
         for inside in (path, *(path.iterdir() if path.is_dir() else ())):  # a folder of links, like the Hub's
-            real = inside.resolve()
+            real = Path(os.path.realpath(inside))  # which a link to itself does not stop
             if found := next((one for one in cleared if one == real or one in real.parents), None):
                 raise ValueError(
                     f"{name}={path} lies in {folder / found.name}, which a run in output_dir={folder} replaces; choose "
@@ -46,10 +47,10 @@ def _inputs(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         yield f"_target_={name}", path
     for key, value in _settings(config):
         if key.partition(".")[0] not in OUTPUTS and "\0" not in value:
-            path = Path(value).expanduser()
+            path = Path(os.path.expanduser(value))  # these two take any text, as Path's methods do not
             while any(mark in path.name for mark in "*?["):  # of a pattern, the folder in which it is looked for
                 path = path.parent
-            if value and path.exists():
+            if value and os.path.exists(path):
                 yield key, path
 
 

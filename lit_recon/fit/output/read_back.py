@@ -19,38 +19,47 @@ class Saved:
         folder: The checkpoint.
         masks: Its masks.
         logits_BTV: Its logits of a few tokens.
-        dense_STD: The dense model's final states on the held-out samples; None if they are still to be computed.
     """
 
     folder: Path
     masks: Masks
     logits_BTV: Tensor
-    dense_STD: Tensor | None
 
 
-def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> tuple[dict[str, float], dict[str, float]]:
+@dataclass(frozen=True)
+class Found:
+    """What the checkpoint and the pruned model were measured at.
+
+    Attributes:
+        nats: Mean negative log-likelihoods on the evaluation samples, by state ("pruned", "reconstructed").
+        errors: Relative errors of the final hidden states, by state.
+        zeros: Exact zeros of the checkpoint, by matrix.
+    """
+
+    nats: dict[str, float]
+    errors: dict[str, float]
+    zeros: dict[str, int]
+
+
+def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found:
     """Read the checkpoint as a user will, check and measure it, then the pruned model.
-
-    Returns:
-        Perplexities and relative errors of both.
 
     Raises:
         RuntimeError: A pruned weight is not zero, or the model computes other logits than the one that was saved.
     """
     with evaluator.clock.phase("load"):
-        model = HubModel(name=str(saved.folder)).load()
-    saved.masks.check(model)
+        model = HubModel(name=str(saved.folder), attention=dense.attention).load()
+    zeros = saved.masks.count_zeros(model)
     if not torch.equal(evaluator.logits(model), saved.logits_BTV):
         raise RuntimeError(f"{saved.folder}: the model that was read back computes other logits.")
-    perplexities = {"reconstructed": evaluator.perplexity(model)}
-    reconstructed_STD = evaluator.final_states(model)
+    measured = {"reconstructed": evaluator.measure(model)}
     del model
     with evaluator.clock.phase("load"):
         model = dense.load()
-    perplexities["pruned"] = evaluator.perplexity(model, saved.masks.applied)
-    dense_STD = evaluator.final_states(model) if saved.dense_STD is None else saved.dense_STD
-    pruned_STD = evaluator.final_states(model, saved.masks.applied)
-    return perplexities, {
-        "pruned": evaluator.error(pruned_STD, dense_STD),
-        "reconstructed": evaluator.error(reconstructed_STD, dense_STD),
-    }
+    measured["pruned"] = evaluator.measure(model, saved.masks.applied)
+    dense_STD = evaluator.final_states(model)
+    return Found(
+        nats={state: one.nats for state, one in measured.items()},
+        errors={state: evaluator.error(one.states_STD, dense_STD) for state, one in measured.items()},
+        zeros=zeros,
+    )

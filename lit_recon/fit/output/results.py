@@ -1,6 +1,7 @@
 """What a run found, as results.json (other programs read it), as a table and as a model card."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_recon import __version__
-from lit_recon.evaluate.perplexity import EvaluationProtocol
+from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_fit import WindowResult
@@ -19,17 +20,19 @@ from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
+_NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a run found; the fields are those of results.json.
 
-    `relative_error` is that of the last layer's hidden states on the held-out samples; all kinds of windows
-    compare by it.
+    `nats` are mean negative log-likelihoods per token, of which perplexity is the exponential. `relative_error` is that
+    of the last layer's hidden states on evaluation samples, the first ones, as many tokens as are held out; all kinds
+    of windows compare by it. Sparsity is that of the file, which was read back.
     """
 
-    perplexity: dict[str, float]
+    nats: dict[str, float]
     relative_error: dict[str, float]
     protocol: EvaluationProtocol
     model: dict[str, Any]
@@ -44,31 +47,57 @@ class Results:
     seed: int
 
     @property
+    def perplexity(self) -> dict[str, float]:
+        """Perplexity of each state."""
+        return {state: perplexity_of(nats) for state, nats in self.nats.items()}
+
+    @property
     def gap_recovered(self) -> float | None:
-        """Share of the perplexity that pruning cost and reconstruction won back; None where pruning cost nothing."""
-        dense, pruned, reconstructed = (self.perplexity[key] for key in ("dense", "pruned", "reconstructed"))
-        return (pruned - reconstructed) / (pruned - dense) if pruned > dense else None
+        """Share of the perplexity that pruning cost and reconstruction won back; None where there is none to tell."""
+        return _share_recovered(self.perplexity)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of results.json."""
+        """The content of results.json; None for what is not finite, which JSON has no number for."""
+        gaps = {"gap_recovered": self.gap_recovered, "gap_recovered_nats": _share_recovered(self.nats)}
         versions = {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES}
-        return asdict(self) | {"gap_recovered": self.gap_recovered, "versions": versions}
+        return _without_nan({"perplexity": self.perplexity} | asdict(self) | gaps | {"versions": versions})
 
     def save(self, path: Path) -> None:
         """Write results.json, whole or not at all."""
         with replaced(path) as file:
-            file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
+            file.write((json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n").encode())
         sync_folder(path.parent)  # before the commits that these come from are removed
 
 
-def sparsity(masks: Masks, plan: Plan) -> dict[str, Any]:
-    """Share of zeros: in the whole model, among what was prunable, and in each matrix."""
-    removed = {name: int((~masks[name]).sum()) for name in masks}
+def _share_recovered(values: Mapping[str, float]) -> float | None:
+    """Share of pruned minus dense that was won back; None where pruning cost nothing or a value is not finite."""
+    dense, pruned, reconstructed = (values[state] for state in ("dense", "pruned", "reconstructed"))
+    is_known = all(math.isfinite(value) for value in values.values()) and pruned > dense
+    return (pruned - reconstructed) / (pruned - dense) if is_known else None
+
+
+def _without_nan(value: Any) -> Any:
+    """A value, or what it holds, with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sparsity(masks: Masks, zeros: Mapping[str, int], plan: Plan) -> dict[str, Any]:
+    """Share of zeros in the file: of all parameters, of what was prunable, and of each matrix.
+
+    Args:
+        masks: The masks.
+        zeros: Zeros in the file, by matrix.
+        plan: Counts the parameters.
+    """
     sizes = {name: masks[name].numel() for name in masks}
     return {
-        "total": sum(removed.values()) / plan.parameters,
-        "prunable": sum(removed.values()) / max(1, sum(sizes.values())),
-        "by_matrix": {name: removed[name] / sizes[name] for name in masks},
+        "total": sum(zeros.values()) / plan.parameters,
+        "prunable": sum(zeros.values()) / max(1, sum(sizes.values())),
+        "by_matrix": {name: zeros[name] / sizes[name] for name in masks},
     }
 
 
@@ -78,27 +107,54 @@ def table(results: Results, run: Path) -> Table:
     shown.add_column(style="bold")
     shown.add_column()
     for key, value in results.perplexity.items():
-        shown.add_row(f"perplexity {key}", f"{value:.2f}")
-    gap = results.gap_recovered
-    shown.add_row("gap recovered", "none to recover" if gap is None else f"{gap:.0%}")
+        text = f"{value:.2f}" if math.isfinite(value) else f"not finite ({results.nats[key]:.4g} nats per token)"
+        shown.add_row(f"perplexity {key}", text)
+    gap, known = results.gap_recovered, all(map(math.isfinite, results.perplexity.values()))
+    none = "none to recover" if known else "not known: a perplexity is not finite"
+    shown.add_row("gap recovered", none if gap is None else f"{gap:.0%}")
     errors = results.relative_error
-    shown.add_row("relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states)")
+    shown.add_row(
+        "relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states, evaluation)"
+    )
     sparsities = results.sparsity
     shown.add_row("sparsity", f"{sparsities['prunable']:.1%} of prunable, {sparsities['total']:.1%} of all parameters")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")
     shown.add_row("seconds", f"{phases}")
     shown.add_row("", f"{duration(results.seconds['total'])} in total")
     shown.add_row("peak memory", in_gb(results.peak_memory_bytes))
-    kept = [window for window in results.windows if window.note]
-    for window in kept:
-        shown.add_row(escape(window.name), escape(window.note))
+    for about, text in remarks(results.windows):
+        shown.add_row(escape(about), escape(text))
     shown.add_row("files", escape(f"{run}/  (checkpoint/, report.html, results.json)"))
     shown.add_row("curves", escape(f"tensorboard --logdir {run.parent}"))
     return shown
 
 
-def model_card(model: str, recipe: Mapping[str, str], plan: Plan, windows: Sequence[WindowResult]) -> str:
-    """README.md of the checkpoint: how it was made and how to read it."""
+def remarks(windows: Sequence[WindowResult]) -> list[tuple[str, str]]:
+    """Remarks on windows, and what each is about: one for all windows of which there is the same to say."""
+    same: dict[str, list[str]] = {}
+    for window in windows:
+        if window.note:
+            same.setdefault(window.note, []).append(window.name)
+    found = [(names[0] if len(names) == 1 else f"{len(names)} windows", note) for note, names in same.items()]
+    lost = [window for window in windows if window.lost_by_rounding > _NOTED]
+    if lost:
+        worst = max(lost, key=lambda window: window.lost_by_rounding)
+        text = (
+            f"to the model's dtype took over {_NOTED:.0%} of what training gained in {len(lost)} of {len(windows)} "
+            f"windows, {worst.lost_by_rounding:.0%} in {worst.name}; model.dtype=float32 keeps it"
+        )
+        found.append(("rounding", text))
+    return found
+
+
+def model_card(
+    model: str,
+    recipe: Mapping[str, str],
+    plan: Plan,
+    windows: Sequence[WindowResult],
+    auto_class: str = "AutoModelForCausalLM",
+) -> str:
+    """README.md of the checkpoint: how it was made and how to read it, by a class of transformers."""
     accepted = sum(window.accepted for window in windows)
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     left = plan.windows - len(windows)
@@ -121,9 +177,9 @@ exact zeros.
 | windows reconstructed | {accepted} of {len(windows)} |
 {unfinished}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("checkpoint")
+model = {auto_class}.from_pretrained("checkpoint")
 tokenizer = AutoTokenizer.from_pretrained("checkpoint")
 ```
 """

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
+import torch
 from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
@@ -16,8 +17,9 @@ from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
 from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
 from lit_recon.fit.session import Session
+from lit_recon.model.decoder import examining
 from lit_recon.model.head import SLICE
-from lit_recon.model.matrices import routers
+from lit_recon.model.matrices import find_matrices, routers
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
 from lit_recon.reconstruction.window_fit import needs_gram
@@ -25,6 +27,7 @@ from lit_recon.system.units import duration, in_gb
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _FLOAT32 = 4
+_MANY_ZEROS = 0.01  # of the weights of a model: it was pruned before, and the plan says so
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Plan:
         parameters: Parameters of the model.
         prunable: Parameters that the criterion scores.
         unscored: Matrices of the layers that it does not.
+        unused: Parameters of two or more dimensions that are no matrices, as a pass has shown.
         routers: Matrices that choose among experts; they stay dense.
         steps: Optimizer steps per window.
         peak_bytes: Predicted peak memory of the run, what is mapped from files included.
@@ -66,6 +70,7 @@ class Plan:
     parameters: int
     prunable: int
     unscored: int
+    unused: int
     routers: int
     steps: int
     peak_bytes: int
@@ -115,9 +120,10 @@ def make_plan(
     depth, largest = len(layers), max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     files = session.weights.files
     mapped_bytes = files.nbytes if files and chain.passes.compute.device.type != "cuda" else 0
-    single = _single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram)
-    blocks = {name: profile(layer, chain, batch_size) for name, layer in {repr(one): one for one in layers}.items()}
-    halves = [profile(half, chain, batch_size) for half in _halves_of(windows, model)]
+    with examining(model, "its layers cannot be run on one batch of the text"):
+        single = _single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram)
+        blocks = {name: profile(layer, chain, batch_size) for name, layer in {repr(one): one for one in layers}.items()}
+    halves = _profiled_halves(windows, model, chain, batch_size)
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
@@ -162,12 +168,15 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
     samples, compute = job.samples, job.execution.compute
     halves = [window for window in session.windows if isinstance(window, HalfWindow)]
     shared = sorted({name for half in halves for name in half.split.shared})
+    zeros = _share_of_zeros(session)
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{plan.prunable * job.method.pattern.sparsity / plan.parameters:.1%} of the parameters: "
         f"{job.method.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of "
         + ("them" if not plan.unscored else f"them; {plan.unscored} matrices stay dense")
-        + (f"; {plan.routers} routers stay dense" if plan.routers else ""),
+        + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
+        + (f"; {plan.routers} routers stay dense" if plan.routers else "")
+        + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
         "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
@@ -185,12 +194,21 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
     return lines
 
 
+def _share_of_zeros(session: Session) -> float:
+    """Share of the prunable weights that are zero before anything is pruned."""
+    weights = [one.weight for layer in session.matrices for one in layer if one.input_dim is not None]
+    nonzero = sum(int(torch.count_nonzero(weight != 0)) for weight in weights)
+    session.weights.release_pages()
+    return 1 - nonzero / max(1, sum(weight.numel() for weight in weights))
+
+
 def _counts(session: Session) -> dict[str, int]:
     """What there is in the model, as the plan's attributes say."""
     found = [matrix for layer in session.matrices for matrix in layer]
     return {
         "parameters": sum(parameter.numel() for parameter in session.model.parameters()),
         "prunable": sum(matrix.weight.numel() for matrix in found if matrix.input_dim is not None),
+        "unused": sum(map(len, find_matrices(session.model))) - len(found),
         "unscored": sum(matrix.input_dim is None for matrix in found),
         "routers": sum(len(routers(layer)) for layer in session.chain.passes.decoder.layers),
     }
@@ -273,22 +291,29 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     kept, captured = 0, 0
     for name, (experts, outputs, inputs) in shapes.items():
         mine = rows[name] * (sources * inputs + outputs)
-        # Gram matrices: targets in float64, and normal equations; else products, optimizer states and gradients.
-        aside = 2 * rows[name] * outputs + 12 * inputs * inputs if uses_gram else rows[name] * outputs
-        aside += 0 if uses_gram else 4 * experts * outputs * inputs
+        # Gram matrices: normal equations; else products, optimizer states and gradients.
+        aside = 12 * inputs * inputs if uses_gram else rows[name] * outputs + 4 * experts * outputs * inputs
         kept, captured = max(kept, mine + aside), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 
 
-def _halves_of(windows: Sequence[AnyWindow], model: PreTrainedModel) -> list[HalfWindow]:
-    """The halves of one layer of each kind, also where windows are others; none where there are none."""
-    if not isinstance(windows[0], HalfWindow):
-        try:
-            windows = layer_windows(model, by="half")
-        except ValueError:
-            return []
-    halves = [window for window in windows if isinstance(window, HalfWindow)]
-    return list({(repr(half.layer), half.side): half for half in halves}.values())
+def _profiled_halves(
+    windows: Sequence[AnyWindow], model: PreTrainedModel, chain: Chain, batch_size: int
+) -> list[LayerProfile]:
+    """What one batch of the halves of a layer of each kind shows.
+
+    None where windows are others and the halves, which are an estimate only then, cannot be had for whatever reason.
+    """
+    asked_for = isinstance(windows[0], HalfWindow)
+    try:
+        cut = windows if asked_for else layer_windows(model, by="half")
+        halves = [window for window in cut if isinstance(window, HalfWindow)]
+        alike = {(repr(half.layer), half.side): half for half in halves}.values()  # one of each kind
+        return [profile(half, chain, batch_size) for half in alike]
+    except Exception:
+        if asked_for:
+            raise
+        return []
 
 
 def _seconds_of_run(

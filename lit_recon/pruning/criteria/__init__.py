@@ -7,13 +7,14 @@ A criterion is three functions; what it needs to know of a matrix's inputs it ga
 by batch. `python -m lit_recon.fit criterion=custom criterion._target_=mine.MyCriterion` uses a class of your own.
 """
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 S = TypeVar("S")
 
 
+@runtime_checkable
 class Criterion(Protocol[S]):
     """Scores each weight of a matrix, (O outputs, I inputs), from the weight and statistics S of its inputs."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_recon.fit.output.checkpoint import INDEX, ShardedFolder, save_whole
+from lit_recon.fit.output.checkpoint import INDEX, Companions, ShardedFolder, save_whole
 from lit_recon.model.architectures import VOCABULARY, tiny_model
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.matrices import find_matrices
@@ -249,3 +249,33 @@ def test_a_folder_with_folders_in_it_takes_the_place_of_another(tmp_path: Path) 
             (partial / "additional_chat_templates" / "tool_use.jinja").write_text(text)
         assert (tmp_path / "made" / "additional_chat_templates" / "tool_use.jinja").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        ({}, False),
+        ({"modeling_own.py": b""}, False),  # not the tokenizer's
+        ({"modeling_own.py": b"", "tokenization_own.py": b""}, True),
+    ],
+)
+def test_the_configuration_names_code_that_is_there_or_none(
+    tmp_path: Path, files: dict[str, bytes], kept: bool
+) -> None:
+    model = tiny_model("llama")
+    named = {"AutoModelForCausalLM": "modeling_own.Own", "AutoTokenizer": ["tokenization_own.Own", None]}
+    model.config.auto_map = named | {"AutoConfig": "owner/name--configuration_own.Own"}
+    save_whole(tmp_path / "checkpoint", model, Companions(letter_tokenizer(), files), "card")
+    said = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert ("auto_map" in said) == kept and said["model_type"] == "llama"
+    assert {path.name for path in (tmp_path / "checkpoint").glob("*.py")} == files.keys()
+
+
+def test_companions_never_replace_what_belongs_to_the_pruned_model(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), letter_tokenizer()
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "LICENSE": b"free"}
+    save_whole(tmp_path / "checkpoint", model, Companions(tokenizer, files), "card")
+    save_whole(tmp_path / "plain", model, tokenizer, "card")
+    for path in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "checkpoint" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "checkpoint" / "LICENSE").read_bytes() == b"free"

@@ -1,0 +1,142 @@
+"""The configuration of a run that is resumed: that of its folder, with the settings that belong to the new call.
+
+The folder may be another person's. Of what its configuration names, only classes of lit_recon, Lightning and torch and
+files of the user's own working directory run; what the command line names itself runs as always.
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from lit_recon.fit.output.folder import NEXT_CONFIG
+from lit_recon.fit.settings import CALL, given
+from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
+from lit_recon.system.commits import Commits
+
+log = logging.getLogger(__name__)
+
+CLASSES = ("lit_recon", "lightning", "torch.optim", "torch.nn", "transformers")  # by where they are defined
+FUNCTIONS = ("lit_recon.modules", "torch.optim", "torch.nn.functional", "torch._C._nn", "transformers.optimization")
+
+
+def resumed(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run that `resume` names; those settings of this call that belong to the call replace it.
+
+    Raises:
+        ValueError: There is no run to resume, its configuration is damaged or names what is not run from there, or a
+            setting is given that differs.
+    """
+    folder = Path(cfg.resume)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
+    overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
+    if (folder / "results.json").is_file() and not overwriting:
+        raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
+    before = _saved(folder, NEXT_CONFIG if overwriting else "config.yaml")
+    words = given()
+    if "output_dir" in words and Path(str(cfg.output_dir)).absolute() != folder.absolute():
+        raise ValueError(
+            f"resume={folder} output_dir={cfg.output_dir}: a run is resumed in its own folder; leave output_dir "
+            "out, or start a new run there without resume."
+        )
+    changed = [
+        f"{where} is {old!r} there and {new!r} here"
+        for key in sorted({key.split("/")[0] for key in words} - {*OF_THE_CALL})
+        for where, old, new in differences(
+            _plain(OmegaConf.select(before, key)), _plain(OmegaConf.select(cfg, key)), key
+        )
+    ]
+    if changed:
+        raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
+    checktargets(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
+    for key in OF_THE_CALL:
+        if key in words or key in OF_ONE_CALL or key not in before:
+            OmegaConf.update(before, key, cfg[key], force_add=True)
+    OmegaConf.update(before, "output_dir", str(folder))
+    if overwriting:
+        before.resume, before.overwrite = None, True
+    return before
+
+
+def _saved(folder: Path, name: str) -> DictConfig:
+    """The configuration in a run's folder; where it is damaged, that which the newest commit was made with.
+
+    Raises:
+        ValueError: It is damaged, and there is no commit.
+    """
+    try:
+        loaded = OmegaConf.load(folder / name)
+        missing = [key for key in CALL if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
+        if not missing:
+            OmegaConf.to_container(loaded, resolve=True)
+            assert isinstance(loaded, DictConfig)
+            return loaded
+        damage = f"it has no {missing[0]}"
+    except Exception as error:  # half of it, zeros, a tab: whatever a file can hold
+        damage = " ".join(str(error).split())[:100]
+    commit = Commits(folder / "commits", resumed=True).newest()
+    if commit is None:
+        raise ValueError(
+            f"resume={folder}: {name} is damaged ({damage}), and no window was done; start again with overwrite=true."
+        )
+    log.warning("resume=%s: %s is damaged (%s); that of commit %d is taken", folder, name, damage, commit.number)
+    return OmegaConf.create(commit.state["signature"]["config"])
+
+
+def checktargets(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
+    """Check that what a run's configuration names may run in this process.
+
+    Args:
+        folder: The run's folder.
+        config: Its configuration.
+        trusted: What the command line, or lit_recon's own configuration, names as well.
+
+    Raises:
+        ValueError: It names something else than is expected of a run.
+    """
+    for setting, target in targets(OmegaConf.to_container(config), ""):
+        if target not in trusted and not _is_expected(target):
+            raise ValueError(
+                f"resume={folder}: its configuration names {setting}={target}, which is neither a class of lit_recon, "
+                "Lightning, torch.optim or torch.nn nor a file of the working directory, and is not run. If you trust "
+                f"it, give {setting}={target} as well."
+            )
+
+
+def _is_expected(target: str) -> bool:
+    """Whether a dotted path leads to a class or function of the working directory, or of a known module.
+
+    What counts is where it is defined: by way of what a module imports, a path leads anywhere.
+    """
+    top, here = target.partition(".")[0], Path.cwd()
+    if not ((here / top).is_dir() or (here / f"{top}.py").is_file() or target.startswith(CLASSES)):
+        return False  # before it is imported
+    try:
+        found = get_object(target)
+    except Exception:  # told of with the other settings
+        return True
+    defined = getattr(found, "__module__", None) or ""
+    file = Path(getattr(sys.modules.get(defined), "__file__", None) or here)
+    if here in file.absolute().parents and "site-packages" not in file.parts:
+        return defined.partition(".")[0] not in sys.stdlib_module_names
+    return any(f"{defined}.".startswith(f"{name}.") for name in (CLASSES if inspect.isclass(found) else FUNCTIONS))
+
+
+def targets(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The dotted paths in a configuration, with the settings that give them."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        below = f"{name}.{key}" if name else str(key)
+        if key == "_target_":
+            yield below, str(value)
+        else:
+            yield from targets(value, below)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

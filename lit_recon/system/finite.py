@@ -1,0 +1,15 @@
+"""Numbers that are not finite (NaN, infinity): the first of them ends a run, with a message that says where it is."""
+
+from torch import Tensor
+
+
+class NotFinite(ValueError):
+    """A number is NaN or infinite; the message says which, and what to do."""
+
+
+def first_not_finite(tensor: Tensor) -> tuple[int, ...] | None:
+    """Index of the first number of a tensor that is NaN or infinite; None if all are finite."""
+    if tensor.sum().isfinite():  # reads the tensor once; where a sum of finite numbers overflows, each is looked at
+        return None
+    found = tensor.isfinite().logical_not().nonzero()
+    return tuple(found[0].tolist()) if len(found) else None
