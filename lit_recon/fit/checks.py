@@ -65,11 +65,6 @@ def check_settings(
     problems.check(check_retry_rates, retry_rates)
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
-    if trainer.get("enable_checkpointing"):
-        problems.add(
-            f"trainer.enable_checkpointing={trainer['enable_checkpointing']}: expected false; a run commits each "
-            "window itself, and Lightning's checkpoints would be pickles that nothing reads."
-        )
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
 
 
@@ -178,7 +173,7 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
     function = getattr(module, "func", module)  # of a class, its constructor's signature, which names what is wrong
     try:
         inspect.signature(function).bind(window, masks, 1.0, **getattr(module, "keywords", {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # arguments that do not fit; a builtin that does not say what it takes
         raise ValueError(f"module: {error}") from error
     maker = function.__init__ if inspect.isclass(function) else function
     if (getattr(maker, "__module__", None) or "").startswith("lit_recon."):  # others may look at the window
