@@ -1,6 +1,7 @@
 """The environment of a run: what a cluster's scheduler, a terminal or a user has set there changes nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,3 +72,19 @@ def test_no_pickle_is_ever_written(tiny_run: Callable[..., Ended], given: str, m
     ended = tiny_run(given)
     assert ended.status == 2 and message in ended.err and "Traceback" not in ended.err, ended
     assert not content(Path())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_read_and_for_the_output_refused(
+    tiny_run: Callable[..., Ended], text_file: Path, tmp_path: Path, drawn: None
+) -> None:
+    ended = tiny_run('output_dir="o\udce9"')
+    assert ended.status == 2 and not content(Path()), ended
+    assert (
+        ended.err
+        == "output_dir=o\\udce9: the name is not UTF-8, which libraries that write there need; choose another.\n"
+    )
+    shutil.copy(text_file, tmp_path / "w\udce9.txt")
+    ended = tiny_run('data.paths=["w\udce9.txt"]')
+    assert ended.status == 0, ended
+    assert "w\\udce9.txt" in Path("run/report.html").read_text()
