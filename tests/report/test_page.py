@@ -183,3 +183,12 @@ def test_errors_that_are_no_relative_errors_are_not_called_so(tmp_path: Path) ->
     assert error_over_depth(results["windows"]).axes[0].get_ylabel() == "held-out error"
     page = write_report(make_run(tmp_path / "run", results)).read_text(encoding="utf-8")
     assert "where the loss was on the logits, their KL divergence in nats per token" in page
+
+
+def test_names_that_are_not_utf_8_are_shown_as_escapes(tmp_path: Path) -> None:
+    results = results_of(1)
+    results["model"]["name"] = "caf\udce9"
+    run = make_run(tmp_path / "run", results, curves=False)
+    (run / "config.yaml").write_bytes(b"name: caf\xe9\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "caf\\udce9" in page and "name: caf\N{REPLACEMENT CHARACTER}" in page

@@ -32,6 +32,10 @@ OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a ru
 
 def check_writable(folder: Path) -> None:
     """Raise a ValueError where nothing can be written to `folder`."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):  # bytes that are no letters
+        raise ValueError(
+            f"output_dir={folder}: the name is not UTF-8, which libraries that write there need; choose another."
+        )
     existing = nearest(folder)
     try:
         tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell of a read-only or a special file system
