@@ -1,7 +1,12 @@
 """The command `python -m lit_recon.fit`, and the library: a run from its settings to its results.
 
 __main__.py        Hydra in, exit status out
-configure.py       from the configuration to a Job; alone sees the configuration
+configure.py       from the configuration to a Job; with the next two alone sees the configuration
+settings.py        settings of the run itself, and what a call gives
+resume_config.py   the configuration of a run that is resumed
+annotations.py     types of settings, by the annotations of what they are given to
+moved.py           paths from before version 0.3.0
+rehearsal.py       one training step of a tiny window, before anything is written
 checks.py          rules between settings, and between settings and a model
 job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report

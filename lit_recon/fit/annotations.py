@@ -5,6 +5,7 @@ one message that names it. What has no annotation may be anything.
 """
 
 import inspect
+import json
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -41,7 +42,8 @@ def wrong_types(make: "partial[Any]", about: str, *, leave_out: Sequence[str] = 
 def wrong_type(setting: str, value: Any, hint: Any) -> Iterator[str]:
     """The problem, if a setting's value is not of the type that is asked for."""
     if not fits(value, hint):
-        yield f"{setting}={shortened(value, 100)}: expected {in_words(hint)}."
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else shortened(value, 100)
+        yield f"{setting}={shown}: expected {in_words(hint)}."
 
 
 def annotations(make: Callable[..., Any]) -> Mapping[str, Any]:

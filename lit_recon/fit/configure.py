@@ -54,6 +54,7 @@ PARTS: dict[str, type] = {  # what each is an object of
 MADE_LATER = ("module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
 NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
+COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
 PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ stands in the package; in a checkout next to it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
@@ -192,7 +193,8 @@ def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
     try:
         _rehearse_once(chosen, skeleton)
     except Exception as error:
-        words = [word for name, word in given().items() if not name.startswith(NOT_REHEARSED)]
+        named = {name: name.startswith(NOT_REHEARSED) and name not in COUNTS for name in given()}
+        words = [word for name, word in given().items() if not named[name]]
         others = [word for word in given().values() if word not in words]
         if chosen.call["resume"] is not None:
             guilty = given_of("resume")
@@ -200,12 +202,11 @@ def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
             log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
             return
         else:
-            without = ([*others, *(one for one in words if one != word)] for word in words)
-            found = [word for word, left in zip(words, without, strict=True) if _passes(left, skeleton)]
-            guilty = found[0] if len(found) == 1 else " ".join(words)
+            without = {word: [*others, *(one for one in words if one != word)] for word in reversed(words)}
+            guilty = next((word for word, left in without.items() if _passes(left, skeleton)), " ".join(words))
         raise ValueError(
-            f"{guilty}: a training step on a tiny model of this class ends in {in_words(error)}. Expected what "
-            "the first window can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."
+            f"{guilty}: a training step on a tiny model of this class ends in: {in_words(error).strip(' .')}. Expected "
+            "what windows can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."
         ) from error
 
 

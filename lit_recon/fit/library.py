@@ -3,6 +3,7 @@
 It opens a session and walks over it by the same functions as the command; what the command writes to files it returns.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
+from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.configure import CONF
 from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
 from lit_recon.model.loading import HubModel, LanguageModel
@@ -36,10 +39,12 @@ from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
-from lit_recon.system.command_line import Problems
+from lit_recon.system.command_line import Problems, in_words
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
 from lit_recon.system.signals import stoppable
+
+log = logging.getLogger(__name__)
 
 TRAINER: dict[str, Any] = {  # conf/fit.yaml
     "accelerator": "auto",
@@ -149,19 +154,26 @@ def prune_and_reconstruct(
         ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
             not finite, such as a hidden state; windows before it are done then.
     """
-    parts = {
-        "criterion": criterion or Wanda(),
-        "pattern": pattern or Unstructured(sparsity=0.5),
-        "windows": windows or Partition(),
-        "propagation": propagation or Propagation(),
-        "prune_by": prune_by,
-        "module": module,
-        "retry_rates": retry_rates,
-        "allow_unscored": allow_unscored,
-    }
+    given = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
+    others = {"prune_by": prune_by, "module": module, "retry_rates": retry_rates, "allow_unscored": allow_unscored}
+    parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     with _prepared(model), quietly(), stoppable():
         settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
         return _walk(model, samples, *_checked(parts, settings, kept, batch_size, seed), shown=progress)
+
+
+def _parts() -> dict[str, Any]:
+    """The method of the command's defaults, but for its trainer."""
+    return {
+        "criterion": Wanda(),
+        "pattern": Unstructured(sparsity=0.5),
+        "windows": Partition(),
+        "propagation": Propagation(),
+        "prune_by": "window",
+        "module": MaskedWeights,
+        "retry_rates": RETRY_RATES,
+        "allow_unscored": False,
+    }
 
 
 def _walk(
@@ -170,6 +182,7 @@ def _walk(
     """Open a session and walk over it."""
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
+    _rehearse(model, samples, method, execution)
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))
@@ -180,6 +193,28 @@ def _walk(
         finally:
             session.weights.discard()
     return Reconstruction(results, masks.masks, session.pruner.labels())
+
+
+def _rehearse(model: PreTrainedModel, samples: Samples, method: Method, execution: Execution) -> None:
+    """Rehearse the first window, before a weight is changed.
+
+    Raises:
+        ValueError: It would end with an exception, but not with the default settings.
+    """
+    counts: dict[str, Any] = {"num_samples": len(samples.calibration_ST), "num_held_out": len(samples.held_out_ST)}
+    counts["padded"] = bool((samples.calibration_ST == PADDING).any())
+    try:
+        rehearse(model, method, execution, **counts)
+    except Exception as error:
+        try:
+            rehearse(model, *_checked(_parts(), TRAINER, execution.store, batch_size=2, seed=0), **counts)
+        except Exception:  # it is the tiny model
+            log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
+            return
+        raise ValueError(
+            f"a training step with these settings on a tiny model of this class ends in {in_words(error)}; expected is "
+            "what the first window can be trained with (module, criterion, pattern, trainer)."
+        ) from error
 
 
 class _KeptMasks(WalkCallback):

@@ -1,4 +1,4 @@
-"""The rehearsal of a run: one training step of the first window of a tiny model, before anything is read or written.
+"""The rehearsal of a run: two training steps of the first window of a tiny model, before anything is read or written.
 
 The tiny model is of the model's own class with few and narrow layers; method, trainer, callbacks and batch size are the
 real ones, and so is the way through the code. What would end the first window ends the rehearsal. What fails on the
@@ -34,6 +34,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_fit import WindowResult
 
 LENGTH = 8  # tokens of a sample
+MOST = 32  # batches
 LARGEST = 50_000_000  # parameters of a real layer, up to which it is tried
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4}
 NARROW |= {"head_dim": 16, "vocab_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
@@ -48,7 +49,7 @@ def rehearse(
     num_held_out: int,
     padded: bool = False,
 ) -> None:
-    """Fit one step of a tiny window as the run will fit each of its windows.
+    """Fit two steps of a tiny window as the run will fit each of its windows.
 
     Nothing that the run draws or keeps changes: random states are put back, and parts that could hold state are copies.
 
@@ -66,18 +67,18 @@ def rehearse(
     counts = (num_samples, num_held_out)
     with _unnoticed():
         try:
-            _fit_one_step(_narrow(model), method, execution, counts, padded=padded)
+            _fit_two_steps(_narrow(model), method, execution, counts, padded=padded)
         except Exception:
             layer = decoder_layers(model)[1][0]
             if sum(parameter.numel() for parameter in layer.parameters()) > LARGEST:
                 raise
-            _fit_one_step(_few_layers(model, {}), method, execution, counts, padded=padded)
+            _fit_two_steps(_few_layers(model, {}), method, execution, counts, padded=padded)
 
 
-def _fit_one_step(
+def _fit_two_steps(
     model: PreTrainedModel, method: Method, execution: Execution, counts: Sequence[int], *, padded: bool
 ) -> None:
-    """Walk over the first window of a small model, stopping its Trainer after the first step."""
+    """Walk over the first window of a small model, stopping its Trainer after the second step."""
     windows = method.windows
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
     with TemporaryDirectory(prefix="lit_recon.") as scratch:
@@ -88,10 +89,11 @@ def _fit_one_step(
             module=_copy(method.module),
             windows=windows,
             retry_rates=(),
-            trainer=_stopping(method.trainer, scratch),
+            trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
         )
         execution = replace(execution, stop_after=None)
-        samples = _samples(model.config.get_text_config().vocab_size, *counts, padded=padded)
+        most = [min(count, MOST * execution.batch_size) for count in counts]
+        samples = _samples(model.config.get_text_config().vocab_size, *most, padded=padded)
         session = open_session(model, samples, method, execution, activations=Path(scratch, "activations"))
         with session.chain.passes.store, contextlib.suppress(_Enough):
             callbacks = () if windows.head else [_FirstFit()]  # with a head, the last window is trained otherwise
@@ -110,22 +112,25 @@ class _FirstFit(WalkCallback):
         raise _Enough
 
 
-class _FirstStep(Callback):
-    """Ends a fit after the first step of its optimizer, or after the batches of one where it has none."""
+class _SecondStep(Callback):
+    """Ends a fit after the second step of its optimizer, or after the batches of two where it has none."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop."""
-        trainer.should_stop |= trainer.global_step > 0 or batch_idx + 1 >= trainer.accumulate_grad_batches
+        trainer.should_stop |= trainer.global_step > 1 or batch_idx + 1 >= 2 * trainer.accumulate_grad_batches
 
 
-def _stopping(trainer: Callable[..., Trainer], scratch: str) -> Callable[..., Trainer]:
-    """Makes Trainers that stop after the first step and write to a scratch folder only."""
+def _stopping(trainer: Callable[..., Trainer], scratch: str, batches: int) -> Callable[..., Trainer]:
+    """Makes Trainers that stop after the second step, of so many batches, and write to a scratch folder only."""
 
     def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
         least = {"min_epochs": None, "min_steps": None, "default_root_dir": scratch}
-        return trainer(callbacks=[*callbacks, _FirstStep()], **settings | least)
+        made: Any = trainer(callbacks=[*callbacks, _SecondStep()], **settings | least)
+        if isinstance(made.val_check_interval, int) and MOST < made.val_check_interval <= batches:
+            made.val_check_interval = MOST  # which Lightning does not accept beyond the number of batches
+        return made
 
     return make
 

@@ -46,7 +46,7 @@ from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
-from lit_recon.system.command_line import Refusal
+from lit_recon.system.command_line import Refusal, as_argument
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
@@ -273,12 +273,12 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
     """What is kept of a walk that did not come to its end, and how to resume it."""
     done, session = resume_point.done, resume_point.session
     if not done:
-        return f"no window was done yet; start again with resume={folder}"
+        return f"no window was done yet; start again with {as_argument('resume', folder)}"
     total = len(session.windows)
     seconds = sum(session.clock.seconds[name] for name in WALK) / len(done) * (total - len(done))
     return (
         f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {folder}/checkpoint holds "
-        f"them and is dense from there. Resume with: python -m lit_recon.fit resume={folder}"
+        f"them and is dense from there. Resume with: python -m lit_recon.fit {as_argument('resume', folder)}"
         f" (about {duration(seconds)} more)"
     )
 

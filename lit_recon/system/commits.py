@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_recon.system.atomic_files import FULL, READ_ONLY, Fingerprint, fingerprint, make_folder, replaced, sync_folder
+from lit_recon.system.command_line import as_argument
 from lit_recon.system.tensor_files import map_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,9 @@ class Commits:
             reason = error.strerror if elsewhere else f"({error.strerror})"
             kept = "the previous commit is whole" if self._is_committed() else "nothing is committed yet"
             remedy = "see to that" if elsewhere else _REMEDIES[error.errno]
-            raise CommitError(f"{what} {reason}; {kept}; {remedy} and resume with resume={run}") from error
+            raise CommitError(
+                f"{what} {reason}; {kept}; {remedy} and resume with {as_argument('resume', run)}"
+            ) from error
 
     def _is_committed(self) -> bool:
         """Whether this run has a commit, also before `newest` was called; not if it is a commit that it overwrites."""

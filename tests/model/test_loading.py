@@ -468,6 +468,8 @@ ACCIDENTS = {
     "file gone": lambda folder: (folder / "weights").unlink(),
     "manifest gone": lambda folder: (folder / cache.MANIFEST).unlink(),
     "manifest cut": lambda folder: (folder / cache.MANIFEST).write_text('{"weights": "51'),
+    "empty manifest": lambda folder: (folder / cache.MANIFEST).write_text("{}"),
+    "empty list as manifest": lambda folder: (folder / cache.MANIFEST).write_text("[]"),
     "manifest of another kind": lambda folder: (folder / cache.MANIFEST).write_text("[1]"),
     "bit in the manifest": lambda folder: flip_bit(folder / cache.MANIFEST),
     "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),

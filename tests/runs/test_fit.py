@@ -456,7 +456,7 @@ BAD_INPUT = {
     ("overwrite=off", "plan=no", "allow_unscored=1"): [
         *("overwrite=off", "plan=no", "allow_unscored=1", "true or false")
     ],
-    ("model=foo",): ["model=foo", "hf, smollm2"],
+    ("model=foo",): ["model=foo", "choose one of gemma3_270m, hf"],
     ("modell=hf",): ["modell", "Did you mean model?"],
     ("trainer.max_epoch=2",): ["trainer.max_epoch", "Did you mean trainer.max_epochs?"],
     ("sparsity=1",): ["sparsity=1", "[0, 1)"],

@@ -16,7 +16,7 @@ from lit_recon.fit.job import Output
 from lit_recon.report.page import write_report
 from lit_recon.report.run_files import read_results
 from lit_recon.system.atomic_files import remove, replaced
-from lit_recon.system.command_line import Refusal
+from lit_recon.system.command_line import Refusal, as_argument
 from lit_recon.system.commits import CommitError
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
@@ -53,7 +53,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         finished = (folder / "results.json").is_file()
         raise ValueError(
             f"output_dir={folder} holds {'a finished' if finished else 'an unfinished'} run; choose another, "
-            + ("" if finished else f"resume it (resume={folder}), ")
+            + ("" if finished else f"resume it ({as_argument('resume', folder)}), ")
             + "or replace it with overwrite=true."
         )
 
@@ -235,7 +235,7 @@ def _lacks_report(output: Path) -> bool:
 
 def draw_report(output: Path) -> None:
     """Remove the commits, from which nothing will be resumed any more, and draw the report."""
-    left = f"{output} is finished but for its report, which resume={output} draws"
+    left = f"{output} is finished but for its report, which {as_argument('resume', output)} draws"
     try:
         with suppress(OSError):  # a file that another program has open; the report matters more
             remove(output / "commits")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -125,7 +126,7 @@ def table(results: Results, run: Path) -> Table:
     for about, text in remarks(results.windows):
         shown.add_row(escape(about), escape(text))
     shown.add_row("files", escape(f"{run}/  (checkpoint/, report.html, results.json)"))
-    shown.add_row("curves", escape(f"tensorboard --logdir {run.parent}"))
+    shown.add_row("curves", escape(f"tensorboard --logdir {shlex.quote(str(run.parent))}"))
     return shown
 
 
