@@ -501,7 +501,15 @@ def test_units_that_are_not_nested_with_windows_are_refused(
 # Zeros, and what is not finite
 
 
+class Smallest(Magnitude):
+    """Keeps what is small, and so zeros before all else."""
+
+    def scores(self, weight_OI: Tensor, statistics: None) -> Tensor:
+        return -weight_OI.abs()
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("criterion", [Wanda(), Smallest()], ids=lambda criterion: type(criterion).__name__)
 @pytest.mark.parametrize(
     "pattern",
     [HALF, Unstructured(sparsity=0.5, scope="matrix"), NM(n=2, m=4), Unstructured(sparsity=0.9)],
@@ -509,7 +517,7 @@ def test_units_that_are_not_nested_with_windows_are_refused(
 )
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "mixtral"])
 def test_weights_that_are_zero_are_the_first_to_go_and_the_counts_hold(
-    shape: str, pattern: Pattern, tokens_ST: Tensor
+    shape: str, pattern: Pattern, criterion: Criterion, tokens_ST: Tensor
 ) -> None:
     model = tiny_model(shape)
     window = partition(model)[0]
@@ -518,7 +526,7 @@ def test_weights_that_are_zero_are_the_first_to_go_and_the_counts_hold(
         matrix.weight[torch.rand(matrix.weight.shape, generator=draw) < 0.7] = 0
     dense = {matrix.name: matrix.weight.clone() for matrix in window.matrices()}
     chain = chain_of(model, tokens_ST, CALIBRATION)
-    for name, mask in masks_of(Pruner(Wanda(), pattern, chain), window).items():
+    for name, mask in masks_of(Pruner(criterion, pattern, chain), window).items():
         (matrix,) = (one for one in window.matrices() if one.name == name)
         kept_EOI, zero_EOI = matrix.by_expert(mask), matrix.by_expert(dense[name]) == 0
         assert not (kept_EOI & zero_EOI).any(), f"{name}: zeros stay zeros"
