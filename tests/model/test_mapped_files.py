@@ -278,6 +278,7 @@ def test_a_model_file_that_changes_during_a_run_ends_it_before_the_commit_and_sa
         "from pathlib import Path\nfrom lightning import Callback\n\n\nclass Spoiler(Callback):\n"
         "    def on_train_end(self, trainer, module):\n"
         f"        path = Path({str(weights)!r})\n"
+        "        if not Path('run/config.yaml').exists():\n            return  # rehearsed\n"
         f"        if {change!r} == 'gone':\n            path.unlink(missing_ok=True)\n"
         f"        elif {change!r} == 'cut':\n            path.open('r+b').truncate(path.stat().st_size - 4)\n"
         "        else:\n            path.write_bytes(path.read_bytes())\n"
