@@ -54,7 +54,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     ]
     if changed:
         raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
-    checktargets(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
+    check_trusted(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
     for key in OF_THE_CALL:
         if key in words or key in OF_ONE_CALL or key not in before:
             OmegaConf.update(before, key, cfg[key], force_add=True)
@@ -89,7 +89,7 @@ def _saved(folder: Path, name: str) -> DictConfig:
     return OmegaConf.create(commit.state["signature"]["config"])
 
 
-def checktargets(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
+def check_trusted(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
     """Check that what a run's configuration names may run in this process.
 
     Args:

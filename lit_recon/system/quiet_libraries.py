@@ -67,9 +67,8 @@ def no_progress_bars() -> Iterator[None]:
 def no_load_report() -> Iterator[None]:
     """Without transformers' table of tensors that are missing or left out, which the caller tells of."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before, logger.disabled = logger.disabled, True  # by a higher level it would tell of layers that are not sharded
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = before

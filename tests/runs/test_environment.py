@@ -33,7 +33,7 @@ def test_a_run_is_one_process_that_writes_its_curves_whatever_the_environment_sa
     command = [sys.executable, "-W", "ignore", "-m", "lit_recon.fit", *settings]
     ended = subprocess.run(command, cwd=tmp_path, env=os.environ | JOBS[job], capture_output=True, timeout=300)
     out = ended.stdout.decode()
-    assert ended.returncode == 0 and b"Traceback" not in ended.stderr, ended
+    assert ended.returncode == 0 and not ended.stderr, ended
     run = tmp_path / "café [red]"
     assert f"files {'caf' + chr(92) + 'xe9' if 'PYTHONIOENCODING' in JOBS[job] else 'café'} [red]/" in " ".join(
         out.split()
