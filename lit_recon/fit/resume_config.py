@@ -38,7 +38,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
     if (folder / "results.json").is_file() and not overwriting:
         raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
-    before = _saved(folder, NEXT_CONFIG if overwriting else "config.yaml")
+    before = saved_config(folder, NEXT_CONFIG if overwriting else "config.yaml")
     words = given()
     if "output_dir" in words and Path(str(cfg.output_dir)).absolute() != folder.absolute():
         raise ValueError(
@@ -54,7 +54,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     ]
     if changed:
         raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
-    checktargets(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
+    check_targets(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
     for key in OF_THE_CALL:
         if key in words or key in OF_ONE_CALL or key not in before:
             OmegaConf.update(before, key, cfg[key], force_add=True)
@@ -64,7 +64,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     return before
 
 
-def _saved(folder: Path, name: str) -> DictConfig:
+def saved_config(folder: Path, name: str) -> DictConfig:
     """The configuration in a run's folder; where it is damaged, that which the newest commit was made with.
 
     Raises:
@@ -89,7 +89,7 @@ def _saved(folder: Path, name: str) -> DictConfig:
     return OmegaConf.create(commit.state["signature"]["config"])
 
 
-def checktargets(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
+def check_targets(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
     """Check that what a run's configuration names may run in this process.
 
     Args:
