@@ -58,21 +58,23 @@ class Files(TextSource):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         files, wrong = _find(self.paths)
-        problems += [f"data.paths: {problem}" for problem in wrong]
+        problems += [f"data.paths: {problem}" for problem in [*wrong, *self._unreadable(files)]]
         if self.evaluation_paths is not None:
             others, wrong = _find(self.evaluation_paths)
-            problems += [f"data.evaluation_paths: {problem}" for problem in wrong]
+            problems += [f"data.evaluation_paths: {problem}" for problem in [*wrong, *self._unreadable(others)]]
             there = {path.resolve() for path in others}
             if both := [str(path) for path in files if path.resolve() in there]:
                 problems.append(f"data.paths and data.evaluation_paths share {', '.join(both)}; name it in one of them")
-            files += others
+        return problems
+
+    def _unreadable(self, files: Iterable[Path]) -> Iterator[str]:
+        """What is wrong with files, as far as their first rows tell."""
         for path in files:
             try:
                 if next(_documents(path, self.field), None) is None:
-                    problems.append(f"{path} is empty")
+                    yield f"{path} is empty; leave it out"
             except ValueError as error:
-                problems.append(str(error))
-        return problems
+                yield str(error)
 
     def _pieces(self, given: str | Sequence[str]) -> Iterator[Piece]:
         """Pieces of the rows and paragraphs of all files, in order."""

@@ -11,6 +11,7 @@ Shapes: P pieces, S samples, T tokens.
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -20,11 +21,14 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_recon.system.tensor_files import write_tensors
+
 log = logging.getLogger(__name__)
+
+_DAY = 86400  # seconds
 
 Packing = Literal["fixed", "documents"]
 Bos = bool | Literal["auto"]
@@ -214,10 +218,19 @@ def _write(path: Path, key: str, pieces_PT: Tensor) -> None:
     partial = path.with_name(f"{uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_old_partials(path.parent)
         try:
-            save_file({"pieces": pieces_PT.contiguous()}, partial, metadata={"checksum": _checksum(key, pieces_PT)})
+            with partial.open("xb") as file:  # in the mode of new files: others may use the cache too
+                write_tensors(file, {"pieces": pieces_PT}, {"checksum": _checksum(key, pieces_PT)})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         log.warning("tokens cannot be cached in %s (%s): the next run makes them again", path.parent, error)
+
+
+def _remove_old_partials(folder: Path) -> None:
+    """Remove what processes that were killed have left; younger files may be another process's."""
+    for path in folder.glob("*.partial"):
+        if time.time() - path.stat().st_mtime > _DAY:
+            path.unlink(missing_ok=True)

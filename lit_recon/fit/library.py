@@ -151,7 +151,8 @@ def prune_and_reconstruct(
         Results and masks.
 
     Raises:
-        ValueError: What the command refuses: settings that do not fit each other or the model.
+        ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
+            not finite, such as a hidden state; windows before it are done then.
     """
     given = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
     others = {"prune_by": prune_by, "module": module, "retry_rates": retry_rates, "allow_unscored": allow_unscored}

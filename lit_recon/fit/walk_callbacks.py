@@ -18,6 +18,7 @@ from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.model.windows import Window
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.system.atomic_files import sync_folder
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
@@ -173,3 +174,5 @@ class CheckpointWriter(WalkCallback):
             self.resume_point.masks.save(self.folder / "masks.safetensors")
             if self._shards is None:
                 save_whole(self.folder / "checkpoint", self.session.model, self.companions, self.card(done))
+            else:
+                sync_folder(self.folder / "checkpoint")  # the names of its shards, before results say it is done

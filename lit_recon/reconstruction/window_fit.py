@@ -179,7 +179,7 @@ class WindowFitter:
             steps, diverged = self._train(module, window, data, rate)
             remark = getattr(module, "note", "")
             after, lost = _measured(window, data, variance, pruned, dtypes, before[1])
-            diverged = diverged or not math.isfinite(after[1])
+            diverged = diverged or not all(map(math.isfinite, after))
             accepted = not diverged and after[1] < before[1]
             if accepted:
                 break
@@ -294,7 +294,8 @@ def _measured(
     """
     exact = data.errors(window, variance)[1] if _rounding_matters(window, pruned, dtypes) else before
     for parameter, dtype in zip(window.trained(), dtypes, strict=True):
-        parameter.data.copy_(parameter.data.to(dtype))
+        if dtype != parameter.dtype:
+            parameter.data.copy_(parameter.data.to(dtype))
     after = data.errors(window, variance)
     return after, min(1.0, max(0.0, (after[1] - exact) / (before - exact))) if exact < before else 0.0
 

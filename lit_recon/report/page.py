@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_recon.report.figures import write_figures
 from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
-from lit_recon.report.run_files import finite_or_nan, measure, read_results
+from lit_recon.report.run_files import LARGEST, finite_or_nan, measure, read_results
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration
 
@@ -119,7 +119,7 @@ def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
             label = LABELS.get(f"{key}.{name}", name.replace("_", " "))
             if name == "covered":
                 texts[label] = as_share(value)
-            elif isinstance(value, int) and not isinstance(value, bool):
+            elif isinstance(value, int) and not isinstance(value, bool) and value < LARGEST:
                 texts[label] = f"{value / 1e6:,.1f} M" if value >= 1e7 else f"{value:,}"
             else:
                 texts[label] = str(value)

@@ -6,13 +6,38 @@ folder, not the model, nor the version of lit_recon that made the run.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-RESULTS_KEYS = (
-    "perplexity gap_recovered protocol model recipe sparsity windows seconds peak_memory_bytes tokens versions seed"
-).split()
+from lit_recon.system.clock import WALK
+
+NUMBER, MAYBE, TEXT, FLAG = "a number", "a number or null", "text", "true or false"
+LARGEST = 1e150  # that figures can still compute with
+RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be absent or null; str: any other name
+    "perplexity": {"dense": MAYBE, "pruned": MAYBE, "reconstructed": MAYBE},
+    "gap_recovered": MAYBE,
+    "protocol": {"dataset": None, "windows": None, "context": None},
+    "model": {"name": TEXT, "covered?": MAYBE},
+    "recipe": {"criterion": TEXT, "pattern": TEXT, "windows": TEXT, "module?": TEXT},
+    "sparsity": {"total": MAYBE, "prunable": MAYBE, "by_matrix": {str: NUMBER}},
+    "windows": [
+        {
+            **{"name": TEXT, "accepted": FLAG, "steps": NUMBER, "seconds": NUMBER, "note?": TEXT, "measure?": TEXT},
+            **{"held_out_before": MAYBE, "held_out_after": MAYBE},
+            **{"relative_error_before": MAYBE, "relative_error_after": MAYBE},
+        }
+    ],
+    "seconds": {"total": NUMBER, **dict.fromkeys(WALK, NUMBER), str: NUMBER},
+    "peak_memory_bytes": MAYBE,
+    "tokens": {"calibration": NUMBER},
+    "versions": {str: TEXT},
+    "seed": None,
+    "relative_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
+    "walk_peak_memory_bytes?": MAYBE,
+    "predicted?": {"seconds": NUMBER, "peak_memory_bytes": MAYBE, "walk_peak_memory_bytes?": MAYBE},
+}
 
 Curve = list[tuple[int, float]]  # (global step, value)
 
@@ -28,12 +53,48 @@ def read_results(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run}: {'no results.json here' if run.is_dir() else 'not a folder'}; {expected}.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}); {expected}.") from error
-    missing = [key for key in RESULTS_KEYS if not isinstance(results, dict) or key not in results]
-    if missing:
-        raise ValueError(f"{path}: without {', '.join(missing)}; {expected}, as lit_recon.fit writes it.")
+    if problems := list(islice(_problems(results, RESULTS, ""), 3)):
+        raise ValueError(f"{path}: {'; '.join(problems)}; {expected}, as lit_recon.fit writes it.")
     return results
+
+
+def _problems(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """What is missing in a value, or of another kind than reports can show."""
+    if isinstance(shape, dict):
+        yield from _problems_within(value, shape, where)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{where} is no list"
+        for index, each in enumerate(value if isinstance(value, list) else []):
+            yield from _problems(each, shape[0], f"{where}[{index}]")
+    elif shape is not None and not _is(value, shape):
+        yield f"{where} is {str(value)[:40]!r} instead of {shape}"
+
+
+def _problems_within(value: Any, shape: Mapping[Any, Any], where: str) -> Iterator[str]:
+    """The same for a mapping."""
+    if not isinstance(value, dict):
+        yield f"{where or 'it'} is no mapping of names to values"
+        return
+    names = {str(name).removesuffix("?"): each for name, each in shape.items() if name is not str}
+    needed = [name for name in shape if name is not str and not name.endswith("?")]
+    if absent := [f"{where}.{name}".lstrip(".") for name in needed if name not in value]:
+        yield f"without {', '.join(absent)}"
+    for name, each in value.items():
+        optional = f"{name}?" in shape and each is None
+        if (name in names or str in shape) and not optional:
+            yield from _problems(each, names.get(name, shape.get(str)), f"{where}.{name}".lstrip("."))
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value of JSON is of a kind."""
+    if kind in (TEXT, FLAG):
+        return isinstance(value, str if kind == TEXT else bool)
+    if value is None or type(value) not in (int, float):
+        return value is None and kind == MAYBE
+    return abs(value) < LARGEST or (kind == MAYBE and isinstance(value, float))  # one that is not finite is named
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
@@ -50,7 +111,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 def finite_or_nan(value: float | None) -> float:
     """A number of results.json for plots and comparisons: NaN, which plots as nothing, if it is None or overflowed."""
-    return math.nan if value is None or not math.isfinite(value) else float(value)
+    return math.nan if value is None or not abs(value) < LARGEST else float(value)
 
 
 def measure(windows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lit_recon.system.atomic_files import fingerprint
+from lit_recon.system.atomic_files import fingerprint, replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -88,17 +88,10 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
             return folder
         if folder.exists():
             log.warning("%s is damaged (%s): it is made again", folder, damage)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: while alive, it holds the lock
-        try:
+        with replaced_folder(folder) as partial:
             partial.mkdir()
             build(partial)
             _write_manifest(partial)
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -124,13 +124,8 @@ def one_process(trainer: "partial[Trainer]") -> "partial[Trainer]":
     Lightning takes RANK, LOCAL_RANK, SLURM_NTASKS, ... of a job for those of a run that is spread over its processes.
 
     Raises:
-        ValueError: `enable_checkpointing`, or arguments of the Trainer in the environment.
+        ValueError: The environment has arguments of the Trainer.
     """
-    if trainer.keywords.get("enable_checkpointing") not in (None, False):
-        raise ValueError(
-            f"trainer.enable_checkpointing={trainer.keywords['enable_checkpointing']}: a run has its own resume points "
-            "and writes no pickles; leave it out."
-        )
     if asked := sorted(name for name in os.environ if name.startswith("PL_TRAINER_") and os.environ[name]):
         settings = " ".join(f"+trainer.{name.removeprefix('PL_TRAINER_').lower()}={os.environ[name]}" for name in asked)
         raise ValueError(

@@ -454,3 +454,28 @@ def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inpu
     check_experts(mixture, Propagation(inputs=inputs, targets="local"))
     check_experts(mixture, Propagation(statistics="sparse"))
     check_experts(plain, Propagation(inputs=inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
+def test_moments_of_other_inputs_are_summed_batch_by_batch(
+    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, is_padded: bool
+) -> None:
+    chain, windows, layer = at_layer(
+        tiny_model("llama"), padded(tokens_ST) if is_padded else tokens_ST, 1, Propagation(inputs="sparse")
+    )
+    chain.dense_pass(layer)
+    data = MatrixInputs(layer, chain).activations(windows["mlp.down_proj"])
+    assert data is not None
+    chosen, rows = [], Activations.rows
+
+    def noting(self: Activations, hidden_STD: Tensor, samples: slice) -> Tensor:
+        chosen.append(samples.stop - samples.start)
+        return rows(self, hidden_STD, samples)
+
+    monkeypatch.setattr(Activations, "rows", noting)
+    found = NormalEquations.from_activations(data)
+    assert max(chosen) <= data.batching.batch_size < data.batching.num_samples
+    targets_NO = rows(data, data.targets_STD, slice(0, data.batching.num_samples)).double()
+    assert found.variance() == pytest.approx(targets_NO.var(0, correction=0).mean().item(), rel=1e-6)
+    assert found.calibration.square.item() == pytest.approx(targets_NO.square().sum().item(), rel=1e-6)

@@ -1,5 +1,6 @@
 """Packing is exact, and the cache of tokens is trusted only when intact."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -285,3 +286,19 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_not_the_run(tokenizer, t
     (tmp_path / "tokens").write_text("a file where the folder should be")
     assert len(pack(["some text"], tokenizer, length=4, cache=tmp_path)) == 2
     assert "cannot be cached" in caplog.text
+
+
+def test_the_cache_is_for_others_too_and_forgets_what_killed_processes_have_left(tokenizer, tmp_path):
+    old, young = tmp_path / "tokens" / "old.partial", tmp_path / "tokens" / "young.partial"
+    old.parent.mkdir()
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    before = os.umask(0o022)
+    try:
+        pack(["one two three four"], tokenizer, length=2, cache=tmp_path)
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    assert entry.stat().st_mode & 0o777 == 0o644
+    assert young.exists() and not old.exists()

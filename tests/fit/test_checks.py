@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_module, check_optimizer, check_pattern, check_scored, check_steps
+from lit_recon.data.packing import PADDING
+from lit_recon.data.source import Samples
+from lit_recon.fit.checks import check_module, check_optimizer, check_pattern, check_samples, check_scored, check_steps
+from lit_recon.fit.library import prune_and_reconstruct
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.partition import layer_windows
@@ -104,3 +107,32 @@ def test_gradients_in_float16_are_not_clipped_by_a_fused_optimizer() -> None:
         problems = Problems()
         check_optimizer(module(optimizer=partial(torch.optim.AdamW, fused=fused)), problems, clipped=1.0)
         assert [found.partition(" ")[0] for found in problems.found] == told
+
+
+@pytest.mark.parametrize("part", ["calibration", "held-out", "evaluation"])
+def test_a_token_without_a_row_in_the_embedding_is_refused_in_each_part(part: str) -> None:
+    parts = {name: torch.full((2, 4), 63) for name in ("calibration", "held-out", "evaluation")}
+    parts["calibration"][0, -1] = PADDING
+    model = tiny_model("llama")
+    check_samples(model, Samples(*parts.values(), description="x"))
+    parts[part][1, 2] = 64
+    with pytest.raises(
+        ValueError, match=f"the {part} text has the token 64, and the model's embedding 64 rows, 0 to 63"
+    ):
+        check_samples(model, Samples(*parts.values(), description="x"))
+    with pytest.raises(ValueError, match="model's own tokenizer"):
+        prune_and_reconstruct(model, Samples(*parts.values(), description="x"))
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])  # which call it by other names
+def test_samples_longer_than_the_trained_context_are_told_by_setting(
+    shape: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokens = tiny_model(shape), torch.zeros(2, 64, dtype=torch.long)
+    caplog.clear()  # what transformers says of the tiny model
+    check_samples(model, Samples(tokens, tokens, tokens, description="x"))
+    assert not caplog.records
+    longer = torch.zeros(2, 65, dtype=torch.long)
+    check_samples(model, Samples(longer, longer, tokens, description="x"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("data.length=65: longer than the context") and "64 tokens" in caplog.text

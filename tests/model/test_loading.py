@@ -206,6 +206,55 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantisation", "loads"),
+    [
+        ({"sparsity_config": {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4"}}, True),
+        ({"format": "dense", "config_groups": {}}, True),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, False),
+        ({"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, False),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_says_it_is_sparse_loads_where_its_weights_are_stored_as_they_are(
+    folder: Path, quantisation: dict, loads: bool
+) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors"} | quantisation)
+    source = HubModel(name=str(folder))
+    if not loads:
+        assert "quantised" in refusal(source)
+        return
+    source.check()
+    model = source.load()
+    assert not hasattr(model.config, "quantization_config")
+    assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+def test_more_layers_than_the_weights_can_have_are_refused_before_they_are_built(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=1_000_000)
+    assert "num_hidden_layers=1000000, and its weights are 21 tensors at most" in refusal(HubModel(name=str(folder)))
+
+
+def test_tensors_of_other_shapes_are_named_with_both(folder: Path) -> None:
+    edit_json(folder / "config.json", intermediate_size=16)
+    with pytest.raises(
+        ValueError, match=r"6 tensors of its weights have other shapes .*\(16, 32\) instead of \(16, 16\)"
+    ):
+        HubModel(name=str(folder)).load()
+
+
+def test_a_pickle_that_runs_code_is_not_opened(folder: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (tmp_path / "executed").touch, ()
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="torch does not open it, as it is damaged or holds more than tensors"):
+        HubModel(name=str(folder)).load()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"model_type": "nonsense"}, "nonsense"),
@@ -419,6 +468,8 @@ ACCIDENTS = {
     "file gone": lambda folder: (folder / "weights").unlink(),
     "manifest gone": lambda folder: (folder / cache.MANIFEST).unlink(),
     "manifest cut": lambda folder: (folder / cache.MANIFEST).write_text('{"weights": "51'),
+    "empty manifest": lambda folder: (folder / cache.MANIFEST).write_text("{}"),
+    "empty list as manifest": lambda folder: (folder / cache.MANIFEST).write_text("[]"),
     "manifest of another kind": lambda folder: (folder / cache.MANIFEST).write_text("[1]"),
     "bit in the manifest": lambda folder: flip_bit(folder / cache.MANIFEST),
     "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, folder_problems, layer_state
+from lit_recon.model.mapped_files import DenseFiles, checkpoint_files, folder_problems, layer_state, listed_files
 
 FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -224,3 +225,80 @@ def test_what_is_missing_or_damaged_in_a_folder_is_told_together(tmp_path: Path)
     problems = "; ".join(folder_problems(folder))
     for told in ("no config.json", f"no {first.name}, which", f"{second.name} is cut short, damaged"):
         assert told in problems
+
+
+def write_header(path: Path, header: object) -> None:
+    """A safetensors file with a header and 128 bytes of zeros behind it."""
+    made = json.dumps(header).encode()
+    path.write_bytes(len(made).to_bytes(8, "little") + made + bytes(128))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": ["F32"]},
+        {"shape": [32.0]},
+        {"shape": [-32]},
+        {"shape": [True] * 7},
+        {"shape": [31]},
+        {"data_offsets": [-128, 0]},
+        {"data_offsets": [128, 0]},
+        {"data_offsets": [0.0, 128.0]},
+        {"data_offsets": 128},
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_describe_tensors_is_refused_with_what_it_says(tmp_path: Path, change: dict) -> None:
+    path, entry = tmp_path / "model.safetensors", {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}
+    write_header(path, {"norm": entry})
+    assert DenseFiles([path]).names == ["norm"]
+    write_header(path, {"norm": entry | change})
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short, damaged .*'norm'"):
+        DenseFiles([path])
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/x.safetensors", "/x.safetensors", "a\\x.safetensors", "..", "", "x" * 300, 3]
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    for read in (lambda: listed_files(index), lambda: checkpoint_files(str(tmp_path), None, FILES)):
+        with pytest.raises(ValueError, match="expected a name in its own folder"):
+            read()
+
+
+@pytest.mark.parametrize("change", ["written", "cut", "gone"])
+def test_a_model_file_that_changes_during_a_run_ends_it_before_the_commit_and_says_so(
+    run_on: Callable[..., Ended], tmp_path: Path, change: str
+) -> None:
+    folder = saved("llama", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    Path("spoiler.py").write_text(
+        "from pathlib import Path\nfrom lightning import Callback\n\n\nclass Spoiler(Callback):\n"
+        "    def on_train_end(self, trainer, module):\n"
+        f"        path = Path({str(weights)!r})\n"
+        f"        if {change!r} == 'gone':\n            path.unlink(missing_ok=True)\n"
+        f"        elif {change!r} == 'cut':\n            path.open('r+b').truncate(path.stat().st_size - 4)\n"
+        "        else:\n            path.write_bytes(path.read_bytes())\n"
+    )
+    ended = run_on(folder, "+trainer.callbacks=[{_target_:spoiler.Spoiler}]")
+    assert ended.status == 1 and "Traceback" not in ended.err, ended
+    said = " ".join(ended.err.split())
+    assert str(weights) in said and "window block_00 is not kept" in said and "resume=run" in said
+    assert not list(Path("run").glob("commits/*.json"))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="maps keep no file open")
+def test_too_few_open_files_are_told_with_a_remedy(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    (path,) = folder.glob("*.safetensors")
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom lit_recon.model.mapped_files import DenseFiles\n"
+        "files = DenseFiles([Path(sys.argv[1])])\nkept = []\nresource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))\n"
+        "try:\n    while True:\n        kept.append(files.tensors(files.names[:1]))\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "too few files open at once" in ended.stdout and "ulimit -n" in ended.stdout, ended.stderr

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import EVERY_SHAPE, model_of
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_recon.model.architectures import compose, support, tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.halves import split_layer
 from lit_recon.model.head import Head
-from lit_recon.model.partition import layer_windows, partition
+from lit_recon.model.partition import Partition, layer_windows, partition
 from lit_recon.model.windows import HalfWindow, Window
 
 REFUSED = {"bloom", "mpt", "opt_post_norm", "minimax", "gemma4_moe"}  # their halves
@@ -254,3 +254,35 @@ def test_the_support_row_of_a_mixture_says_that_its_routers_stay_dense() -> None
     row = support("mixtral")
     found = row["halves"], row["matrix"], row["half"], row["remarks"]
     assert found == ("sequential", "yes", "yes", "routers stay dense")
+
+
+def test_a_parameter_that_stands_in_two_layers_or_outside_of_them_too_is_refused_without_weights() -> None:
+    for share in ("layer", "outside"):
+        model = tiny_model("llama")
+        layers = model.model.layers
+        if share == "layer":
+            layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+            other = r"model\.layers\.2\.mlp\.up_proj\.weight"
+        else:
+            model.extra = layers[0].mlp.up_proj
+            other = r"extra\.weight"
+        with pytest.raises(ValueError, match=rf"model\.layers\.0\.mlp\.up_proj\.weight and {other} are one parameter"):
+            Partition().check(model)
+
+
+@pytest.mark.skipif("zamba2" not in CONFIG_MAPPING, reason="the installed transformers does not know Zamba2")
+def test_the_shared_blocks_of_zamba2_are_found_in_its_skeleton() -> None:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    kinds = {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1}
+    mamba = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "attention_head_dim": 16}
+    config = AutoConfig.for_model("zamba2", **sizes, **kinds, **mamba)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="shared_transformer.* are one parameter"):
+        Partition().check(model)

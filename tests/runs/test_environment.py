@@ -61,8 +61,8 @@ def test_arguments_of_the_trainer_in_the_environment_are_refused_since_no_config
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("trainer.enable_checkpointing=true", "trainer.enable_checkpointing=True: a run has its own resume points"),
-        ("trainer.enable_checkpointing=abc", "trainer.enable_checkpointing=abc: a run has its own resume points"),
+        ("trainer.enable_checkpointing=true", "trainer.enable_checkpointing=True: expected false; a run commits"),
+        ("trainer.enable_checkpointing=abc", "trainer.enable_checkpointing=abc: expected false; a run commits"),
         ("+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.ModelCheckpoint}]", "ModelCheckpoint"),
         ("+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.OnExceptionCheckpoint,dirpath:.}]", "Checkpoint"),
     ],
