@@ -69,7 +69,7 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float)
     if kind is int:
         return type(value) is int
-    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
     if kind is not str and issubclass(kind, Iterable) and not issubclass(kind, Mapping):
         return isinstance(value, (list, tuple)) and all(fits(one, of[0]) for one in value if of)

@@ -309,7 +309,7 @@ def _add_failure(error: Exception, name: str, target: str, problems: Problems) -
             "where the file is in the working directory or the package is installed.",
             error,
         )
-    elif type(cause) is ValueError and target.startswith("lit_recon."):
+    elif cause is error and type(cause) is ValueError and target.startswith("lit_recon."):
         problems.add(str(cause), error)  # names its setting
     else:
         kind = PARTS.get(name)

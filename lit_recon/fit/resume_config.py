@@ -38,7 +38,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
     if (folder / "results.json").is_file() and not overwriting:
         raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
-    before = _saved(folder, NEXT_CONFIG if overwriting else "config.yaml")
+    before = saved_config(folder, NEXT_CONFIG if overwriting else "config.yaml")
     words = given()
     if "output_dir" in words and Path(str(cfg.output_dir)).absolute() != folder.absolute():
         raise ValueError(
@@ -64,7 +64,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     return before
 
 
-def _saved(folder: Path, name: str) -> DictConfig:
+def saved_config(folder: Path, name: str) -> DictConfig:
     """The configuration in a run's folder; where it is damaged, that which the newest commit was made with.
 
     Raises:

@@ -89,7 +89,7 @@ def check_call(cfg: DictConfig, problems: Problems, *, only: Sequence[str] = tup
     """The settings of the run itself but for those that are missing or of a wrong type, which are added as problems."""
     found: dict[str, Any] = {}
     for name, hint in ((name, CALL[name]) for name in only):
-        if name not in cfg:
+        if name not in cfg.keys():  # also one of no value
             problems.add(f"{name}: a run needs it; leave ~{name} out.")
             continue
         try:

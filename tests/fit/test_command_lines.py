@@ -93,7 +93,9 @@ def problem(line: list[str], ended: Ended, left: list[str]) -> str | None:
     if left:
         return f"left {left}"
     names = {re.split(r"[=@]", word)[0].lstrip("+~") for word in line} | {word.strip() for word in line}
-    names |= {part for name in names for part in (name.rpartition(".")[0], name.partition(".")[0]) if part} - {""}
+    names |= {
+        part for name in names for part in (name.rpartition(".")[0], name.partition(".")[0], name.rpartition(".")[2])
+    } - {""}
     if ended.status == 2 and not any(name in ended.err for name in names if name not in ("", "plan")):
         return "no setting is named"
     return None

@@ -1,0 +1,99 @@
+"""A resumed run has the configuration of its folder, damaged or not, and nothing runs that only that folder names."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ended
+from omegaconf import OmegaConf
+
+from lit_recon.fit.resume_config import check_targets, saved_config
+from lit_recon.system.commits import Commits
+
+DAMAGED = {
+    "empty": "",
+    "zeros": "\0" * 200,
+    "a list": "- 1\n- 2\n",
+    "a number": "5\n",
+    "a tab": "a:\n\tb: 1\n",
+    "an alias": "a: *b\n",
+    "half": None,
+}
+
+
+def folder_of(tmp_path: Path, content: str) -> Path:
+    """A run of which one window was done, with this configuration."""
+    (tmp_path / "config.yaml").write_text(content)
+    commits = Commits(tmp_path / "commits")
+    commits.commit(1, {"signature": {"config": {"seed": 7}}}, [])
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_configuration_is_that_of_the_newest_commit(damage: str, tmp_path: Path) -> None:
+    content = "seed: 1\nmodel: {name: 'a" if DAMAGED[damage] is None else DAMAGED[damage]
+    assert saved_config(folder_of(tmp_path, content), "config.yaml") == {"seed": 7}
+    for path in (tmp_path / "commits").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"resume=.*config\.yaml is damaged \(.*overwrite=true"):
+        saved_config(tmp_path, "config.yaml")
+
+
+@pytest.mark.parametrize("damage", ["half"])
+def test_a_run_with_a_damaged_configuration_is_resumed_or_refused_in_one_message(
+    run_once: Callable[..., Ended], command: Callable[..., Ended], damage: str
+) -> None:
+    run_once("stop_after=1")
+    whole = Path("run/config.yaml").read_text()
+    Path("run/config.yaml").write_text(whole[: len(whole) // 2] if damage == "half" else DAMAGED[damage] or "")
+    ended = command("resume=run", "plan=true")
+    assert ended.status == 0, ended.err
+    assert "config.yaml is damaged" in ended.out
+    for path in Path("run/commits").iterdir():
+        path.unlink()
+    ended = command("resume=run")
+    assert ended.status == 2 and "resume=run: config.yaml is damaged" in ended.err and "Traceback" not in ended.err
+
+
+def test_another_output_folder_is_refused(run_once: Callable[..., Ended], command: Callable[..., Ended]) -> None:
+    run_once("stop_after=1")
+    ended = command("resume=run", "output_dir=other")
+    assert ended.status == 2 and "resume=run output_dir=other" in ended.err
+
+
+EXPECTED = (
+    "lit_recon.modules.masked_weights.MaskedWeights",
+    "lit_recon.modules.losses.mean_squared",
+    "torch.optim.SGD",
+    "torch.nn.functional.mse_loss",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "transformers.get_cosine_schedule_with_warmup",
+    "mine_to_be_trusted.Mine",
+)
+FOREIGN = (
+    *("os.system", "builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load", "pickle.loads"),
+    *("lit_recon.system.cache.os.system", "mine_to_be_trusted.os.system", "subprocess.Popen", "hydra.utils.call"),
+    *("lit_recon.fit.run.run", "transformers.AutoModelForCausalLM.from_pretrained", "torch.optim.optimizer.torch.load"),
+)
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a file in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("mine_to_be_trusted.py").write_text("import os\n\n\nclass Mine: ...\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", EXPECTED)
+def test_what_is_expected_of_a_run_may_run(own_file: Path, target: str) -> None:
+    check_targets(Path("run"), OmegaConf.create({"a": {"_target_": target}}), trusted=set())
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_anything_else_is_refused_unless_the_command_line_names_it_too(own_file: Path, target: str) -> None:
+    config = OmegaConf.create({"a": {"b": [{"_target_": target}]}})
+    with pytest.raises(ValueError, match=rf"resume=run: .*a\.b\.0\._target_={target}, which is neither"):
+        check_targets(Path("run"), config, trusted=set())
+    check_targets(Path("run"), config, trusted={target})
