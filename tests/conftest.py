@@ -227,6 +227,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of complete runs come first: what takes longest must not be left to one process at the end."""
+    items.sort(key=lambda item: (item.path.parent.name != "runs", item.path.name != "test_kill.py"))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test sees or fills the user's cache."""

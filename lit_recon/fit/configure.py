@@ -130,7 +130,8 @@ def prepare(cfg: DictConfig) -> Job:
         check_model(skeleton, method)
     with concerning(given_of("module")):
         check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
-    _rehearse(chosen, skeleton)
+    if call["resume"] is None:  # that run was rehearsed when it began; what has changed since is refused
+        _rehearse(chosen, skeleton)
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
@@ -196,14 +197,11 @@ def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
         named = {name: name.startswith(NOT_REHEARSED) and name not in COUNTS for name in given()}
         words = [word for name, word in given().items() if not named[name]]
         others = [word for word in given().values() if word not in words]
-        if chosen.call["resume"] is not None:
-            guilty = given_of("resume")
-        elif not _passes(others, skeleton):
+        if not _passes(others, skeleton):
             log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
             return
-        else:
-            without = {word: [*others, *(one for one in words if one != word)] for word in reversed(words)}
-            guilty = next((word for word, left in without.items() if _passes(left, skeleton)), " ".join(words))
+        without = {word: [*others, *(one for one in words if one != word)] for word in reversed(words)}
+        guilty = next((word for word, left in without.items() if _passes(left, skeleton)), " ".join(words))
         raise ValueError(
             f"{guilty}: a training step on a tiny model of this class ends in: {in_words(error).strip(' .')}. Expected "
             "what windows can be trained with; give another value or leave it out (HYDRA_FULL_ERROR=1 shows where)."

@@ -63,9 +63,6 @@ class WheelModel(LanguageModel):
     def __post_init__(self) -> None:
         """What a configuration says as mappings becomes wheels, which name the model."""
         self._wheels = [Wheel(**wheel) for wheel in self.wheels]
-        for wheel in self._wheels:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", wheel.package):
-                raise ValueError(f"model.wheels: package={wheel.package!r} is no name of a package.")
         first, more = self._wheels[0], self._wheels[1:]
         file, dot, _ = PurePosixPath(first.member).name.partition(".gguf")  # a piece may end in .gguf.part00
         self._file = file if dot else None

@@ -490,7 +490,8 @@ def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str,
     trained = module()(window, {}, variance)
     trained.log = lambda *_, **__: None
     for rows in ([0, 1], [1, 2], [0, 2], [0]):
-        loss = trained.training_step(data.batch(torch.tensor(rows), CPU.device), 0)
+        batch = data.batch(torch.tensor(rows), CPU.device)
+        loss = trained.training_step(batch, 0) / batch.weight
         expected_loss = torch.cat([squares[row] for row in rows]).mean() / variance
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
 
@@ -512,7 +513,8 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     window.requires_grad_(True)
     trained = module()(window, {}, 1.0)
     trained.log = lambda *_, **__: None
-    loss = trained.training_step(data.batch(torch.tensor([1, 2]), CPU.device), 0)
+    batch = data.batch(torch.tensor([1, 2]), CPU.device)
+    loss = trained.training_step(batch, 0) / batch.weight
     gradients = torch.autograd.grad(loss, window.trained())
     errors = []
     for row in (1, 2):

@@ -7,7 +7,7 @@ import pytest
 from conftest import Ended
 from omegaconf import OmegaConf
 
-from lit_recon.fit.resume_config import check_targets, saved_config
+from lit_recon.fit.resume_config import check_trusted, saved_config
 from lit_recon.system.commits import Commits
 
 DAMAGED = {
@@ -88,12 +88,12 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("target", EXPECTED)
 def test_what_is_expected_of_a_run_may_run(own_file: Path, target: str) -> None:
-    check_targets(Path("run"), OmegaConf.create({"a": {"_target_": target}}), trusted=set())
+    check_trusted(Path("run"), OmegaConf.create({"a": {"_target_": target}}), trusted=set())
 
 
 @pytest.mark.parametrize("target", FOREIGN)
 def test_anything_else_is_refused_unless_the_command_line_names_it_too(own_file: Path, target: str) -> None:
     config = OmegaConf.create({"a": {"b": [{"_target_": target}]}})
     with pytest.raises(ValueError, match=rf"resume=run: .*a\.b\.0\._target_={target}, which is neither"):
-        check_targets(Path("run"), config, trusted=set())
-    check_targets(Path("run"), config, trusted={target})
+        check_trusted(Path("run"), config, trusted=set())
+    check_trusted(Path("run"), config, trusted={target})

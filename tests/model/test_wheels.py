@@ -316,5 +316,5 @@ def test_a_cache_folder_that_cannot_be_written_is_named(index: Path, monkeypatch
 
 @pytest.mark.parametrize("package", ["--index-url=https://elsewhere", "-e .", "../folder", "a @ https://elsewhere"])
 def test_what_is_no_package_name_is_refused(package: str) -> None:
-    with pytest.raises(ValueError, match=r"model\.wheels: package=.* is no name of a package"):
+    with pytest.raises(ValueError, match=r"model\.wheels: package=.* is not the package of a wheel"):
         WheelModel(wheels=[{"package": package, "version": "1", "sha256": "", "member": "tiny.gguf"}])

@@ -39,7 +39,7 @@ def test_a_run_leaves_exactly_the_promised_files(tiny_run: Callable[..., Ended],
     names = {path.name for path in Path("run").iterdir()}
     files = {"config.yaml", "results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"}
     assert names == files
-    assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert len(list(Path("run/tensorboard").iterdir())) == 2  # curves, final numbers
     assert {path.suffix for path in Path("run/figures").iterdir()} == {".png"}
 
 
@@ -432,7 +432,7 @@ def test_a_second_run_is_refused_until_it_may_overwrite_and_then_leaves_nothing_
     assert "overwrite=true" in refused.err
     assert content(Path("run")) == before
     assert tiny_run("overwrite=true", "seed=5").status == 0
-    assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert len(list(Path("run/tensorboard").iterdir())) == 2  # curves, final numbers
 
 
 def test_a_folder_whose_weights_lack_tensors_gets_status_2_one_message_and_nothing_is_written(

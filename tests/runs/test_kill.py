@@ -77,8 +77,13 @@ def counted(
     return found(run), ended.steps
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [
+        *((kind, 10 if kind == "block" else 30) for kind in SETTINGS),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in SETTINGS),
+    ],
+)
 def test_a_run_that_is_killed_before_any_operation_ends_with_the_same_bytes(
     launcher: Launcher, go: Callable[..., Ended], tmp_path: Path, kind: str, every: int
 ) -> None:
@@ -138,10 +143,12 @@ def test_what_is_to_be_overwritten_is_there_until_it_is_cleared_and_then_the_new
             (Path("run") / "config.next.yaml.partial").unlink(missing_ok=True)
             assert content(Path("run")).items() >= content(Path("old")).items()
             ended = go("run")
-            assert ended.status == (2 if finished else 0), ended  # goes on with what was there
+            assert ended.status == 0, ended  # goes on with what was there, or draws its report
             assert json.loads(Path("run/results.json").read_text())["seed"] == 0
         else:
-            assert not Path("run/results.json").exists() and not Path("run/commits").exists()
+            if die_at > 3:
+                assert not Path("run/results.json").exists() and not Path("run/commits").exists()
+            assert die_at > 4 or Path("run/config.next.yaml").exists()
             ended = go("run")
             assert ended.status == 0, ended
             assert found(Path("run")) == found(Path("whole")), die_at

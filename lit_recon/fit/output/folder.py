@@ -174,28 +174,28 @@ def begun(output: Output, config: str) -> Iterator[None]:
         Refusal: Another process holds the folder, or has changed what is in it.
     """
     folder, own = output.folder, output.folder / "config.yaml"
-    with held(folder):
-        if not output.named_by_time and folder_state(folder) != output.found:
-            setting = "resume" if output.resume else "output_dir"
-            holds = "a finished run" if (folder / "results.json").is_file() else "another run"
-            raise Refusal(
-                f"{setting}={folder} holds {holds} since this command began: another process has worked there. Nothing "
-                "was changed; look at what is there now, and start again."
-            )
-        new = not own.exists()
-        if new:
-            _write(own, config)
-        earlier = folder_state(folder)
-        try:
-            yield
-        except Refusal:
+    try:
+        with held(folder):
+            if not output.named_by_time and folder_state(folder) != output.found:
+                setting = "resume" if output.resume else "output_dir"
+                holds = "a finished run" if (folder / "results.json").is_file() else "another run"
+                raise Refusal(
+                    f"{as_argument(setting, folder)} holds {holds} since this command began: another process has "
+                    "worked there. Nothing was changed; look at what is there now, and start again."
+                )
+            new = not own.exists()
             if new:
-                own.unlink()
-            raise
-        except KeyboardInterrupt as stop:
-            if not new and not output.resume and folder_state(folder) == earlier:
-                raise type(stop)(f"{folder} holds the earlier run as it was") from stop
-            raise
+                _write(own, config)
+            try:
+                yield
+            except Refusal:
+                if new:
+                    own.unlink()
+                raise
+    except KeyboardInterrupt as stop:
+        if not output.resume and own.is_file() and folder_state(folder) == output.found:
+            raise type(stop)(f"{folder} holds the earlier run as it was") from stop
+        raise
 
 
 @contextmanager
