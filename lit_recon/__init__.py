@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lit_recon.pruning.patterns import Unstructured as Unstructured
     from lit_recon.reconstruction.window_fit import WindowResult as WindowResult
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _MODULES = {
     "activations.datamodule": ("Batch",),
