@@ -40,7 +40,9 @@ def signature(job: Job) -> dict[str, Any]:
         "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
         "compute": {"device": job.execution.compute.device.type, "precision": job.execution.compute.precision},
-        "code": {name: _hash(path) for name, path in _code(job.output.config).items()},
+        "code": {
+            name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in _code(job.output.config).items()
+        },
         "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in _LIBRARIES},
     }
 
@@ -89,13 +91,19 @@ def _code(config: Mapping[str, Any]) -> dict[str, Path]:
         for path in sorted(_PACKAGE.rglob("*.py"))
         if "report" not in path.parts[len(_PACKAGE.parts) :]  # computes nothing
     }
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = tuple(
+        os.path.join(folder, "")
+        for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        for folder in {sysconfig.get_path(name), os.path.realpath(sysconfig.get_path(name))}
+    )
     loaded = {}
     for name, module in list(sys.modules.items()):
-        path = Path(getattr(module, "__file__", None) or "").resolve()
-        apart = name != "__main__" and not any(folder in path.parents for folder in (*installed, _PACKAGE))
-        if apart and path.suffix == ".py" and path.is_file() and not {"site-packages", "dist-packages"} & {*path.parts}:
-            loaded[name] = path
+        file = getattr(module, "__file__", None) or ""
+        if file.endswith(".py") and not file.startswith(installed) and name != "__main__":
+            path = Path(file).resolve()  # of the few that are left: it asks the disk for each folder of the path
+            installed_elsewhere = {"site-packages", "dist-packages"} & {*path.parts}
+            if path.is_file() and not installed_elsewhere and _PACKAGE not in path.parents:
+                loaded[name] = path
     return package | loaded | named
 
 
