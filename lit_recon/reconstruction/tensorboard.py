@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_recon.report.run_files import finite_or_nan
 from lit_recon.system.atomic_files import make_folder
+from lit_recon.system.signals import protected
 
 _OF_RESULTS = ".results"  # ends the name of the event file with what results.json says
 
@@ -53,7 +54,8 @@ class RunLogger(TensorBoardLogger):
     def end_window(self) -> None:
         """From here on metrics have their own names and steps."""
         self._window, self._offset = "", 0
-        self.experiment.flush()
+        with protected():
+            self.experiment.flush()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -66,7 +68,8 @@ class RunLogger(TensorBoardLogger):
         self.last_step = max(self.last_step, step) if self._window else self.last_step
         named = {self._window + name: value for name, value in metrics.items() if name != "epoch"}
         try:
-            super().log_metrics(named, step)
+            with protected():  # an interruption within the queue of TensorBoard's thread would keep its lock for ever
+                super().log_metrics(named, step)
         except ValueError as error:  # Lightning says of all that can go wrong that the value cannot be logged
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None

@@ -1,6 +1,8 @@
 """TensorBoard's files, read back by its own reader: names in order, steps that do not overlap, curves as trained."""
 
 import itertools
+import queue
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.report.run_files import read_curves
+from lit_recon.system.signals import stoppable
 
 NAMES = ["block_00", "block_01", "block_02"]
 
@@ -147,3 +150,26 @@ def test_a_file_where_the_folder_shall_be_is_replaced(tmp_path: Path) -> None:
     log_window(log, "block_00")
     log.close()
     assert curves(tmp_path)["block_00/loss/train"]
+
+
+@pytest.mark.parametrize("during", ["put", "join"])
+def test_a_signal_waits_while_tensorboards_queue_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    log = RunLogger(tmp_path)
+    log.start_window("block_00")
+    whole, ended = getattr(queue.Queue, during), []
+
+    def interrupted(self: queue.Queue, *given: object) -> None:
+        with self.mutex:
+            signal.raise_signal(signal.SIGINT)
+        whole(self, *given)
+        ended.append(True)
+
+    with stoppable(), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(queue.Queue, during, interrupted)
+        log.log_metrics({"loss/train": 1.0}, 0)
+        log.end_window()
+    assert ended
+    log.close()
+    assert read_curves(tmp_path)["block_00/loss/train"] == [(0, 1.0)]
