@@ -213,6 +213,23 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
+def run_to_the_end(main: Callable[[], None], last: Callable[[], object] = lambda: None) -> None:
+    """The command in a forked process, which ends with its status, after what is to be done last."""
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        last()
+        os._exit(status)
+
+
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
     from lit_recon.fit import __main__ as fit
@@ -230,19 +247,7 @@ def _child(request: Mapping[str, Any]) -> None:
     steps = _Steps(request, said)
     if request["die_at"] or request["fail_at"] or request["snapshots"]:
         steps.install()
-    status = 1
-    try:
-        fit.main()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        Path(f"{said}.steps").write_text(str(steps.count))
-        os._exit(status)
+    run_to_the_end(fit.main, lambda: Path(f"{said}.steps").write_text(str(steps.count)))
 
 
 def _import_everything() -> None:

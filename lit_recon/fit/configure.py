@@ -29,8 +29,7 @@ from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writabl
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
-from lit_recon.fit.resume_config import targets
-from lit_recon.fit.settings import check_call, expand_home, given, given_of
+from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
@@ -143,7 +142,7 @@ def prepare(cfg: DictConfig) -> Job:
         store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
     output = Output(
         folder=folder,
-        config=_plain(cfg),
+        config=plain(cfg),
         resume=call["resume"] is not None,
         plan_only=call["plan"],
         found=found,
@@ -318,7 +317,7 @@ def _add_failure(error: Exception, name: str, target: str, problems: Problems) -
 def _trainer_settings(cfg: DictConfig, problems: Problems) -> dict[str, Any]:
     """The settings of the Trainer, or none with a problem."""
     try:
-        settings = _plain(cfg.get("trainer"))
+        settings = plain(cfg.get("trainer"))
     except OmegaConfBaseException:
         return {}  # told of with the part
     if not isinstance(settings, dict):
@@ -347,7 +346,7 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
         else:
             problems.check(check_output, Path(call["output_dir"]), overwrite=call["overwrite"], about=with_folder)
     if all(parts.values()) and "output_dir" in call:
-        problems.check(check_inputs, Path(call["output_dir"]), _plain(cfg))
+        problems.check(check_inputs, Path(call["output_dir"]), plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
     if "seed" in call and not 0 <= call["seed"] < 2**31:
@@ -360,7 +359,3 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
 def _named_by_time(cfg: DictConfig) -> bool:
     """Whether the output folder's name is made of the time."""
     return "${now:" in str(cfg._get_node("output_dir"))
-
-
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

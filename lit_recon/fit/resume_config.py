@@ -7,15 +7,13 @@ files of the user's own working directory run; what the command line names itsel
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lit_recon.fit.output.folder import NEXT_CONFIG
-from lit_recon.fit.settings import CALL, given
+from lit_recon.fit.settings import CALL, given, plain, targets
 from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.system.commits import Commits
 
@@ -35,7 +33,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     folder = Path(cfg.resume)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
-    overwriting = (folder / NEXT_CONFIG).is_file()  # it ended before it had begun to
+    overwriting = (folder / NEXT_CONFIG).is_file()  # it ended while it cleared the folder: nothing else counts there
     if (folder / "results.json").is_file() and not overwriting:
         raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
     before = saved_config(folder, NEXT_CONFIG if overwriting else "config.yaml")
@@ -48,13 +46,11 @@ def resumed(cfg: DictConfig) -> DictConfig:
     changed = [
         f"{where} is {old!r} there and {new!r} here"
         for key in sorted({key.split("/")[0] for key in words} - {*OF_THE_CALL})
-        for where, old, new in differences(
-            _plain(OmegaConf.select(before, key)), _plain(OmegaConf.select(cfg, key)), key
-        )
+        for where, old, new in differences(plain(OmegaConf.select(before, key)), plain(OmegaConf.select(cfg, key)), key)
     ]
     if changed:
         raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
-    check_trusted(folder, before, trusted={str(value) for _, value in targets(_plain(cfg), "") if value})
+    check_trusted(folder, before, trusted={str(value) for _, value in targets(plain(cfg)) if value})
     for key in OF_THE_CALL:
         if key in words or key in OF_ONE_CALL or key not in before:
             OmegaConf.update(before, key, cfg[key], force_add=True)
@@ -100,7 +96,7 @@ def check_trusted(folder: Path, config: DictConfig, *, trusted: set[str]) -> Non
     Raises:
         ValueError: It names something else than is expected of a run.
     """
-    for setting, target in targets(OmegaConf.to_container(config), ""):
+    for setting, target in targets(OmegaConf.to_container(config)):
         if target not in trusted and not _is_expected(target):
             raise ValueError(
                 f"resume={folder}: its configuration names {setting}={target}, which is neither a class of lit_recon, "
@@ -126,17 +122,3 @@ def _is_expected(target: str) -> bool:
     if here in file.absolute().parents and "site-packages" not in file.parts:
         return defined.partition(".")[0] not in sys.stdlib_module_names
     return any(f"{defined}.".startswith(f"{name}.") for name in (CLASSES if inspect.isclass(found) else FUNCTIONS))
-
-
-def targets(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The dotted paths in a configuration, with the settings that give them."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        below = f"{name}.{key}" if name else str(key)
-        if key == "_target_":
-            yield below, str(value)
-        else:
-            yield from targets(value, below)
-
-
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

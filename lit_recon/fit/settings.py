@@ -3,7 +3,7 @@
 Those of the parts (model, data, ...) have their types from the annotations of what they are given to (annotations.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,26 @@ TEXTS = (  # a number among these is a name: output_dir=2024, model.revision=5e1
     "data.field",
     "data.data_files",
 )
+
+
+def plain(node: Any) -> Any:
+    """What a node of a configuration holds, as lists, dictionaries and values."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def texts(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting below a node that is a text, with its value."""
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        below = f"{name}.{key}" if name else str(key)
+        if isinstance(value, str):
+            yield below, value
+        elif isinstance(value, (Mapping, list, tuple)):
+            yield from texts(value, below)
+
+
+def targets(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted paths of classes and functions below a node, with the settings that give them."""
+    return ((setting, path) for setting, path in texts(node, name) if setting.rpartition(".")[2] == "_target_")
 
 
 def given() -> dict[str, str]:

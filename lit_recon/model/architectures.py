@@ -184,13 +184,18 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, **attention)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() >= 2:
-                    parameter.normal_(0, 0.2)
-                else:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        large_weights(model)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def large_weights(model: PreTrainedModel) -> None:
+    """Draw weights of a tiny model so that its layers matter, and norms that are not the identity."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(0, 0.2)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from lit_recon.model.architectures import large_weights
+
 _TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
 _TEXT |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _TEXT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -76,10 +78,5 @@ def tiny_multimodal(kind: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **MULTIMODAL[kind]))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() >= 2:
-                    parameter.normal_(0, 0.2)
-                else:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        large_weights(model)
     return model.eval()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import content, numbers, tiny_settings
+from launcher import run_to_the_end
 
 from lit_recon.fit import __main__ as fit
 from lit_recon.system import atomic_files
@@ -125,18 +126,7 @@ def _child(arguments: list[str], disk: Disk, said: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["fit", *arguments]
     disk.install()
-    status = 1
-    try:
-        fit.main()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    run_to_the_end(fit.main)
 
 
 def found(run: Path) -> dict[str, object]:

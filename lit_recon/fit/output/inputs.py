@@ -10,6 +10,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from lit_recon.fit.output.folder import ACTIVATIONS, RUN_FILES
+from lit_recon.fit.settings import targets, texts
 from lit_recon.system.cache import cache_folder
 
 OUTPUTS = ("output_dir", "resume", "hydra")  # settings that name no input
@@ -32,8 +33,8 @@ def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:
 def own_files(config: Mapping[str, Any]) -> dict[str, Path]:
     """The files of the classes and functions that a configuration names, except those of installed packages."""
     found = {}
-    for key, value in _settings(config):
-        if key.rpartition(".")[2] == "_target_" and not value.startswith("lit_recon."):
+    for _, value in targets(config):
+        if not value.startswith("lit_recon."):
             path = _source(value)
             if path and not {"site-packages", "dist-packages"} & {*path.parts}:
                 found[value] = path
@@ -45,25 +46,13 @@ def _inputs(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     yield "LIT_RECON_CACHE", cache_folder()
     for name, path in own_files(config).items():
         yield f"_target_={name}", path
-    for key, value in _settings(config):
+    for key, value in texts(config):
         if key.partition(".")[0] not in OUTPUTS and "\0" not in value:
             path = Path(os.path.expanduser(value))  # these two take any text, as Path's methods do not
             while any(mark in path.name for mark in "*?["):  # of a pattern, the folder in which it is looked for
                 path = path.parent
             if value and os.path.exists(path):
                 yield key, path
-
-
-def _settings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Name and value of each setting that is a text."""
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from _settings(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _settings(value, key)
-    elif isinstance(node, str):
-        yield key, node
 
 
 def _source(target: str) -> Path | None:
