@@ -8,7 +8,6 @@ loads: pruned and reconstructed as far as it came, dense from there.
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.mapped_files import DenseFiles, layer_state
-from lit_recon.system.atomic_files import publish, replaced, replaced_folder
+from lit_recon.system.atomic_files import publish, remove, replaced, replaced_folder
 from lit_recon.system.quiet_libraries import no_progress_bars
 from lit_recon.system.tensor_files import write_tensors
 
@@ -106,15 +105,16 @@ class ShardedFolder:
     def mend(self, tokenizer: PreTrainedTokenizerBase | Companions, done: Collection[int]) -> None:
         """Return all but the shards of the layers that are `done` to what `start` wrote: they may have been changed."""
         scratch = self.folder.with_name(f"{self.folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+        remove(scratch)  # left by a process that was killed
         scratch.mkdir()
         self._write_companions(scratch, tokenizer)
         _write_text(scratch / INDEX, self._index())
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             target = self.folder / path.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        shutil.rmtree(scratch)
+            with replaced(target) as file:  # which syncs it
+                file.write(path.read_bytes())
+        remove(scratch)
         of_done = {self._shard(index) for index in done}
         for shard, names in self._shards().items():
             if shard not in of_done and not self._is_dense(self.folder / shard, names):
