@@ -325,7 +325,7 @@ def test_a_chain_in_float32_files_is_the_one_in_memory(
         expected, found = memory.start(position), files.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
         assert torch.equal(found.targets_STD, expected.targets_STD)
-        assert found.variance() == expected.variance()
+        assert found.unit() == expected.unit()
         behind, expected_behind = files.end(position), memory.end(position)
         assert set(behind) == set(expected_behind)
         assert all(torch.equal(behind[name], expected_behind[name]) for name in behind)
@@ -397,7 +397,7 @@ def test_bfloat16_files_cost_no_more_than_their_rounding(
         for (inputs_BTD, targets_BTD), batch in zip(batches(expected), batches(found), strict=True):
             assert batch[0].dtype == batch[1].dtype == torch.float32
             worst = max(worst, off(batch[0], inputs_BTD), off(batch[1], targets_BTD))
-        assert found.variance() == pytest.approx(expected.variance(), rel=0.01)
+        assert found.unit() == pytest.approx(expected.unit(), rel=0.01)
         memory.end(position)
         files.end(position)
     # A rounding to bfloat16 is off by 2**-9 at most, 0.0011 rms; those of up to eight windows follow each other.
@@ -410,7 +410,7 @@ def test_a_pass_leaves_no_samples_in_memory(tmp_path: Path) -> None:
     walk = Walk("parallel halves", tokens_ST, VALID[2], store=DiskStore(tmp_path, torch.float32))
     for position in range(2):
         data = walk.start(position)
-        data.variance()
+        data.unit()
         assert sum(len(rows_B) for rows_B, *_ in data.data_module(seed=0).train_dataloader()) == CALIBRATION
         size = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert resident(tmp_path) < size / 4, "the system maps some pages around those that are asked for"
@@ -533,7 +533,7 @@ def test_a_restored_chain_goes_on_bit_for_bit(
         expected, found = walk.start(position), other.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
         assert torch.equal(found.targets_STD, expected.targets_STD)
-        assert found.variance() == expected.variance()
+        assert found.unit() == expected.unit()
         behind, expected_behind = other.end(position), walk.end(position)
         assert set(behind) == set(expected_behind)
         assert all(torch.equal(behind[name], expected_behind[name]) for name in behind)
@@ -583,11 +583,12 @@ def test_recomputed_targets_are_the_kept_ones(case: str, propagation: Propagatio
         for rows in ([2, 0], [1]):
             batch = found.batch(torch.tensor(rows), CPU.device)
             assert off(batch.targets_BTD, expected.targets_STD[rows]) < 1e-6
-        assert found.variance() == pytest.approx(expected.variance(), rel=1e-9)
+        assert found.unit() == pytest.approx(expected.unit(), rel=1e-9)
         errors, expected_errors = (
             one.errors(walk.windows[position], 1.0) for one, walk in ((found, made), (expected, kept))
         )
-        assert errors == pytest.approx(expected_errors, rel=1e-6) and min(errors) > 1e-6
+        for one, other in zip(errors, expected_errors, strict=True):
+            assert one == pytest.approx(other, rel=1e-6) and min(one) > 1e-6
         assert all(torch.equal(*pair) for pair in zip(trained, window.parameters(), strict=True))
         behind, expected_behind = made.end(position), kept.end(position)
         assert all(torch.equal(behind[name], expected_behind[name]) for name in expected_behind)
@@ -608,7 +609,7 @@ def test_recomputed_targets_of_padded_samples_are_the_kept_ones_where_there_is_t
         batch = found.batch(torch.tensor([1, 2]), CPU.device)
         rows_ND = torch.cat([expected.targets_STD[1, :5], expected.targets_STD[2, :9]])
         assert off(batch.text(batch.targets_BTD), rows_ND) < 1e-6
-        assert found.variance() == pytest.approx(expected.variance(), rel=1e-6)
+        assert found.unit() == pytest.approx(expected.unit(), rel=1e-6)
         kept.end(position)
         made.end(position)
 
