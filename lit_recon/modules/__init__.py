@@ -1,5 +1,6 @@
 """LightningModules that reconstruct a window, one file each; `module._target_` chooses, also one of your own.
 
+trained.py              what a module trains and changes of its window
 masked_weights.py       gradient descent on the weights that pruning left
 least_squares.py        the exact minimiser for one matrix
 conjugate_gradients.py  its solver

@@ -13,7 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -71,6 +71,14 @@ class MaskedWeights(LightningModule):
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
             self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
 
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained: the window's own parameters."""
+        return self.window.own_parameters()
+
+    def changed(self) -> list[nn.Parameter]:
+        """What is changed of the window: what is trained."""
+        return self.trained()
+
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
         return self.window(batch.inputs_BTD, batch.calls)
@@ -116,7 +124,7 @@ class MaskedWeights(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        trained = [parameter for parameter in self.window.trained() if parameter.requires_grad]
+        trained = [parameter for parameter in self.trained() if parameter.requires_grad]
         optimizer = make_optimizer(self._make_optimizer, trained)
         if self._make_scheduler is None:
             return optimizer

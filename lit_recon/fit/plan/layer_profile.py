@@ -48,12 +48,12 @@ def profile(window: Window, chain: Chain, batch_size: int) -> LayerProfile:
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
 
-        for parameter in window.trained():
+        for parameter in window.own_parameters():
             parameter.requires_grad_(True)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), compute.autocast():
             window(inputs_BTD, calls)
         window.requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in window.trained())
+    parameters = sum(parameter.numel() for parameter in window.own_parameters())
     return LayerProfile(sum(kept.values()), seconds, parameters, chain.passes.decoder.model.dtype.itemsize)
 
 
