@@ -99,6 +99,10 @@ class Window(nn.Module):
         dropped = {id(parameter) for parameter in self.shared_with_next()}
         return [matrix for matrix in self._matrices if id(matrix.weight) not in dropped]
 
+    def owners(self) -> Sequence[nn.Module]:
+        """The modules that hold the window's parameters: its layers."""
+        return list(self.layers)
+
     def own_parameters(self) -> list[nn.Parameter]:
         """The window's own parameters, which a module may train."""
         return list(self.parameters())
@@ -160,6 +164,10 @@ class HalfWindow(Window):
         if not range(1)[layers]:
             return hidden_BTD
         return run_half(self.layer, self.split, self.side, hidden_BTD, calls[self.indices.start])
+
+    def owners(self) -> Sequence[nn.Module]:
+        """The layer, which holds the other half too."""
+        return [self.layer]
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The half's own parameters."""
@@ -245,6 +253,10 @@ class MatrixWindow(nn.Module):
     def matrices(self) -> Sequence[Matrix]:
         """The matrix, with the weight that is worked on."""
         return [Matrix(self.matrix.name, self.weight, self.matrix.input_dim)]
+
+    def owners(self) -> Sequence[nn.Module]:
+        """This window, which holds the weight that is worked on."""
+        return [self]
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The weight."""

@@ -186,6 +186,8 @@ class WindowFitter:
         kind = kind_of(window.name, measure)
         module = self.module(window, masks, unit)
         weights = _fitted(module, window, dtypes)
+        if not weights.parameters:
+            return _untrained(window, before, measure, unit)
         tries: list[Try] = []
         best: Try | None = None
         best_weights: Sequence[Tensor] = weights.start
@@ -326,6 +328,22 @@ def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> N
     for samples, errors in (("calibration", calibration), ("held-out", held_out)):
         if not math.isfinite(errors.mean):
             raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
+
+
+def _untrained(window: AnyWindow, errors: tuple[Errors, Errors], measure: str, unit: float) -> WindowResult:
+    """The result of a window of which a module trains nothing, with its errors on calibration and held-out samples."""
+    (error, _), (held_out, typical) = errors
+    return replace(
+        kept_pruned(window, "nothing of it is trained"),
+        relative_error_before=error,
+        relative_error_after=error,
+        held_out_before=held_out,
+        held_out_after=held_out,
+        typical_before=typical,
+        typical_after=typical,
+        measure=measure,
+        unit=unit,
+    )
 
 
 def _fitted(module: LightningModule, window: AnyWindow, dtypes: Sequence[torch.dtype] | None) -> FittedWeights:
