@@ -6,7 +6,7 @@
     spp              W + s W * (b repeat(A)), each row of A for O / r outputs    SPP (arXiv 2405.16057)
 
 with s = alpha / rank, M the mask and * elementwise. Each formula stands in for the weight itself while a window is
-trained (torch.nn.utils.parametrize), so that it serves any use of the weight: single matrices, halves and fused experts,
+trained (torch.nn.utils.parametrize), which serves any use of the weight: single matrices, halves and fused experts,
 also where a layer is run again in the backward. peft wraps modules, with an unmasked product of its own beside theirs,
 and has none of the four.
 
