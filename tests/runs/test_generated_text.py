@@ -55,9 +55,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_a_plan_generates_the_text_that_the_run_then_reads(
-    generated: Callable[..., Ended], loads: list[int]
-) -> None:
+def test_a_plan_generates_the_text_that_the_run_then_reads(generated: Callable[..., Ended], loads: list[int]) -> None:
     planned = generated("plan=true")
     assert planned.status == 0, planned.err
     assert "on 256 tokens of self_generated (temperature 1)" in " ".join(planned.out.split())
