@@ -645,3 +645,14 @@ def test_a_folder_on_a_read_only_disk_is_refused_and_gone_on_with_when_it_is_wri
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert go(f"resume={run}").status == 0
     assert found(run) == whole
+
+
+def test_a_run_whose_rates_are_probed_is_resumed_to_the_same_bytes(go: Go, settings: list[str]) -> None:
+    probe = ("module.optimizer.lr=probe", "trainer.max_epochs=2")
+    assert go(*settings, *probe, "output_dir=whole").status == 0
+    assert go(*settings, *probe, "output_dir=parts", "stop_after=2").status == 0
+    assert go("resume=parts").status == 0
+    assert found("parts") == found("whole")
+    first, *others = numbers(Path("whole"))["windows"]
+    assert len(first["tries"]) >= 3, "the first window's rate is searched"
+    assert {one["tries"][0][0] for one in others[:1]} == {first["rate"]}, "and carried to the next"
