@@ -179,7 +179,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     trainer = _trainer_settings(cfg, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
-    own |= {name: call[name] for name in ("keep", "patience") if name in call}
+    own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
     fitting = problems.check(FitSettings, **own)
     compute = None
     if trainer and "prune_by" in call:
