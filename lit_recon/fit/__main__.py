@@ -143,7 +143,8 @@ def _hydra_that_raises() -> Iterator[bool]:
 def in_grammar(arguments: Sequence[str]) -> list[str]:
     """The command line so that Hydra reads it as it was meant."""
     sweep = any(word in ("-m", "--multirun") or re.match(r"\+?experiment=", word) for word in arguments)
-    return [in_hydras_grammar(word, texts=TEXTS, sweep=sweep) for word in arguments]
+    renamed = [re.sub(r"^([+~]*)module\.loss\.", r"\1loss.", word) for word in arguments]  # its name up to 0.4
+    return [in_hydras_grammar(word, texts=TEXTS, sweep=sweep) for word in renamed]
 
 
 def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> str:
