@@ -483,6 +483,18 @@ BAD_INPUT = {
     ("windows=matrix", "module=least_squares", "module.tolerance=abc"): ["module.tolerance=abc", "a number"],
     ("windows=matrix", "module=least_squares", "module.damping=0"): ["module.damping=0", "above 0"],
     ("+module.scheduler.power=2",): ["module.scheduler: ", "power"],
+    ("loss=huber", "loss.delta=0"): ["loss.delta=0", "above 0"],
+    ("loss=custom",): ["loss._target_ has no value"],
+    ("module.loss._target_=nowhere.f",): ["loss._target_=nowhere.f: cannot be imported"],  # its name up to 0.4
+    ("loss=l1",): ["loss=l1: unknown; choose one of balanced, cosine, custom, huber, mse, relative"],
+    ("windows=matrix", "module=least_squares", "loss=cosine"): ["loss=cosine: LeastSquares takes no loss"],
+    ("windows=matrix", "module=least_squares", "optimizer=adamw"): ["optimizer=adamw: LeastSquares takes no optimizer"],
+    ("scheduler=none",): ["scheduler=none: MaskedWeights needs one; choose one of", "linear"],
+    ("module.anchor=-1",): ["module.anchor=-1", "0 (no pull) or more"],
+    ("windows=matrix", "module.token_weights={_target_:lit_recon.modules.losses.after_first,_partial_:true}"): [
+        "module.token_weights with windows=matrix",
+    ],
+    ("keep=first", "patience=0"): ["keep=first: expected one of last, best", "patience=0: expected a number"],
     ("seed=abc",): ["seed=abc", "whole number"],
     ("windows=half", "+windows.size=2"): ["windows.size=2", "windows=blocks", "half"],
     ("windows=blocks", "windows.size=0"): ["windows.size=0"],
