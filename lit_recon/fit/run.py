@@ -336,5 +336,6 @@ def _protocol(job: Job) -> EvaluationProtocol:
         job.samples.evaluation_ST,
         dataset=job.samples.evaluation_description,
         opening=job.samples.opening,
+        given=job.samples.num_given,
         precision=job.execution.compute.precision,
     )
