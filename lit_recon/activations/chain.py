@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_recon.activations.boundary import Boundary, check_state, correct, state_of
-from lit_recon.activations.passes import CALIBRATION, Observer, Passes
+from lit_recon.activations.passes import CALIBRATION, Energies, Observer, Passes
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.teacher import TeacherWindow
 from lit_recon.model.windows import Window
@@ -34,6 +34,8 @@ class Chain:
         dense: The dense chain, where it is kept.
         sparse: The sparse chain, where it is kept.
         teacher: Where targets are recomputed, from `dense_pass` to `advance`: the dense window, which makes them.
+        energies_ST: Energy of the dense window's update of each token, after `dense_pass`; of calibration samples
+            alone where targets are recomputed, and None where nothing was run that shows it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Chain:
         self._targets_STD = self._outputs_STD
         self._mixed_STD = self._new_array() if self.propagation.inputs == "mix" else None
         self.teacher: TeacherWindow | None = None
+        self.energies_ST: Tensor | None = None
 
     @property
     def inputs_STD(self) -> Tensor:
@@ -117,16 +120,17 @@ class Chain:
         of_sparse = observers if propagation.statistics == "sparse" else ()
         with window.with_dense_norms():
             if self.recompute:
-                self.teacher = TeacherWindow(window, self.passes.compute)
+                self.teacher, self.energies_ST = TeacherWindow(window, self.passes.compute), None
                 if propagation.statistics == "dense":
                     assert self.dense
-                    self.passes.run(window, self.dense.states_STD, None, of_dense, CALIBRATION)
+                    energies = self._energies(self.dense.states_STD)
+                    self.passes.run(window, self.dense.states_STD, None, of_dense, CALIBRATION, energies=energies)
             else:
                 if self.dense:
                     self._dense_outputs(window, of_dense)
                 if propagation.targets == "local":
-                    seen_by = of_sparse if shares_pass else ()
-                    self.passes.run(window, self.inputs_STD, self._own_targets(), seen_by)
+                    seen_by, energies = of_sparse if shares_pass else (), self._energies(self.inputs_STD)
+                    self.passes.run(window, self.inputs_STD, self._own_targets(), seen_by, energies=energies)
         if propagation.statistics == "sparse" and not shares_pass:
             assert self.sparse
             self.passes.run(window, self.sparse.states_STD, None, of_sparse, CALIBRATION)
@@ -169,10 +173,13 @@ class Chain:
         """The dense chain's next value, after the layers that are kept, and the dense targets, at the window's end."""
         assert self.dense and self._outputs_STD is not None
         kept, rest = slice(0, window.num_kept), slice(window.num_kept, None)
-        self.passes.run(partial(window, layers=kept), self.dense.states_STD, self._outputs_STD, observers)
+        energies = self._energies(self.dense.states_STD)
+        inputs_STD, outputs_STD = self.dense.states_STD, self._outputs_STD
+        self.passes.run(partial(window, layers=kept), inputs_STD, outputs_STD, observers, energies=energies)
         self._targets_STD = self._outputs_STD
         if window.num_kept < len(window.indices):
-            self.passes.run(partial(window, layers=rest), self._outputs_STD, self._own_targets(), observers)
+            layers = partial(window, layers=rest)
+            self.passes.run(layers, outputs_STD, self._own_targets(), observers, energies=energies)
         elif window.parallel_half == "second" and self.propagation.corrects:
             self._correct()
 
@@ -183,6 +190,11 @@ class Chain:
         share = 1 - (self.propagation.mix if self.propagation.inputs == "mix" else 0)
         arrays_STD = (self._own_targets(), self._outputs_STD, self.dense.aside_STD, self.sparse.aside_STD)
         self.passes.each_batch(partial(correct, share=share), *arrays_STD)
+
+    def _energies(self, starts_STD: Tensor) -> Energies:
+        """Takes the energies of updates that start from these hidden states."""
+        self.energies_ST = torch.zeros(self._shape[:2])
+        return Energies(self.energies_ST, starts_STD)
 
     def _own_targets(self) -> Tensor:
         """Memory for targets that are not the dense chain's next value."""

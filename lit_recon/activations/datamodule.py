@@ -20,7 +20,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Batching
 from lit_recon.activations.store import on_device
 from lit_recon.model.decoder import LayerCall
-from lit_recon.model.head import kl_divergence_sum
+from lit_recon.model.head import kl_divergences
 from lit_recon.model.windows import AnyWindow
 
 
@@ -31,6 +31,8 @@ class Batch(NamedTuple):
         inputs_BTD: What stands at the window's start.
         targets_BTD: What the window shall output.
         calls: The arguments of every layer of the model.
+        energies_BT: Energy of the dense window's update of each token: the mean over features of (output - input)^2;
+            of a matrix, of its product.
         valid_BT: Where samples hold text; None if all do everywhere.
         weight: Its tokens over those of a full batch of calibration samples of mean length. A mean over its tokens
             times this is their sum over a constant, so that steps do not depend on how tokens fall into batches.
@@ -39,6 +41,7 @@ class Batch(NamedTuple):
     inputs_BTD: Tensor
     targets_BTD: Tensor
     calls: list[LayerCall]
+    energies_BT: Tensor
     valid_BT: Tensor | None = None
     weight: float = 1.0
 
@@ -47,9 +50,38 @@ class Batch(NamedTuple):
         """Tokens without padding."""
         return self.inputs_BTD[..., 0].numel() if self.valid_BT is None else int(self.valid_BT.sum())
 
-    def text(self, hidden_BTD: Tensor) -> Tensor:
-        """Outputs or targets of this batch without padding: (N, D) where there is any, otherwise as they are."""
-        return hidden_BTD if self.valid_BT is None else hidden_BTD[self.valid_BT]
+    def text(self, by_token: Tensor) -> Tensor:
+        """What this batch has for each token, (B, T, ...), without padding: (N, ...)."""
+        return by_token.flatten(0, 1) if self.valid_BT is None else by_token[self.valid_BT]
+
+
+class Errors(NamedTuple):
+    """Errors of a window on some samples, of each token in units of the window's dense update, or in nats.
+
+    Attributes:
+        mean: Mean over tokens, which a few massive activations may decide.
+        typical: Median over tokens.
+    """
+
+    mean: float
+    typical: float
+
+    def is_better(self, other: "Errors") -> bool:
+        """Whether both are smaller than those of another."""
+        return self.mean < other.mean and self.typical < other.typical
+
+    @classmethod
+    def from_tokens(cls, errors_N: Tensor) -> "Errors":
+        """Those of tokens with these errors."""
+        return cls(errors_N.mean(dtype=torch.float64).item(), errors_N.median().item())
+
+
+def unit_of(energies_N: Tensor) -> float:
+    """Unit of a window's errors, given the energies of its dense updates: their median; their mean where that is 0.
+
+    Not the variance of targets: of hidden states, one token in 256 may hold 99% of that (a massive activation).
+    """
+    return energies_N.median().item() or energies_N.mean(dtype=torch.float64).item()
 
 
 @dataclass
@@ -60,12 +92,15 @@ class Activations:
         inputs_STD: Inputs.
         sources_STD: Targets; their number of features may be another one. Or what `teacher` makes targets of.
         batching: How they are read.
+        energies_ST: Energy of the dense update of each token, of calibration samples at least; None where only the
+            teacher shows it.
         teacher: Recomputes targets of sources and calls; None where they are kept.
     """
 
     inputs_STD: Tensor
     sources_STD: Tensor
     batching: Batching
+    energies_ST: Tensor | None
     teacher: Callable[[Tensor, list[LayerCall]], Tensor] | None = None
 
     trainer_settings: ClassVar[dict[str, Any]] = {}
@@ -74,7 +109,7 @@ class Activations:
     def from_chain(cls, chain: Chain) -> "Activations":
         """Those of the window at which the chain stands, after its dense pass; no copies."""
         sources_STD = chain.sources_STD if chain.teacher else chain.targets_STD
-        return cls(chain.inputs_STD, sources_STD, chain.passes.batching, chain.teacher)
+        return cls(chain.inputs_STD, sources_STD, chain.passes.batching, chain.energies_ST, chain.teacher)
 
     @property
     def targets_STD(self) -> Tensor:
@@ -82,31 +117,13 @@ class Activations:
         assert self.teacher is None, "targets are recomputed"
         return self.sources_STD
 
-    def variance(self) -> float:
-        """Variance of the calibration targets around their mean per feature: the unit of relative errors.
-
-        Batches are joined by the pairwise update of Chan, Golub and LeVeque (1979), since not all targets may be there
-        at once.
-        """
-        count, mean_D, squares_D = 0, torch.zeros(()), torch.zeros(())  # squares of distances to the mean
-        for targets_ND in self._target_rows(0, self.batching.num_samples):
-            added = len(targets_ND)
-            variance_D, other_D = (one.double().cpu() for one in torch.var_mean(targets_ND, 0, correction=0))
-            total, distance_D = count + added, other_D - mean_D
-            mean_D = mean_D + distance_D * (added / total)
-            squares_D = squares_D + variance_D * added + distance_D.square() * (count * added / total)
-            count = total
-        return squares_D.mean().item() / count
-
-    def _target_rows(self, first: int, last: int) -> Iterator[Tensor]:
-        """Targets of the samples from `first` up to `last` without padding, (N, D), batch after batch."""
-        if self.teacher:
-            for batch in self.batches(first, last):
-                yield batch.text(batch.targets_BTD).flatten(0, -2)
-            return
-        for samples in self.batching.batches(first, last):
-            yield self.rows(self.sources_STD, samples)
-            self.batching.store.release(self.sources_STD, samples)
+    def unit(self) -> float:
+        """Median over calibration tokens of the energy of the window's dense update: the unit of errors."""
+        split, valid_ST = self.batching.num_samples, self.batching.valid_ST
+        if self.energies_ST is None:
+            return unit_of(torch.cat([batch.text(batch.energies_BT).cpu() for batch in self.batches(0, split)]))
+        energies_ST = self.energies_ST[:split]
+        return unit_of(energies_ST.flatten() if valid_ST is None else energies_ST[valid_ST[:split]])
 
     def rows(self, hidden_STD: Tensor, samples: slice) -> Tensor:
         """Inputs or targets of some samples as rows without padding, (N, D) in float32."""
@@ -114,32 +131,29 @@ class Activations:
         valid_ST = self.batching.valid_ST
         return chosen_STD.flatten(0, 1) if valid_ST is None else chosen_STD[valid_ST[samples]]
 
-    def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
+    def errors(self, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
         """Errors of the window on as many calibration samples as there are held-out ones, and on those.
 
-        Relative errors: mean squared error over `variance`. For a window whose loss is on the logits: the Kullback-
-        Leibler divergence from the dense model's, in nats per token.
+        Of each token: the squared error, a mean over features, over `unit`. For a window whose loss is on the logits:
+        the Kullback-Leibler divergence from the dense model's, in nats.
         """
         total = len(self.inputs_STD)
         some = min(self.batching.num_samples, total - self.batching.num_samples)
-        return self.error(window, 0, some, variance), self.error(window, self.batching.num_samples, total, variance)
+        return self._errors(window, 0, some, unit), self._errors(window, self.batching.num_samples, total, unit)
 
     @torch.no_grad()
-    def error(self, window: AnyWindow, first: int, last: int, variance: float) -> float:
-        """The error on the samples from `first` up to `last`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.batching.compute.device)
-        count = 0
+    def _errors(self, window: AnyWindow, first: int, last: int, unit: float) -> Errors:
+        """Errors of the window on the samples from `first` up to `last`."""
+        found = []
         for batch in self.batches(first, last):
             with self.batching.compute.autocast():
                 outputs_BTD = window(batch.inputs_BTD, batch.calls)
-            outputs, targets = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
+            outputs_ND, targets_ND = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
             if window.head is None:
-                total += (outputs - targets).square().sum(dtype=torch.float64)
-                count += targets.numel()
+                found.append((outputs_ND - targets_ND).square().mean(-1) / unit)
             else:
-                total += kl_divergence_sum(outputs, targets, head=window.head)
-                count += targets.numel() // targets.shape[-1]
-        return total.item() / count / (variance if window.head is None else 1)
+                found.append(kl_divergences(outputs_ND, targets_ND, head=window.head))
+        return Errors.from_tokens(torch.cat(found))
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The samples from `first` up to `last` in order, on the device."""
@@ -174,10 +188,14 @@ class Activations:
         inputs_BTD = on_device(inputs_BTD, device)
         targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
         if self.teacher:
-            targets_BTD = self.teacher(targets_BTD, calls)
+            starts_BTD, targets_BTD = targets_BTD, self.teacher(targets_BTD, calls)
+            energies_BT = (targets_BTD - starts_BTD).square().mean(-1)
+        else:
+            assert self.energies_ST is not None
+            energies_BT = self.energies_ST[rows_B].to(device)
         tokens = inputs_BTD[..., 0].numel() if valid_BT is None else int(valid_BT.sum())
         valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)
-        return Batch(inputs_BTD, targets_BTD, calls, valid_BT, tokens / self.tokens_per_batch)
+        return Batch(inputs_BTD, targets_BTD, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch)
 
     @cached_property
     def tokens_per_batch(self) -> float:

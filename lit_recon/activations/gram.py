@@ -2,10 +2,12 @@
 
     || X W^T - Y ||^2 = tr(W G W^T) - 2 tr(W B^T) + ||Y||^2      G = X^T X      B = Y^T X
 
+Medians over rows come from a sample of the rows, which is kept.
+
 Shapes: N rows, E experts, O outputs, I inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,30 +15,44 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.datamodule import Activations, Errors, unit_of
 from lit_recon.model.windows import AnyWindow, MatrixWindow
+
+
+SAMPLED = 1024  # rows of a matrix that are kept
+_AT_ONCE = 64  # of those that come at once: a sample of all batches, not of the first
 
 
 @dataclass
 class GramSums:
-    """Running sums over rows of inputs, in float32: of their products (I, I), of the rows (I), and their number."""
+    """The sum over rows of inputs of their products (I, I) in float32, their number, and a sample of them.
+
+    Attributes:
+        gram_II: The sum.
+        most: How many rows are kept.
+        count: How many there were.
+        sampled: Those that are kept, (N, I) each.
+    """
 
     gram_II: Tensor
-    sum_I: Tensor
+    most: int = SAMPLED
     count: int = 0
+    sampled: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def zero(cls, width: int, device: torch.device) -> "GramSums":
-        """Of no rows."""
-        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
+    def zero(cls, width: int, device: torch.device, *, experts: int = 1) -> "GramSums":
+        """Of no rows of one of some experts."""
+        return cls(torch.zeros(width, width, device=device), max(1, SAMPLED // experts))
 
     def add(self, rows_NI: Tensor) -> None:
         """Add rows; products in float32 also under autocast, whose 16 bits the solution would not survive."""
         with torch.autocast(rows_NI.device.type, enabled=False):
             rows_NI = rows_NI.float()
             self.gram_II.addmm_(rows_NI.T, rows_NI)
-            self.sum_I += rows_NI.sum(0)
         self.count += len(rows_NI)
+        room = self.most - sum(map(len, self.sampled))
+        if room > 0 and len(rows_NI):
+            self.sampled.append(_some(rows_NI, min(room, _AT_ONCE)).clone())
 
 
 class QuadraticError(NamedTuple):
@@ -46,15 +62,15 @@ class QuadraticError(NamedTuple):
         gram_EII: G, of each expert.
         cross_EOI: B, of each expert.
         square: ||Y||^2 over all rows.
-        mean_square: Square of the mean of Y over all rows, summed over outputs.
         num_rows: Number of rows.
+        sampled: Some rows of inputs (N, I) and of targets (N, O), of each expert.
     """
 
     gram_EII: Tensor
     cross_EOI: Tensor
     square: Tensor
-    mean_square: Tensor
     num_rows: Tensor
+    sampled: list[tuple[Tensor, Tensor]]
 
     def error(self, weight_EOI: Tensor) -> Tensor:
         """Mean squared error of the matrix's products, per row and output; in float64, since large terms cancel."""
@@ -62,9 +78,17 @@ class QuadraticError(NamedTuple):
         total = ((weight_EOI @ gram_EII - 2 * cross_EOI) * weight_EOI).sum() + self.square
         return total.clamp(min=0) / self.num_rows / weight_EOI.shape[1]
 
-    def variance(self) -> Tensor:
-        """Variance of the targets around their mean per output."""
-        return (self.square / self.num_rows - self.mean_square) / self.cross_EOI.shape[1]
+    def errors(self, weight_EOI: Tensor, unit: float) -> Errors:
+        """The mean error, of all rows, and the typical one, the median of the sampled rows."""
+        by_row = [
+            (inputs_NI @ weight_OI.T - targets_NO).square().mean(-1)
+            for weight_OI, (inputs_NI, targets_NO) in zip(weight_EOI, self.sampled, strict=True)
+        ]
+        return Errors(self.error(weight_EOI).item() / unit, torch.cat(by_row).median().item() / unit)
+
+    def unit(self) -> float:
+        """Median over the sampled rows of the energy of the product."""
+        return unit_of(torch.cat([targets_NO.square().mean(-1) for _, targets_NO in self.sampled]))
 
 
 @dataclass
@@ -97,17 +121,15 @@ class NormalEquations:
         split = activations.batching.num_samples
         return cls(_of_activations(activations, slice(0, split)), _of_activations(activations, slice(split, None)))
 
-    def variance(self) -> float:
-        """Variance of the calibration targets around their mean per output: the unit of relative errors."""
-        return self.calibration.variance().item()
+    def unit(self) -> float:
+        """Median over calibration rows of the energy of the dense product: the unit of errors."""
+        return self.calibration.unit()
 
-    def errors(self, window: AnyWindow, variance: float) -> tuple[float, float]:
-        """Relative errors of the matrix on the calibration and on the held-out samples."""
+    def errors(self, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
+        """Errors of the matrix on the calibration and on the held-out samples."""
         (matrix,) = window.matrices()
         weight_EOI = matrix.by_expert(matrix.weight.detach())
-        equations = (self.calibration, self.held_out)
-        first, second = (one.error(weight_EOI).item() / variance for one in equations)
-        return first, second
+        return self.calibration.errors(weight_EOI, unit), self.held_out.errors(weight_EOI, unit)
 
     def data_module(self, seed: int) -> "NormalEquationsDataModule":
         """Serves them to a Trainer."""
@@ -134,34 +156,43 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _some(rows: Tensor, most: int) -> Tensor:
+    """At most so many of some rows, evenly spaced; a view."""
+    return rows[:: max(1, -(-len(rows) // most))]
+
+
 @torch.no_grad()
 def _of_products(window: MatrixWindow, sums: list[GramSums]) -> QuadraticError:
     (matrix,) = window.matrices()
-    weight_EOI = matrix.by_expert(matrix.weight).double()
+    weight_EOI = matrix.by_expert(matrix.weight)
     gram_EII = torch.stack([one.gram_II for one in sums]).double()
-    cross_EOI = weight_EOI @ gram_EII
-    mean_O = torch.einsum("eoi,ei->o", weight_EOI, torch.stack([one.sum_I for one in sums]).double())
+    cross_EOI = weight_EOI.double() @ gram_EII
     count = torch.tensor(max(1, sum(one.count for one in sums)), dtype=torch.float64, device=weight_EOI.device)
-    square, mean_square = (cross_EOI * weight_EOI).sum(), (mean_O / count).square().sum()
-    return QuadraticError(gram_EII.float(), cross_EOI.float(), square, mean_square, count)
+    sampled = []
+    for weight_OI, one in zip(weight_EOI, sums, strict=True):
+        inputs_NI = torch.cat([weight_OI.new_zeros(0, weight_OI.shape[1]), *one.sampled])
+        sampled.append((inputs_NI, inputs_NI @ weight_OI.T))
+    square = (cross_EOI * weight_EOI).sum()
+    return QuadraticError(gram_EII.float(), cross_EOI.float(), square, count, sampled)
 
 
 @torch.no_grad()
 def _of_activations(activations: Activations, samples: slice) -> QuadraticError:
     batching, arrays_STD = activations.batching, (activations.inputs_STD, activations.targets_STD)
     device, (inputs, outputs) = batching.compute.device, (array_STD.shape[2] for array_STD in arrays_STD)
-    gram_II, cross_OI = (torch.zeros(rows, inputs, device=device) for rows in (inputs, outputs))
-    square, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    sum_O = torch.zeros(outputs, dtype=torch.float64, device=device)
+    sums, cross_OI = GramSums.zero(inputs, device), torch.zeros(outputs, inputs, device=device)
+    square, targets = torch.zeros((), dtype=torch.float64, device=device), list[Tensor]()
     first, last, _ = samples.indices(len(activations.inputs_STD))
     for part in batching.batches(first, last):  # the arrays may be as large as a disk
         rows_NI, rows_NO = (activations.rows(array_STD, part).to(device) for array_STD in arrays_STD)
-        gram_II.addmm_(rows_NI.T, rows_NI)
+        before = len(sums.sampled)
+        sums.add(rows_NI)
+        if len(sums.sampled) > before:
+            targets.append(_some(rows_NO, len(sums.sampled[-1])).clone())
         cross_OI.addmm_(rows_NO.T, rows_NI)
         square += rows_NO.square().sum(dtype=torch.float64)
-        sum_O += rows_NO.sum(0, dtype=torch.float64)
-        count += len(rows_NI)
         for array_STD in arrays_STD:
             batching.store.release(array_STD, part)
-    mean_square, num_rows = (sum_O / count).square().sum(), torch.tensor(count, dtype=torch.float64, device=device)
-    return QuadraticError(gram_II[None], cross_OI[None], square, mean_square, num_rows)
+    num_rows = torch.tensor(sums.count, dtype=torch.float64, device=device)
+    sampled = [(torch.cat(sums.sampled), torch.cat(targets))]
+    return QuadraticError(sums.gram_II[None], cross_OI[None], square, num_rows, sampled)

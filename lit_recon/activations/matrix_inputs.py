@@ -91,7 +91,8 @@ class MatrixInputs:
         batching = replace(
             self.chain.passes.batching, num_samples=inputs.num_samples, calls=calls, valid_ST=inputs.valid_ST
         )
-        return Activations(inputs.inputs_STI, _products(window, sources.inputs_STI, batching), batching)
+        products_STO, energies_ST = _products(window, sources.inputs_STI, batching)
+        return Activations(inputs.inputs_STI, products_STO, batching, energies_ST)
 
     def forget(self) -> None:
         """Release the inputs that are kept."""
@@ -113,7 +114,8 @@ class MatrixInputs:
             name, experts = product.matrix.name, product.matrix.experts
             if self._shared.leader_of(product) == name:
                 width, device = product.inputs.shape[-1], product.inputs.device
-                sums = self._sums[part].setdefault(name, [GramSums.zero(width, device) for _ in range(experts)])
+                empty = [GramSums.zero(width, device, experts=experts) for _ in range(experts)]
+                sums = self._sums[part].setdefault(name, empty)
                 sums[product.expert].add(product.rows_NI)
 
         with observing_products(self.layer.matrices(), note):
@@ -223,15 +225,19 @@ def _as_samples(rows: dict[str, _RowPieces], length: int, store: Store) -> _Capt
 
 
 @torch.no_grad()
-def _products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> Tensor:
-    """The matrix's products with these inputs, (S, T, O)."""
+def _products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> tuple[Tensor, Tensor]:
+    """The matrix's products with these inputs, (S, T, O), and the energy of each, (S, T)."""
     (matrix,) = window.matrices()
     outputs = matrix.by_expert(matrix.weight).shape[1]
-    products_STO = batching.store.zeros((*inputs_STI.shape[:2], outputs))
+    products_STO, energies_ST = (
+        batching.store.zeros((*inputs_STI.shape[:2], outputs)),
+        torch.zeros(inputs_STI.shape[:2]),
+    )
     for rows in batching.batches(0, len(inputs_STI)):
         inputs_BTI = inputs_STI[rows].to(batching.compute.device).float()
         with batching.compute.autocast():
-            products_STO[rows] = window(inputs_BTI, batching.calls(torch.arange(rows.start, rows.stop)))
+            products_BTO = window(inputs_BTI, batching.calls(torch.arange(rows.start, rows.stop))).float()
+        products_STO[rows], energies_ST[rows] = products_BTO, products_BTO.square().mean(-1)
         batching.store.release(inputs_STI, rows)
         batching.store.release(products_STO, rows)
-    return products_STO
+    return products_STO, energies_ST

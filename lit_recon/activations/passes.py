@@ -8,7 +8,7 @@ Shapes: S samples (calibration first, then held-out), B samples of a batch, T to
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,18 @@ class Batching:
         """Consecutive batches of the samples from `first` up to `last`."""
         for start in range(first, last, self.batch_size):
             yield slice(start, min(start + self.batch_size, last))
+
+
+class Energies(NamedTuple):
+    """Energy of each token's update, gathered in a pass: the mean over features of (output - start)^2.
+
+    Attributes:
+        by_token_ST: Where they go, float32 on the CPU; zero at padding.
+        starts_STD: Hidden states from which the update is counted; mostly the pass's inputs.
+    """
+
+    by_token_ST: Tensor
+    starts_STD: Tensor
 
 
 class Passes:
@@ -158,6 +170,8 @@ class Passes:
         outputs_STD: Tensor | None,
         observers: Sequence[Observer] = (),
         parts: Sequence[str] = PARTS,
+        *,
+        energies: Energies | None = None,
     ) -> None:
         """Run a window, or some layers of it, over all samples.
 
@@ -167,6 +181,7 @@ class Passes:
             outputs_STD: Where the outputs go; may be `inputs_STD`, and None drops them.
             observers: Look at the calibration samples, and at the held-out ones.
             parts: Which of them to run.
+            energies: Takes the energy of each token's update.
 
         Raises:
             NotFinite: An output is not finite.
@@ -179,12 +194,19 @@ class Passes:
                     stack.enter_context(observer.observing(part))
                 for rows in self.batching.batches(*ranges[part]):
                     self.store.prefetch(inputs_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
-                    self._run_rows(forward, inputs_STD, outputs_STD, rows)
+                    self._run_rows(forward, inputs_STD, outputs_STD, rows, energies)
                     self.store.release(inputs_STD, rows)
                     if outputs_STD is not None:
                         self.store.release(outputs_STD, rows)
 
-    def _run_rows(self, forward: Forward, inputs_STD: Tensor, outputs_STD: Tensor | None, rows: slice) -> None:
+    def _run_rows(
+        self,
+        forward: Forward,
+        inputs_STD: Tensor,
+        outputs_STD: Tensor | None,
+        rows: slice,
+        energies: Energies | None,
+    ) -> None:
         """One batch, without its padding."""
         for part, length in self._unpadded(rows):
             inputs_BTD = on_device(inputs_STD[part, :length], self.compute.device)
@@ -195,6 +217,11 @@ class Passes:
             if outputs_STD is not None:
                 outputs_STD[part, :length] = outputs_BTD
                 outputs_STD[part, length:] = 0  # not what happened to be there: a resumed walk has other memory
+            if energies is not None:
+                starts_BTD = inputs_BTD
+                if energies.starts_STD is not inputs_STD:
+                    starts_BTD = on_device(energies.starts_STD[part, :length], self.compute.device)
+                energies.by_token_ST[part, :length] = (outputs_BTD - starts_BTD).square().mean(-1)
 
     def _unpadded(self, rows: slice) -> Iterator[tuple[slice, int]]:
         """The batch as it is; or, where it holds padding, each of its samples and its length."""

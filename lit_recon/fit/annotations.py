@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lit_recon.modules.rates import PROBE
 from lit_recon.system.command_line import shortened
 
 PACKAGES = ("lit_recon", "lightning", "torch", "transformers")
@@ -35,6 +36,8 @@ def wrong_types(make: "partial[Any]", about: str, *, leave_out: Sequence[str] = 
     for name, value in make.keywords.items():
         if isinstance(value, partial):
             yield from wrong_types(value, f"{about}.{name}")
+        if name == "lr" and value == PROBE:
+            continue
         if name not in leave_out and (hint := annotations(make.func).get(name)) is not None:
             yield from wrong_type(f"{about}.{name}", value, hint)
 

@@ -22,6 +22,7 @@ from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.rates import make_optimizer
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.window_fit import check_retry_rates, needs_gram
@@ -162,7 +163,7 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
     """Raise a ValueError where no LightningModule can be made of its settings.
 
     Args:
-        module: Makes it from (window, masks, variance).
+        module: Makes it from (window, masks, unit).
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
@@ -190,7 +191,7 @@ def check_optimizer(module: "partial[Any]", problems: Problems, *, clipped: floa
     if "optimizer" not in module.keywords:
         return
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = problems.check(module.keywords["optimizer"], parameters, about="module.optimizer: ")
+    optimizer = problems.check(make_optimizer, module.keywords["optimizer"], parameters, about="module.optimizer: ")
     schedule = module.keywords.get("scheduler")
     ours = getattr(module.func, "configure_optimizers", None) is MaskedWeights.configure_optimizers
     if optimizer and schedule and ours:  # another may call it otherwise

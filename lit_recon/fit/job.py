@@ -54,7 +54,7 @@ class Method:
         windows: How the model is cut into windows.
         propagation: What windows see.
         prune_by: What is pruned at once, one of PRUNE_BY; "window" where it makes no difference.
-        module: Makes a window's LightningModule from (window, masks, variance).
+        module: Makes a window's LightningModule from (window, masks, unit).
         retry_rates: Shares of the learning rate at which a window that did not improve is tried again.
         trainer: Makes a window's Trainer from `callbacks` and `logger`.
         schedule: How long it trains.
@@ -85,7 +85,7 @@ class Method:
             "batch_size": f"{batch_size}{accumulated}",
         }
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
-        found |= {"learning_rate": f"{rate:g}"} if rate is not None else {}
+        found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
         others = tuple(self.retry_rates) != RETRY_RATES and not needs_gram(self.module)
         return found | ({"retry_rates": ", ".join(map(str, self.retry_rates)) or "none"} if others else {})
 

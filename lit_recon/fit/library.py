@@ -137,7 +137,7 @@ def prune_and_reconstruct(
         windows: What is reconstructed at once; blocks.
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
-        module: Makes a window's LightningModule from (window, masks, variance); partial(MaskedWeights, ...) to change
+        module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
             its settings.
         retry_rates: Shares of the learning rate at which a window that did not improve is tried again; () for never.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.

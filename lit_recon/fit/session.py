@@ -24,8 +24,10 @@ from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
+from lit_recon.modules.rates import is_probed
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.rate_search import ProbedRates, RetryRates
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.clock import Clock
@@ -143,7 +145,7 @@ def reconstruct(
         device=execution.compute.device,
         seed=execution.seed,
         logger=logger,
-        retry_rates=method.retry_rates,
+        search=ProbedRates() if is_probed(method.module) else RetryRates(method.retry_rates),
         callbacks=trainer_callbacks,
         clock=session.clock,
     )

@@ -56,26 +56,23 @@ class Head:
             self.decoder.layers.extend(layers)
 
 
-def kl_divergence_sum(outputs: Tensor, targets: Tensor, *, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over tokens of the Kullback-Leibler divergences of the logits from the dense model's, in nats.
+def kl_divergences(outputs_ND: Tensor, targets_ND: Tensor, *, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Kullback-Leibler divergences (N) of the logits of each token from the dense model's, in nats.
 
     A slice of tokens at a time, so that a large vocabulary fits; backward computes each slice's logits again rather
     than keep them.
 
     Args:
-        outputs: Hidden states after the last layer, (..., D).
-        targets: The dense model's.
+        outputs_ND: Hidden states after the last layer.
+        targets_ND: The dense model's.
         head: Makes logits (1, N, V) of hidden states (1, N, D).
     """
 
-    def divergence(outputs_ND: Tensor, targets_ND: Tensor) -> Tensor:
+    def divergences(outputs_ND: Tensor, targets_ND: Tensor) -> Tensor:
         with torch.no_grad():
             expected_NV = head(targets_ND[None])[0].float().log_softmax(-1)
         logits_NV = head(outputs_ND[None])[0].float().log_softmax(-1)
-        return functional.kl_div(logits_NV, expected_NV, reduction="sum", log_target=True)
+        return functional.kl_div(logits_NV, expected_NV, reduction="none", log_target=True).sum(-1)
 
-    total = outputs.new_zeros((), dtype=torch.float32)
-    pairs = zip(outputs.flatten(0, -2).split(SLICE), targets.flatten(0, -2).split(SLICE), strict=True)
-    for outputs_ND, targets_ND in pairs:
-        total = total + checkpoint(divergence, outputs_ND, targets_ND, use_reentrant=False)
-    return total
+    pairs = zip(outputs_ND.split(SLICE), targets_ND.split(SLICE), strict=True)
+    return torch.cat([checkpoint(divergences, *pair, use_reentrant=False) for pair in pairs])

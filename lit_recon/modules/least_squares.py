@@ -1,6 +1,6 @@
 """Least squares, exact, for one matrix: the weights with the smallest error under its mask, from Gram matrices alone.
 
-    min over W of  || X W^T - Y ||^2 / variance   with W zero where the mask is      (solved in conjugate_gradients.py)
+    min over W of  || X W^T - Y ||^2 / unit   with W zero where the mask is      (solved in conjugate_gradients.py)
 
 The data are one batch, the normal equations of the calibration samples (gram.py), so that no activations are kept and
 no optimizer is needed. TensorBoard shows the error, with what damping adds, over the iterations of the solver.
@@ -25,7 +25,7 @@ class LeastSquares(LightningModule):
     Args:
         window: The pruned matrix.
         masks: Its boolean mask (True = kept), by the matrix's name.
-        variance: Variance of the targets, the unit of the errors that are logged.
+        unit: Unit of the errors that are logged: the median over rows of the energy of the dense product.
         damping: Pull of each weight towards its start, in units of its input's energy; where the Gram matrix is not
             positive definite in float32, ten times as much, up to 1.
         tolerance: Share of what a row of the matrix could gain that the solver may leave.
@@ -44,7 +44,7 @@ class LeastSquares(LightningModule):
         self,
         window: MatrixWindow,
         masks: Mapping[str, Tensor],
-        variance: float,
+        unit: float,
         *,
         damping: float = DAMPING,
         tolerance: float = 1e-3,
@@ -60,7 +60,7 @@ class LeastSquares(LightningModule):
         self.automatic_optimization = False
         self.window = window
         self.masks = masks
-        self.variance = variance
+        self.unit = unit
         self.damping, self.tolerance, self.max_iterations = damping, tolerance, max_iterations
         self.note = ""
 
@@ -70,11 +70,11 @@ class LeastSquares(LightningModule):
         weight_EOI = matrix.by_expert(matrix.weight.detach())  # a view
         mask_EOI = matrix.by_expert(self.masks[matrix.name].to(weight_EOI.device))
         start = batch.error(weight_EOI).item()
-        scale = batch.num_rows.item() * weight_EOI.shape[1] * self.variance
+        scale = batch.num_rows.item() * weight_EOI.shape[1] * self.unit
 
         def note(iteration: int, gained: float) -> None:
             if self.logger and len(weight_EOI) == 1:
-                self.logger.log_metrics({"loss/train": start / self.variance - gained / scale}, iteration)
+                self.logger.log_metrics({"loss/train": start / self.unit - gained / scale}, iteration)
 
         for weight_OI, mask_OI, gram_II, cross_OI in zip(
             weight_EOI, mask_EOI, batch.gram_EII, batch.cross_EOI, strict=True
@@ -97,7 +97,7 @@ class LeastSquares(LightningModule):
     def validation_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """The relative error on held-out samples."""
         (matrix,) = self.window.matrices()
-        error = batch.error(matrix.by_expert(matrix.weight.detach())) / self.variance
+        error = batch.error(matrix.by_expert(matrix.weight.detach())) / self.unit
         self.log("loss/held_out", error.float(), batch_size=1)
 
     def configure_optimizers(self) -> None:

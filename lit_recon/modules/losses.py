@@ -1,8 +1,13 @@
-"""Losses between a window's outputs and its targets: functions of (outputs, targets, variance) to one number.
+"""Losses between a window's outputs and its targets: functions to one number per token, of which a module takes the mean.
 
-Those of hidden states are in units of the targets' spread, so that curves of windows at different depth can be compared
-and one learning rate or clipping threshold means the same everywhere: 1 is the squared error of predicting the mean.
-The divergence of logits is in nats per token.
+    loss(outputs_ND, targets_ND, *, energies_N, unit) -> (N)
+
+`unit` is the median over tokens of the energy of the window's dense update (its output minus its input; of a matrix,
+its product), `energies_N` that energy of each token. In this unit curves of windows at different depth compare, and one
+learning rate or clipping threshold means the same everywhere: 1 is the error of leaving the window out, at a typical
+token. The divergence of logits is in nats.
+
+Shapes: N tokens, D features, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,21 +15,58 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
-from lit_recon.model.head import kl_divergence_sum
+from lit_recon.model.head import kl_divergences
+
+_LEAST = 1e-6  # of the unit: energies that are divided by are not taken for smaller
 
 
-def mean_squared(outputs_BTD: Tensor, targets_BTD: Tensor, *, variance: float) -> Tensor:
-    """Mean squared error over the variance of the targets: the relative error (arXiv 2510.14444)."""
-    return functional.mse_loss(outputs_BTD.float(), targets_BTD) / variance
+def mean_squared(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
+    """Squared error over the unit (arXiv 2510.14444, but for the unit): e / s."""
+    return _squared(outputs_ND, targets_ND) / unit
 
 
-def kl_divergence(outputs: Tensor, targets: Tensor, *, variance: float, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Kullback-Leibler divergence of the logits from the dense model's, in nats per token; `variance` is not used.
+def balanced(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
+    """Squared error over the unit, of tokens with a larger update s_t over the geometric mean: e / sqrt(s max(s, s_t)).
+
+    Tokens with massive activations keep more than their share, and the others learn.
+    """
+    return _squared(outputs_ND, targets_ND) / (unit * energies_N.clamp(min=unit)).sqrt()
+
+
+def relative(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
+    """Squared error over the energy of the token's target: every token counts by the share of it that is wrong."""
+    return _squared(outputs_ND, targets_ND) / targets_ND.square().mean(-1).clamp(min=_LEAST * unit)
+
+
+def cosine(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
+    """One minus the cosine of the angle between output and target; blind to their lengths."""
+    return 1 - functional.cosine_similarity(outputs_ND.float(), targets_ND, dim=-1)
+
+
+def huber(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float, delta: float = 1.0) -> Tensor:
+    """Pseudo-Huber loss of each token's error: squared up to `delta`^2 units, linear in its root beyond.
+
+    Charbonnier, Blanc-Feraud, Aubert, Barlaud, "Deterministic edge-preserving regularization in computed imaging" (1997).
+    """
+    squared_N = _squared(outputs_ND, targets_ND) / unit
+    return 2 * delta**2 * ((1 + squared_N / delta**2).sqrt() - 1)
+
+
+def kl_divergence(
+    outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float, head: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Kullback-Leibler divergence of the logits from the dense model's, in nats; `energies_N` and `unit` are not used.
 
     Args:
-        outputs: Hidden states after the last layer, (..., D).
-        targets: The dense model's.
-        variance: Not used; the other losses' unit.
+        outputs_ND: Hidden states after the last layer.
+        targets_ND: The dense model's.
+        energies_N: Not used; the other losses' weights.
+        unit: Not used; theirs too.
         head: Makes logits (1, N, V) of hidden states (1, N, D).
     """
-    return kl_divergence_sum(outputs, targets, head=head) / (targets.numel() // targets.shape[-1])
+    return kl_divergences(outputs_ND, targets_ND, head=head)
+
+
+def _squared(outputs_ND: Tensor, targets_ND: Tensor) -> Tensor:
+    """Squared error of each token, a mean over features, in float32."""
+    return (outputs_ND.float() - targets_ND).square().mean(-1)

@@ -1,6 +1,6 @@
 """Masked weights: train by gradient descent what pruning left of a window until it outputs what the dense one did.
 
-    min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / variance    (arXiv 2510.14444)
+    min over theta of  || window(x; theta * mask) - window(x; theta_dense) ||^2 / unit    (arXiv 2510.14444)
 
 Pruned weights are zero before training and their gradients are zeroed before each step. An elementwise optimizer such
 as AdamW then never moves them (nor does its weight decay), which costs less than masking the weights in every forward.
@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import kl_divergence, mean_squared
+from lit_recon.modules.rates import make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=2e-3, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
+ADAMW = partial(AdamW, lr=2e-3, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
 
 
 class MaskedWeights(LightningModule):
@@ -34,13 +35,14 @@ class MaskedWeights(LightningModule):
     Args:
         window: The pruned window; its parameters are float32.
         masks: Boolean mask per pruned matrix (True = kept), by the names that `window.matrices()` gives.
-        variance: Variance of the targets, the unit of the loss.
-        optimizer: Makes the optimizer from the parameters.
+        unit: Unit of the loss: the median over tokens of the energy of the window's dense update.
+        optimizer: Makes the optimizer from groups of parameters; a partial call with lr="probe" leaves its rate to be
+            found by trying (rates.py).
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
-        loss: Function of (outputs, targets, variance=...) to a scalar; the divergence of the logits where the window
-            has a head.
+        loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); the
+            divergence of the logits where the window has a head.
 
     Raises:
         ValueError: `warmup` is no share.
@@ -50,7 +52,7 @@ class MaskedWeights(LightningModule):
         self,
         window: AnyWindow,
         masks: Mapping[str, Tensor],
-        variance: float,
+        unit: float,
         *,
         optimizer: Callable[..., Optimizer] = ADAMW,
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
@@ -61,7 +63,7 @@ class MaskedWeights(LightningModule):
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
             raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
         self.window = window
-        self.variance = variance
+        self.unit = unit
         self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
@@ -75,14 +77,18 @@ class MaskedWeights(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
-        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
+        loss = self.losses(batch).mean()
         self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
         return loss * batch.weight
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of one held-out batch."""
-        loss = self.loss(batch.text(self(batch)), batch.text(batch.targets_BTD), variance=self.variance)
-        self.log("loss/held_out", loss, batch_size=batch.num_tokens)
+        self.log("loss/held_out", self.losses(batch).mean(), batch_size=batch.num_tokens)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each token of a batch, (N)."""
+        outputs_ND, targets_ND = batch.text(self(batch)), batch.text(batch.targets_BTD)
+        return self.loss(outputs_ND, targets_ND, energies_N=batch.text(batch.energies_BT), unit=self.unit)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights."""
@@ -110,7 +116,8 @@ class MaskedWeights(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        optimizer = self._make_optimizer([parameter for parameter in self.window.trained() if parameter.requires_grad])
+        trained = [parameter for parameter in self.window.trained() if parameter.requires_grad]
+        optimizer = make_optimizer(self._make_optimizer, trained)
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

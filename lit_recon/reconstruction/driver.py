@@ -75,6 +75,7 @@ def walk(
         NotFinite: Hidden states, statistics, scores, targets or errors are not finite; the message says where.
     """
     results = list(done)
+    fitter.resume(results)
     with _quick_collection():
         for step, upcoming in steps(windows, chain, needs_gram=fitter.needs_gram):
             with _explaining(step.window, chain.passes.compute.precision):

@@ -1,9 +1,9 @@
 """The fit of one window: a LightningModule, a DataModule, a fresh Trainer; accepted, or the window keeps its weights.
 
-A reconstruction is accepted if the error on held-out samples became smaller, of the weights as they will be stored: of
-a model in 16 bits they are rounded before they are measured. A fit that diverges or does not improve
-is tried again from the pruned weights at the smaller learning rates of `retry_rates`, if there are any: the rate that
-suits one model or window size is too high for others. A window that is still not better keeps its pruned weights.
+A reconstruction is accepted if both the mean and the typical error on held-out samples became smaller (a mean alone may
+be that of a few massive activations), of the weights as they will be stored: of a model in 16 bits they are rounded
+before they are measured. At which learning rates a window is tried, each time from its pruned weights, says a
+RateSearch (rate_search.py); the best try that is accepted is kept, else the pruned weights.
 """
 
 import logging
@@ -19,8 +19,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
+from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.model.windows import AnyWindow
+from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
 from lit_recon.system.clock import Clock, timed
@@ -38,10 +40,12 @@ _ROUNDING = 0.01  # of the squared change: what rounding may take of it unseen; 
 class WindowResult:
     """Errors of one window before and after its fit, and whether the fit was accepted.
 
-    Errors are mean squared errors over the variance of the targets, on calibration and on held-out samples; those of a
-    window whose loss is on the logits are Kullback-Leibler divergences, in nats per token, as `measure` says. Those
-    after are of the weights that were kept; what a try reached that was not accepted is in the note. `lost_by_rounding`
-    is the share of what training gained on held-out samples that went as weights were rounded to the model's dtype.
+    Errors are mean squared errors in units of the median energy of the window's dense update, on calibration and on
+    held-out samples; `typical` ones are medians over held-out tokens. Those of a window whose loss is on the logits are
+    Kullback-Leibler divergences, in nats per token, as `measure` says. Those after are of the weights that were kept;
+    what a try reached that was not accepted is in the note. `unit` is that energy, `rate` the factor of the learning
+    rate that was kept, `tries` all that were tried with the held-out error that each reached. `lost_by_rounding` is the
+    share of what training gained on held-out samples that went as weights were rounded to the model's dtype.
     """
 
     name: str
@@ -55,6 +59,11 @@ class WindowResult:
     note: str = ""
     measure: str = "relative error"
     lost_by_rounding: float = 0.0
+    typical_before: float = 0.0
+    typical_after: float = 0.0
+    unit: float = 0.0
+    rate: float = 1.0
+    tries: Sequence[Sequence[float]] = ()
 
 
 def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
@@ -91,12 +100,12 @@ class WindowFitter:
     """Fits windows, each with a LightningModule and a Trainer of its own.
 
     Args:
-        module: Makes the LightningModule from (window, masks, variance).
+        module: Makes the LightningModule from (window, masks, unit).
         trainer: Makes the Trainer from `callbacks` and `logger`.
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds the index of its first layer.
         logger: The run's log; None for no curves.
-        retry_rates: Shares of the learning rate at which a window that did not improve is tried again, in this order.
+        search: Says at which learning rates a window is tried.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
     """
@@ -109,13 +118,13 @@ class WindowFitter:
         device: torch.device,
         seed: int,
         logger: RunLogger | None = None,
-        retry_rates: Sequence[float] = RETRY_RATES,
+        search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
-        self.rates = (1.0, *retry_rates)
+        self.search = search or RetryRates(RETRY_RATES)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
 
@@ -150,14 +159,14 @@ class WindowFitter:
         # What is drawn depends on the window alone, not on what was drawn before, so that a run can be resumed.
         seed_everything(self.seed + window.indices.start, verbose=False)
         try:
-            variance = data.variance()
-            if not math.isfinite(variance):
-                raise NotFinite(f"{window.name}: the variance of its targets is not finite ({variance})")
-            if variance == 0:  # of a matrix of zeros
-                return kept_pruned(window, "its dense outputs are all the same")
+            unit = data.unit()
+            if not math.isfinite(unit):
+                raise NotFinite(f"{window.name}: the energy of its dense update is not finite ({unit})")
+            if unit == 0:  # of a matrix of zeros
+                return kept_pruned(window, "dense, it does nothing")
             with window.head.on(self.device) if window.head else nullcontext():
                 stored = dtypes or [parameter.dtype for parameter in window.trained()]
-                result = self._reconstruct(window, masks, data, variance, stored)
+                result = self._reconstruct(window, masks, data, unit, stored)
         finally:
             release_memory()
         return replace(result, seconds=round(time.perf_counter() - start, 3))
@@ -167,49 +176,84 @@ class WindowFitter:
         window: AnyWindow,
         masks: Mapping[str, Tensor],
         data: TrainingData,
-        variance: float,
+        unit: float,
         dtypes: Sequence[torch.dtype],
     ) -> WindowResult:
-        """Train at one rate after the other until a try is accepted."""
-        before = data.errors(window, variance)
+        """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
+        before = data.errors(window, unit)
         _check_errors(window, *before)
-        pruned, reason = [_copy(parameter) for parameter in window.trained()], ""
-        for rate in self.rates:
-            module = self.module(window, masks, variance)
-            steps, diverged = self._train(module, window, data, rate)
-            remark = getattr(module, "note", "")
-            after, lost = _measured(window, data, variance, pruned, dtypes, before[1])
-            diverged = diverged or not all(map(math.isfinite, after))
-            accepted = not diverged and after[1] < before[1]
-            if accepted:
-                break
-            reason = DIVERGED if diverged else f"{NOT_BETTER} ({after[1]:.3g})"
-            _restore(window, pruned)
-            del module
-            release_memory()  # optimizer and gradients of this try, before the next one makes its own
-            after = before
-            if diverged:
-                steps = 0
-            elif lost == 1:  # of a smaller step rounding would take all the more
-                reason = f"rounding to {_names(dtypes)} took all that training had gained"
-                break
-            elif steps == 0:  # no step, so nothing that a learning rate could change
-                break
+        measure = "relative error" if window.head is None else "KL divergence"
+        kind, pruned = kind_of(window.name, measure), [_copy(parameter) for parameter in window.trained()]
+        tries: list[Try] = []
+        best: Try | None = None
+        best_weights: Sequence[Tensor] = pruned
+        while (rate := self.search.next(kind, tries)) is not None:
+            if tries:
+                if tries[-1] is best:
+                    best_weights = [_copy(parameter) for parameter in window.trained()]
+                _restore(window, pruned)
+                release_memory()  # optimizer and gradients of this try, before the next one makes its own
+            tries.append(self._try(window, masks, data, unit, dtypes, pruned, before[1], rate))
+            if tries[-1].accepted and (best is None or tries[-1].left < best.left):
+                best = tries[-1]
+        if tries[-1] is not best:
+            _restore(window, best_weights)
+        if best:
+            self.search.learn(kind, best.rate, best.left)
         _check_zeros(window, masks)
         if self.logger:
             self.logger.end_window()
+        kept = best or replace(tries[-1], held_out=before[1], calibration=before[0])
         return WindowResult(
             name=window.name,
-            relative_error_before=before[0],
-            relative_error_after=after[0],
-            held_out_before=before[1],
-            held_out_after=after[1],
-            accepted=accepted,
-            steps=steps,
+            relative_error_before=before[0].mean,
+            relative_error_after=kept.calibration.mean,
+            held_out_before=before[1].mean,
+            held_out_after=kept.held_out.mean,
+            accepted=best is not None,
+            steps=0 if kept.diverged else kept.steps,
             seconds=0.0,
-            note="; ".join(filter(None, [remark, _note(reason, rate, accepted=accepted)])),
-            measure="relative error" if window.head is None else "KL divergence",
-            lost_by_rounding=lost,
+            note="; ".join(filter(None, [kept.remark, _note(tries, best, _names(dtypes))])),
+            measure=measure,
+            lost_by_rounding=kept.lost,
+            typical_before=before[1].typical,
+            typical_after=kept.held_out.typical,
+            unit=unit,
+            rate=kept.rate,
+            tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in tries],
+        )
+
+    def resume(self, results: Sequence[WindowResult]) -> None:
+        """Let the search learn from windows that were done before."""
+        for one in results:
+            if one.accepted:
+                before, after = (one.held_out_before, one.typical_before), (one.held_out_after, one.typical_after)
+                self.search.learn(kind_of(one.name, one.measure), one.rate, share_left(Errors(*before), Errors(*after)))
+
+    def _try(
+        self,
+        window: AnyWindow,
+        masks: Mapping[str, Tensor],
+        data: TrainingData,
+        unit: float,
+        dtypes: Sequence[torch.dtype],
+        pruned: Sequence[Tensor],
+        before: Errors,
+        rate: float,
+    ) -> Try:
+        """Train once, from the pruned weights, and measure what will be stored."""
+        module = self.module(window, masks, unit)
+        steps, diverged = self._train(module, window, data, rate)
+        (calibration, held_out), lost = _measured(window, data, unit, pruned, dtypes, before.mean)
+        return Try(
+            rate=rate,
+            before=before,
+            held_out=held_out,
+            calibration=calibration,
+            diverged=diverged or not all(map(math.isfinite, (*calibration, *held_out))),
+            steps=steps,
+            lost=lost,
+            remark=getattr(module, "note", ""),
         )
 
     def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
@@ -257,47 +301,58 @@ def _interruptible() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _note(reason: str, rate: float, *, accepted: bool) -> str:
-    """Remark on a window of which a try failed for `reason`; the last try was at `rate` times the learning rate."""
-    if accepted:
-        return f"{reason}; reconstructed at {rate:g} of the learning rate" if reason else ""
-    return f"{reason}{f', also at {rate:g} of the learning rate' if rate < 1 else ''}: kept its pruned weights"
+def _note(tries: Sequence[Try], best: Try | None, dtypes: str) -> str:
+    """Remark on a window of which a try failed, or that was tried at several rates to find the best."""
+    failed = [one for one in tries if not one.accepted]
+    if best and (not failed or len(tries) > len(failed) + 1):
+        return f"tried at {len(tries)} rates, best at {best.rate:g} of the learning rate" if len(tries) > 1 else ""
+    last = failed[-1]
+    reason = f"{NOT_BETTER} ({last.held_out.mean:.3g}, typical {last.held_out.typical:.3g})"
+    if last.diverged:
+        reason = DIVERGED
+    elif last.lost == 1:
+        reason = f"rounding to {dtypes} took all that training had gained"
+    if best:
+        return f"{reason}; reconstructed at {best.rate:g} of the learning rate"
+    return (
+        f"{reason}{f', also at {last.rate:g} of the learning rate' if len(tries) > 1 else ''}: kept its pruned weights"
+    )
 
 
-def _check_errors(window: AnyWindow, calibration: float, held_out: float) -> None:
+def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> None:
     """Raise a NotFinite for a window whose errors are not finite before it is trained."""
-    for samples, error in (("calibration", calibration), ("held-out", held_out)):
-        if not math.isfinite(error):
-            raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({error})")
+    for samples, errors in (("calibration", calibration), ("held-out", held_out)):
+        if not math.isfinite(errors.mean):
+            raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
 
 
 def _measured(
     window: AnyWindow,
     data: TrainingData,
-    variance: float,
+    unit: float,
     pruned: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
     before: float,
-) -> tuple[tuple[float, float], float]:
+) -> tuple[tuple[Errors, Errors], float]:
     """Round a trained window to what will be stored of it, and measure that.
 
     Args:
         window: The window.
         data: What it was trained on.
-        variance: Of its targets.
+        unit: Of its errors.
         pruned: What was trained, as it was before.
         dtypes: Those in which it will be stored.
-        before: Its held-out error before.
+        before: Its mean held-out error before.
 
     Returns:
         Its errors; the share of what it gained on held-out samples that rounding took back, up to 1.
     """
-    exact = data.errors(window, variance)[1] if _rounding_matters(window, pruned, dtypes) else before
+    exact = data.errors(window, unit)[1].mean if _rounding_matters(window, pruned, dtypes) else before
     for parameter, dtype in zip(window.trained(), dtypes, strict=True):
         if dtype != parameter.dtype:
             parameter.data.copy_(parameter.data.to(dtype))
-    after = data.errors(window, variance)
-    return after, min(1.0, max(0.0, (after[1] - exact) / (before - exact))) if exact < before else 0.0
+    after = data.errors(window, unit)
+    return after, min(1.0, max(0.0, (after[1].mean - exact) / (before - exact))) if exact < before else 0.0
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""Which learning rates a window is tried at: retreat from one that fails, or a probe that looks for the best.
+
+Rates are factors of the module's own learning rate. A window's tries are judged on held-out samples.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+from lit_recon.activations.datamodule import Errors
+
+STEP = 2.0  # between rates that are probed
+FURTHEST = 1 / 256  # the smallest factor that is probed
+FAR_BELOW = 1 / 4  # of the usual gain: a window that gains less is compared with its neighbours in rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """One fit of a window at one rate.
+
+    Attributes:
+        rate: Factor of the learning rate.
+        before: Held-out errors of the pruned window.
+        held_out: Held-out errors afterwards.
+        calibration: Errors on calibration samples afterwards.
+        diverged: Whether a loss or an error was not finite.
+        steps: Steps of the optimizer.
+        lost: Share of the gain that rounding to the model's dtype took.
+        remark: The module's remark.
+    """
+
+    rate: float
+    before: Errors
+    held_out: Errors
+    calibration: Errors
+    diverged: bool
+    steps: int
+    lost: float
+    remark: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the window is better than pruned: its mean error and its typical one."""
+        return not self.diverged and self.held_out.is_better(self.before)
+
+    @property
+    def left(self) -> float:
+        """Share of the error that is left."""
+        return math.inf if self.diverged else share_left(self.before, self.held_out)
+
+
+class RateSearch(Protocol):
+    """Says at which rates a window is tried."""
+
+    def next(self, kind: str, tries: Sequence[Try]) -> float | None:
+        """The rate of the next try of a window of some kind, given those before; None: no further one."""
+
+    def learn(self, kind: str, rate: float, left: float) -> None:
+        """Take note of a window that was accepted at a rate, with a share of its error left."""
+
+
+class RetryRates:
+    """The module's own rate; a window that is not better is tried again at smaller ones, in order.
+
+    Args:
+        rates: Shares of the learning rate.
+    """
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        self.rates = (1.0, *rates)
+
+    def next(self, kind: str, tries: Sequence[Try]) -> float | None:
+        """The next of the rates until a try is accepted."""
+        # Of a smaller step rounding would take all the more; without a step a rate changes nothing.
+        over = tries and (
+            tries[-1].accepted or (not tries[-1].diverged and (tries[-1].lost == 1 or not tries[-1].steps))
+        )
+        return None if over or len(tries) == len(self.rates) else self.rates[len(tries)]
+
+    def learn(self, kind: str, rate: float, left: float) -> None:
+        """Nothing: windows do not depend on each other."""
+
+
+class ProbedRates:
+    """The best rate of the first window of each kind, by held-out error, for the windows of that kind that follow.
+
+    The first window is tried at the module's rate and at halves of it until one is worse than the one before, or at
+    doubles where the first half is worse. A later window is compared with the neighbouring rates only if it was not
+    accepted, or gained far less than windows of its kind usually do.
+    """
+
+    def __init__(self) -> None:
+        self._rate: dict[str, float] = {}
+        self._gains: dict[str, list[float]] = {}
+
+    def next(self, kind: str, tries: Sequence[Try]) -> float | None:
+        """The next rate on the way down, or up where down is worse."""
+        if not tries:
+            return self._rate.get(kind, 1.0)
+        if any(one.steps == 0 and not one.diverged for one in tries) or self._is_usual(kind, tries[0]):
+            return None
+        best = min(tries, key=lambda one: one.left)
+        lowest, highest = (choose(one.rate for one in tries) for choose in (min, max))
+        if best.rate == lowest or not any(one.accepted for one in tries):
+            return lowest / STEP if lowest / STEP >= FURTHEST else None
+        return highest * STEP if best.rate == highest else None
+
+    def learn(self, kind: str, rate: float, left: float) -> None:
+        """Carry the rate to the next windows of its kind."""
+        self._rate[kind] = rate
+        self._gains.setdefault(kind, []).append(1 - left)
+
+    def _is_usual(self, kind: str, first: Try) -> bool:
+        """Whether a try at the rate that was carried gained about what windows of its kind gain."""
+        return kind in self._rate and first.accepted and 1 - first.left >= FAR_BELOW * median(self._gains[kind])
+
+
+def kind_of(name: str, measure: str) -> str:
+    """What windows have in common of which the names differ in numbers alone, such as `block_#.mlp.up_proj`."""
+    return f"{re.sub(r'[0-9]+', '#', name)}, {measure}"
+
+
+def share_left(before: Errors, after: Errors) -> float:
+    """Share of an error that is left: the geometric mean of that of the mean error and of the typical one."""
+    mean, typical = (one / other if other else 1.0 for one, other in zip(after, before, strict=True))
+    return math.sqrt(mean * typical)
