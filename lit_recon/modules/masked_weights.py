@@ -85,7 +85,8 @@ class MaskedWeights(LightningModule):
         self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
         self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
-        self._token_weights, self._anchor = token_weights, anchor
+        self._token_weights: Callable[[Batch], Tensor] | None = token_weights
+        self._anchor = anchor
         self._start = [parameter.detach().clone() for parameter in self._trained] if anchor else []
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window

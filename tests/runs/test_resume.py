@@ -118,7 +118,7 @@ def test_a_run_that_shall_stop_leaves_a_model_that_is_done_so_far_and_dense_from
     assert f"python -m lit_recon.fit resume={run}" in said(ended.out)
     assert_done_up_to(run / "checkpoint", 2, model_folder)
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "checkpoint", "commits", "masks.safetensors", "tensorboard")
+        *("config.yaml", "checkpoint", "commits", "commits.begun", "masks.safetensors", "tensorboard")
     }
     assert len(load_file(run / "masks.safetensors")) == 14
 
@@ -312,16 +312,18 @@ def test_where_both_commits_are_damaged_the_run_is_refused_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("lost", ["manifests", "folder"])
-@pytest.mark.parametrize("masks", [True, False])
-def test_a_run_whose_commits_are_gone_is_refused_and_left(go: Go, run: Path, lost: str, masks: bool) -> None:
+@pytest.mark.parametrize("killed", ["no", "streamed", "in memory"])
+def test_a_run_whose_commits_are_gone_is_refused_and_left(go: Go, run: Path, lost: str, killed: str) -> None:
     for path in (run / "commits").glob("*.json"):
         path.unlink()
     if lost == "folder":
         shutil.rmtree(run / "commits")
-    if not masks:  # of a run that was killed
+    if killed != "no":
         (run / "masks.safetensors").unlink()
+    if killed == "in memory":  # which writes its checkpoint when it ends
+        shutil.rmtree(run / "checkpoint")
     before = content(run)
-    refused(go("resume=run"), run, before, "2 windows were done, but run/commits holds no commit any more")
+    refused(go("resume=run"), run, before, "windows were done, but run/commits holds no commit any more")
 
 
 CHANGED = ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json", "README.md"]
