@@ -87,7 +87,7 @@ class MaskedWeights(LightningModule):
         self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
         self._token_weights: Callable[[Batch], Tensor] | None = token_weights
         self._anchor = anchor
-        self._start = [parameter.detach().clone() for parameter in self._trained] if anchor else []
+        self._start: list[Tensor] = []  # copies of what is trained, with an anchor
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
@@ -137,7 +137,7 @@ class MaskedWeights(LightningModule):
 
     def _distance(self) -> Tensor:
         """Squared distance of what is trained to where it started, over the squared norm of that."""
-        pairs = list(zip(self.window.trained(), self._start, strict=True))
+        pairs = list(zip(self.trained(), self._start, strict=True))
         moved = torch.stack([(parameter - start).square().sum() for parameter, start in pairs]).sum()
         return moved / torch.stack([start.square().sum() for _, start in pairs]).sum()
 
