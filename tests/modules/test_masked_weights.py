@@ -200,7 +200,9 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
-    make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
+    node = OmegaConf.load(CONF / "module" / "least_squares.yaml")
+    del node["defaults"]  # Hydra's
+    make = instantiate(node, _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
     make = partial(make, damping=1e-4)  # what is left of the error is then the minimum's
     result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, equations)

@@ -49,7 +49,7 @@ def test_windows_are_planned_by_the_largest_of_their_kind_also_where_the_first_l
     pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
     work = estimate.Workload(Schedule(epochs=1, max_steps=-1, accumulate=1), evaluation_tokens=24, needs_gram=False)
     sizes = {
-        kind: [sum(parameter.numel() for parameter in window.trained()) for window in layer_windows(model, by=kind)]
+        kind: [sum(parameter.numel() for parameter in window.own_parameters()) for window in layer_windows(model, by=kind)]
         for kind in ("half", "block")
     }
     assert max(sizes["half"]) not in sizes["half"][:2] and max(sizes["block"]) != sizes["block"][0]
