@@ -1,4 +1,4 @@
-"""Losses between a window's outputs and its targets: functions to one number per token, whose mean a module takes.
+"""Losses between a window's outputs and its targets: one number per token, of which a module takes the mean.
 
     loss(outputs_ND, targets_ND, *, energies_N, unit) -> (N)
 
@@ -48,8 +48,8 @@ def cosine(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: 
 def huber(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float, delta: float = 1.0) -> Tensor:
     """Pseudo-Huber loss of each token's error, in units: squared up to about `delta`^2, linear in its root beyond.
 
-    Charbonnier, Blanc-Feraud, Aubert, Barlaud, "Deterministic edge-preserving regularization in computed imaging"
-    (1997); times 2, so that small errors count as in `mean_squared`.
+    Charbonnier, Blanc-Feraud, Aubert and Barlaud, "Deterministic edge-preserving regularization in computed imaging",
+    IEEE Transactions on Image Processing 6 (1997); times 2, so that small errors count as in `mean_squared`.
 
     Raises:
         ValueError: `delta` is not above 0.

@@ -15,11 +15,12 @@ from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
+from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import kl_divergence, mean_squared
 from lit_recon.modules.rates import make_optimizer
@@ -43,6 +44,8 @@ class MaskedWeights(LightningModule):
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
+        train_norms: Whether norms are trained too.
+        train_biases: Whether biases are trained too.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); the
             divergence of the logits where the window has a head.
         token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
@@ -66,6 +69,8 @@ class MaskedWeights(LightningModule):
         loss: Callable[..., Tensor] = mean_squared,
         token_weights: Callable[[Batch], Tensor] | None = None,
         anchor: float = 0.0,
+        train_norms: bool = True,
+        train_biases: bool = True,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -77,11 +82,23 @@ class MaskedWeights(LightningModule):
         self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._token_weights, self._anchor = token_weights, anchor
-        self._start = [parameter.detach().clone() for parameter in window.trained()] if anchor else []
+        self._start: list[Tensor] = []  # of what is trained, where that is pulled there
+        norms, biases = vectors(window)
+        self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
+        frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
+        self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
             self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained: the window's own parameters, without norms or biases where these are to stay."""
+        return self._trained
+
+    def changed(self) -> list[nn.Parameter]:
+        """What is changed of the window: what is trained."""
+        return self.trained()
 
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
@@ -119,7 +136,7 @@ class MaskedWeights(LightningModule):
 
     def _distance(self) -> Tensor:
         """Squared distance of what is trained to where it started, over the squared norm of that."""
-        pairs = list(zip(self.window.trained(), self._start, strict=True))
+        pairs = list(zip(self.trained(), self._start, strict=True))
         moved = torch.stack([(parameter - start).square().sum() for parameter, start in pairs]).sum()
         return moved / torch.stack([start.square().sum() for _, start in pairs]).sum()
 
@@ -146,10 +163,12 @@ class MaskedWeights(LightningModule):
     def on_train_start(self) -> None:
         """Keep the layers as they are in inference: dropout would change the function that is being matched."""
         self.window.eval()
+        if self._anchor:
+            self._start = [parameter.detach().clone() for parameter in self.trained()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        trained = [parameter for parameter in self.window.trained() if parameter.requires_grad]
+        trained = [parameter for parameter in self.trained() if parameter.requires_grad]
         optimizer = make_optimizer(self._make_optimizer, trained)
         if self._make_scheduler is None:
             return optimizer

@@ -73,7 +73,7 @@ def test_what_depends_on_the_real_width_is_tried_in_it() -> None:
         ({"trainer": {"log_every_n_steps": 0}}, ZeroDivisionError),
         ({"trainer": {"val_check_interval": 0}}, ZeroDivisionError),
         ({"trainer": {"val_check_interval": 1000}}, ValueError),
-        ({"module": partial(MaskedWeights, loss=lambda outputs, targets, variance: "abc")}, Exception),
+        ({"module": partial(MaskedWeights, loss=lambda outputs, targets, energies_N, unit: "abc")}, Exception),
     ],
 )
 def test_what_ends_the_first_window_ends_it(settings: dict[str, Any], error: type[Exception]) -> None:
