@@ -67,10 +67,10 @@ class MaskedWeights(LightningModule):
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
         loss: Callable[..., Tensor] = mean_squared,
-        train_norms: bool = True,
-        train_biases: bool = True,
         token_weights: Callable[[Batch], Tensor] | None = None,
         anchor: float = 0.0,
+        train_norms: bool = True,
+        train_biases: bool = True,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -81,13 +81,12 @@ class MaskedWeights(LightningModule):
         self.unit = unit
         self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
+        self._token_weights, self._anchor = token_weights, anchor
+        self._start: list[Tensor] = []  # of what is trained, where that is pulled there
         norms, biases = vectors(window)
         self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
         self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
-        self._token_weights: Callable[[Batch], Tensor] | None = token_weights
-        self._anchor = anchor
-        self._start: list[Tensor] = []  # copies of what is trained, with an anchor
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.

@@ -86,7 +86,7 @@ def test_the_modules_gradient_is_that_of_finite_differences_and_exactly_zero_whe
     window, masks, batch = pruned
     module = MaskedWeights(window, masks, batch.energies_BT.median().item(), **settings)
     module.on_train_start()
-    parameters, generator = window.own_parameters(), torch.Generator().manual_seed(1)
+    parameters, generator = module.trained(), torch.Generator().manual_seed(1)
     window.requires_grad_(True)
     start = [parameter.detach().clone() for parameter in parameters]
     by_matrix = {id(matrix.weight): masks[matrix.name] for matrix in window.matrices()}
