@@ -1,12 +1,13 @@
 """Learning rates relative to the weights: a step of AdamW changes each weight by about the same share of its matrix.
 
-Rates do not carry over between models: 2e-3 is 1% of the root mean square of SmolLM2's weights, and 5 to 12% of that of
-Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own root mean square, and which share is found by
-trying (reconstruction/rate_search.py).
+Rates do not carry over between models: 2e-3 is 1% of the root mean square of SmolLM2's weights, and 5 to 12% of that
+of Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own root mean square, and which share is
+found by trying (reconstruction/rate_search.py).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -37,7 +38,7 @@ def make_optimizer(make: Callable[..., Optimizer], parameters: Sequence[Tensor])
     """
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == wide] for wide in (True, False))
     given: dict[str, Any] = getattr(make, "keywords", {})
-    undecayed = {"weight_decay": 0.0} if "weight_decay" in given else {}
+    undecayed = {"weight_decay": 0.0} if "weight_decay" in signature(make).parameters else {}
     if given.get("lr") != PROBE:
         kinds: list[tuple[list[Tensor], dict[str, float]]] = [(matrices, {}), (vectors, undecayed)]
         return make([{"params": members} | own for members, own in kinds if members])
