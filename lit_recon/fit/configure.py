@@ -202,6 +202,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             propagation=parts["chain"],
             store=parts["store"],
             prune_by=call["prune_by"],
+            fitting=fitting,
             trainer=trainer,
         )
         if parts["trainer"]:

@@ -124,6 +124,16 @@ class MaskLora(MaskedWeights):
         self._adapters = [make(matrix, masks[matrix.name]) for matrix in window.matrices() if matrix.name in masks]
         self.adapters = nn.ModuleList(self._adapters)  # so that they move to the device
 
+    def check_rank(self) -> None:
+        """Raise a ValueError for a rank above that of a matrix."""
+        for adapter in self._adapters:
+            (_, rank, inputs), outputs = adapter.A_ERI.shape, adapter.B_EOR.shape[1]
+            if rank > min(outputs, inputs):
+                raise ValueError(
+                    f"module.rank={rank}: {adapter.matrix.name} has {outputs} x {inputs} weights; expected a rank of "
+                    f"at most {min(outputs, inputs)}, that of the matrix itself."
+                )
+
     def trained(self) -> list[nn.Parameter]:
         """What is trained: the changes, norms and biases."""
         return [*self.adapters.parameters(), *self.vectors]
