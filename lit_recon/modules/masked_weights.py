@@ -26,7 +26,8 @@ from lit_recon.modules.losses import kl_divergence, mean_squared
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml  # type: ignore[arg-type]
+# conf/optimizer/adamw.yaml
+ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
 
 
 class MaskedWeights(LightningModule):
