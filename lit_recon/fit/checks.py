@@ -55,6 +55,11 @@ def check_settings(
                 f"windows=matrix, not {windows.by}."
             )
         by_matrix = windows.by == WindowKind.MATRIX
+        if by_matrix and getattr(module, "keywords", {}).get("token_weights"):
+            problems.add(
+                "module.token_weights with windows=matrix: single matrices are trained on rows of their inputs, which "
+                "are no tokens of samples; use windows=half or block."
+            )
         if by_matrix and _is(module, NormsBiases):
             problems.add(
                 f"{callable_name(module)} (module=norms_biases) with windows=matrix: a single matrix has neither norms "
