@@ -101,6 +101,10 @@ class MaskedWeights(LightningModule):
         """What is changed of the window: what is trained."""
         return self.trained()
 
+    def sizes(self) -> dict[Tensor, float]:
+        """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
+        return {}
+
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
         return self.window(batch.inputs_BTD, batch.calls)
@@ -170,7 +174,7 @@ class MaskedWeights(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
         trained = [parameter for parameter in self.trained() if parameter.requires_grad]
-        optimizer = make_optimizer(self._make_optimizer, trained)
+        optimizer = make_optimizer(self._make_optimizer, trained, self.sizes())
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
