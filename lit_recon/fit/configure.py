@@ -17,12 +17,11 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
-from lit_recon.data.generation import DenseModel
-from lit_recon.data.source import Samples, TextSource
+from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
@@ -31,8 +30,8 @@ from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writabl
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
-from lit_recon.fit.signature import model_signature
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
@@ -40,10 +39,8 @@ from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.system.cache import cache_folder
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
-from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +138,7 @@ def prepare(cfg: DictConfig) -> Job:
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        samples = _samples(source, tokenizer, model, execution)
+        samples = make_samples(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -164,24 +161,6 @@ def prepare(cfg: DictConfig) -> Job:
         execution=execution,
         output=output,
     )
-
-
-def _samples(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, model: LanguageModel, execution: Execution
-) -> Samples:
-    """Samples of a source; one that generates text gets the dense model, which is loaded apart from the run's."""
-    device = execution.compute.device
-    settings: dict[str, Any] = {"seed": execution.seed, "cache": cache_folder()}
-    if not source.needs_model:
-        return source.samples(tokenizer, **settings)
-    dense = DenseModel(
-        signature=lambda: model_signature(model, device),
-        load=lambda: model.load().to(device),  # type: ignore[arg-type]
-    )
-    try:
-        return source.samples(tokenizer, **settings, model=dense)
-    finally:
-        release_memory()  # of the model, before the run loads its own
 
 
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:

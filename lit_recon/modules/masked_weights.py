@@ -23,10 +23,11 @@ from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import kl_divergence, mean_squared
-from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=2e-3, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
+# conf/optimizer/adamw.yaml
+ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
 
 
 class MaskedWeights(LightningModule):
