@@ -135,8 +135,8 @@ def one_process(trainer: "partial[Trainer]") -> "partial[Trainer]":
     """
     if writers := [type(callback).__name__ for callback in _callbacks(trainer) if isinstance(callback, Checkpoint)]:
         raise ValueError(
-            f"of its callbacks, {', '.join(writers)} writes checkpoints of Lightning, which are pickles; a run has its own "
-            "resume points and writes none; leave it out."
+            f"of its callbacks, {', '.join(writers)} writes checkpoints of Lightning, which are pickles; a run has its "
+            "own resume points and writes none; leave it out."
         )
     if trainer.keywords.get("enable_checkpointing") not in (None, False):
         raise ValueError(
