@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lit_recon.activations.store import StoreSettings as StoreSettings
     from lit_recon.data.files import Files as Files
     from lit_recon.data.hub import Hub as Hub
+    from lit_recon.data.mixture import Mixture as Mixture
     from lit_recon.data.python_docs import PythonDocs as PythonDocs
+    from lit_recon.data.self_generated import SelfGenerated as SelfGenerated
     from lit_recon.data.source import Samples as Samples
     from lit_recon.data.source import TextSource as TextSource
     from lit_recon.evaluate.perplexity import perplexity as perplexity
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
     from lit_recon.model.partition import Partition as Partition
     from lit_recon.model.windows import Window as Window
     from lit_recon.modules.least_squares import LeastSquares as LeastSquares
+    from lit_recon.modules.losses import huber as huber
     from lit_recon.modules.losses import mean_squared as mean_squared
+    from lit_recon.modules.mask_lora import MaskLora as MaskLora
     from lit_recon.modules.masked_weights import MaskedWeights as MaskedWeights
+    from lit_recon.modules.norms_biases import NormsBiases as NormsBiases
+    from lit_recon.modules.untrained import Untrained as Untrained
     from lit_recon.pruning.criteria import Criterion as Criterion
     from lit_recon.pruning.criteria.magnitude import Magnitude as Magnitude
     from lit_recon.pruning.criteria.wanda import Wanda as Wanda
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from lit_recon.pruning.patterns import NM as NM
     from lit_recon.pruning.patterns import Pattern as Pattern
     from lit_recon.pruning.patterns import Unstructured as Unstructured
+    from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
     from lit_recon.reconstruction.window_fit import WindowResult as WindowResult
 
 __version__ = "0.4.0"
@@ -46,7 +53,9 @@ _MODULES = {
     "activations.store": ("StoreSettings",),
     "data.files": ("Files",),
     "data.hub": ("Hub",),
+    "data.mixture": ("Mixture",),
     "data.python_docs": ("PythonDocs",),
+    "data.self_generated": ("SelfGenerated",),
     "data.source": ("Samples", "TextSource"),
     "evaluate.perplexity": ("perplexity",),
     "fit.library": ("Reconstruction", "load", "prune_and_reconstruct"),
@@ -54,13 +63,17 @@ _MODULES = {
     "model.partition": ("Partition",),
     "model.windows": ("Window",),
     "modules.least_squares": ("LeastSquares",),
-    "modules.losses": ("mean_squared",),
+    "modules.losses": ("huber", "mean_squared"),
+    "modules.mask_lora": ("MaskLora",),
     "modules.masked_weights": ("MaskedWeights",),
+    "modules.norms_biases": ("NormsBiases",),
+    "modules.untrained": ("Untrained",),
     "pruning.criteria": ("Criterion",),
     "pruning.criteria.magnitude": ("Magnitude",),
     "pruning.criteria.wanda": ("Wanda",),
     "pruning.masks": ("Masks",),
     "pruning.patterns": ("NM", "Pattern", "Unstructured"),
+    "reconstruction.fit_settings": ("FitSettings",),
     "reconstruction.window_fit": ("WindowResult",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -3,6 +3,7 @@
 With resume_config.py the only file that sees the configuration.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from transformers import PreTrainedModel
 
@@ -23,19 +24,21 @@ from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
-from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
+from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.moved import FOLDERS, MOVED
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
-from lit_recon.system.cache import cache_folder
+from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
@@ -50,7 +53,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "store": StoreSettings,
     "windows": Partition,
 }
-MADE_LATER = ("module", "trainer")  # for each window; until then partial calls
+MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
 NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
 COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
@@ -67,19 +70,19 @@ class _Chosen:
         call: Settings of the run itself.
         parts: The parts, by name; None for one that could not be made.
         trainer: Settings of the Trainer.
-        retry_rates: Of the fit.
+        fitting: Of the fit of every window; None if something is wrong with it.
         compute: Where it will compute; None if that cannot be said.
     """
 
     call: dict[str, Any]
     parts: dict[str, Any]
     trainer: dict[str, Any]
-    retry_rates: list[float]
+    fitting: FitSettings | None
     compute: Compute | None
 
     def method(self) -> Method:
         """The method, of parts that could all be made."""
-        assert self.compute is not None
+        assert self.compute is not None and self.fitting is not None
         apart = prunes_apart(self.call["prune_by"], self.parts["chain"])
         return Method(
             criterion=self.parts["criterion"],
@@ -88,7 +91,7 @@ class _Chosen:
             propagation=self.parts["chain"],
             prune_by=self.call["prune_by"] if apart else "window",
             module=self.parts["module"],
-            retry_rates=tuple(self.retry_rates),
+            fitting=self.fitting,
             trainer=self.compute.trainers(self.parts["trainer"]),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
@@ -128,13 +131,14 @@ def prepare(cfg: DictConfig) -> Job:
         skeleton = model.skeleton()
         check_model(skeleton, method)
     with concerning(given_of("module")):
+        prepare_model(skeleton, method.module)
         check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     if call["resume"] is None:  # that run was rehearsed when it began; what has changed since is refused
         _rehearse(chosen, skeleton)
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder())
+        samples = make_samples(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -164,8 +168,12 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     call = check_call(cfg, problems)
     parts = {name: _part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
     trainer = _trainer_settings(cfg, problems)
+    if parts["module"]:
+        _join_groups(cfg.module, parts, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
-    retry_rates = [] if rates is None else rates  # a module that is solved exactly has none
+    own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
+    own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
+    fitting = problems.check(FitSettings, **own)
     compute = None
     if trainer and "prune_by" in call:
         check_settings(
@@ -175,13 +183,33 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             propagation=parts["chain"],
             store=parts["store"],
             prune_by=call["prune_by"],
-            retry_rates=retry_rates,
+            fitting=fitting,
             trainer=trainer,
         )
         if parts["trainer"]:
             about = f"{given_of('trainer')}: "
             compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
-    return _Chosen(call=call, parts=parts, trainer=trainer, retry_rates=retry_rates, compute=compute)
+    return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
+
+
+def _join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
+    """Give a module the loss that was chosen; add what is wrong with groups that a module needs, or does not take."""
+    module = parts["module"]
+    if _has_loss_of_group(node) and parts["loss"] is not None:
+        module.keywords["loss"] = parts["loss"]
+    taken = inspect.signature(module.func).parameters
+    kinds = {parameter.kind for parameter in taken.values()}
+    for group in ("loss", "optimizer", "scheduler"):
+        if given_of(group) != group and group not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
+            problems.add(f"{given_of(group)}: {callable_name(module)} takes no {group}; leave that out.")
+        elif OmegaConf.is_missing(node, group):
+            members = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "none"))
+            problems.add(f"{given_of(group)}: {callable_name(module)} needs one; choose one of {members}.")
+
+
+def _has_loss_of_group(node: DictConfig) -> bool:
+    """Whether a module's loss is that of the group `loss`, and no function that is given to the module itself."""
+    return "loss" in node.keys() and OmegaConf.is_interpolation(node, "loss")
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
@@ -247,6 +275,10 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
         if old in MOVED:
             problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
+    if name == "module" and _has_loss_of_group(node):  # a part of its own
+        node = node.copy()
+        with open_dict(node):
+            node.pop("loss")
     make = None if problems.found[before:] else _instantiated(node, name, problems)
     if make is None:
         return None
@@ -263,7 +295,7 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     if problems.found[before:]:
         return None
     if name in MADE_LATER:
-        return _made_later(make, name, problems)
+        return _made_later(make, name, node, problems)
     if not isinstance(made, PARTS[name]):
         kind = PARTS[name]
         needed = f"an object like {kind.__module__}.{kind.__name__}"
@@ -272,11 +304,13 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     return made
 
 
-def _made_later(make: "partial[Any]", name: str, problems: Problems) -> "partial[Any] | None":
+def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Problems) -> Any:
     """A partial call of what is made for each window, or None with a problem."""
     if name == "trainer" and not (isinstance(make.func, type) and issubclass(make.func, Trainer)):
         problems.add(f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it.")
         return None
+    if name == "loss" and not node.get("_partial_"):  # of a class
+        return problems.check(make, about=f"{given_of(name)}: ")
     return make
 
 

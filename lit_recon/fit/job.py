@@ -18,9 +18,11 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
-from lit_recon.reconstruction.window_fit import RETRY_RATES, needs_gram
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.device import Compute
 
+USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
 PRUNE_BY = ("window", "half", "block", "model")
 
 
@@ -55,7 +57,7 @@ class Method:
         propagation: What windows see.
         prune_by: What is pruned at once, one of PRUNE_BY; "window" where it makes no difference.
         module: Makes a window's LightningModule from (window, masks, unit).
-        retry_rates: Shares of the learning rate at which a window that did not improve is tried again.
+        fitting: How windows are tried, and what is kept.
         trainer: Makes a window's Trainer from `callbacks` and `logger`.
         schedule: How long it trains.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
@@ -67,7 +69,7 @@ class Method:
     propagation: Propagation
     prune_by: str
     module: Callable[..., LightningModule]
-    retry_rates: Sequence[float]
+    fitting: FitSettings
     trainer: Callable[..., Trainer]
     schedule: Schedule
     allow_unscored: bool
@@ -85,9 +87,11 @@ class Method:
             "batch_size": f"{batch_size}{accumulated}",
         }
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
+        for name, usual in USUAL.items():
+            chosen = _argument(self.module, name)
+            found |= {} if chosen is None or callable_name(chosen) == usual else {name: callable_name(chosen)}
         found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
-        others = tuple(self.retry_rates) != RETRY_RATES and not needs_gram(self.module)
-        return found | ({"retry_rates": ", ".join(map(str, self.retry_rates)) or "none"} if others else {})
+        return found if needs_gram(self.module) else found | self.fitting.describe()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,14 @@ from lit_recon.model.loading import HubModel, LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
@@ -116,7 +118,7 @@ def prune_and_reconstruct(
     propagation: Propagation | None = None,
     prune_by: str = "window",
     module: Callable[..., LightningModule] = MaskedWeights,
-    retry_rates: Sequence[float] = RETRY_RATES,
+    fitting: FitSettings | None = None,
     trainer: Mapping[str, Any] | None = None,
     store: StoreSettings | None = None,
     batch_size: int = 2,
@@ -139,7 +141,7 @@ def prune_and_reconstruct(
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
             its settings.
-        retry_rates: Shares of the learning rate at which a window that did not improve is tried again; () for never.
+        fitting: How windows are tried, and what is kept; FitSettings().
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
         batch_size: Samples per batch.
@@ -154,8 +156,14 @@ def prune_and_reconstruct(
         ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
             not finite, such as a hidden state; windows before it are done then.
     """
-    given = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    others = {"prune_by": prune_by, "module": module, "retry_rates": retry_rates, "allow_unscored": allow_unscored}
+    given = {
+        "criterion": criterion,
+        "pattern": pattern,
+        "windows": windows,
+        "propagation": propagation,
+        "fitting": fitting,
+    }
+    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     with _prepared(model), quietly(), stoppable():
         settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
@@ -171,7 +179,7 @@ def _parts() -> dict[str, Any]:
         "propagation": Propagation(),
         "prune_by": "window",
         "module": MaskedWeights,
-        "retry_rates": RETRY_RATES,
+        "fitting": FitSettings(),
         "allow_unscored": False,
     }
 
@@ -182,6 +190,7 @@ _Asked = tuple[dict[str, Any], dict[str, Any], StoreSettings, int, int]  # the a
 def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: bool) -> Reconstruction:
     """Open a session and walk over it."""
     method, execution = _checked(*asked)
+    prepare_model(model, method.module)
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
     _rehearse(model, samples, asked)
@@ -260,7 +269,7 @@ def _checked(
         ValueError: They do not fit each other.
     """
     problems, make = Problems(), partial(Trainer, **settings)
-    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "retry_rates")}
+    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting")}
     check_settings(problems, **related, store=store, trainer=settings)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

@@ -88,7 +88,7 @@ def _fit_two_steps(
             pattern=_copy(method.pattern),
             module=_copy(method.module),
             windows=windows,
-            retry_rates=(),
+            fitting=replace(method.fitting, retry_rates=()),
             trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
         )
         execution = replace(execution, stop_after=None)

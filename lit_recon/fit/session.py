@@ -27,7 +27,7 @@ from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
-from lit_recon.reconstruction.rate_search import ProbedRates, RetryRates
+from lit_recon.reconstruction.rate_search import ProbedRates
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.clock import Clock
@@ -139,13 +139,15 @@ def reconstruct(
     Returns:
         The results of all windows that are done.
     """
+    probes = is_probed(method.module) and method.fitting.retry_rates
     fitter = WindowFitter(
         method.module,
         method.trainer,
         device=execution.compute.device,
         seed=execution.seed,
         logger=logger,
-        search=ProbedRates() if is_probed(method.module) else RetryRates(method.retry_rates),
+        fitting=method.fitting,
+        search=ProbedRates(window.name for window in session.windows) if probes else None,
         callbacks=trainer_callbacks,
         clock=session.clock,
     )

@@ -6,24 +6,29 @@ Pruned weights are zero before training and their gradients are zeroed before ea
 as AdamW then never moves them (nor does its weight decay), which costs less than masking the weights in every forward.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
+from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import kl_divergence, mean_squared
-from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.losses import huber, kl_divergence
+from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=2e-3, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
+# conf/optimizer/adamw.yaml, conf/loss/huber.yaml
+ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
+HUBER = partial(huber, delta=1.0)
 
 
 class MaskedWeights(LightningModule):
@@ -41,11 +46,17 @@ class MaskedWeights(LightningModule):
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
+        train_norms: Whether norms are trained too.
+        train_biases: Whether biases are trained too.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); the
             divergence of the logits where the window has a head.
+        token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
+            mean is taken; None: 1 for all.
+        anchor: Strength a of the pull towards the weights that the fit starts from: a sum (w - w0)^2 / sum w0^2 over
+            all that is trained is added to the loss. Above 0 it costs a copy of them.
 
     Raises:
-        ValueError: `warmup` is no share.
+        ValueError: `warmup` is no share, or `anchor` negative.
     """
 
     def __init__(
@@ -57,19 +68,43 @@ class MaskedWeights(LightningModule):
         optimizer: Callable[..., Optimizer] = ADAMW,
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
-        loss: Callable[..., Tensor] = mean_squared,
+        loss: Callable[..., Tensor] = HUBER,
+        token_weights: Callable[[Batch], Tensor] | None = None,
+        anchor: float = 0.0,
+        train_norms: bool = True,
+        train_biases: bool = True,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
             raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
+        if type(anchor) not in (int, float) or not 0 <= anchor < math.inf:
+            raise ValueError(f"module.anchor={anchor}: expected a number, 0 (no pull) or more.")
         self.window = window
         self.unit = unit
         self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
+        self._token_weights, self._anchor = token_weights, anchor
+        self._start: list[Tensor] = []  # of what is trained, where that is pulled there
+        norms, biases = vectors(window)
+        self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
+        frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
+        self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
             self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained: the window's own parameters, without norms or biases where these are to stay."""
+        return self._trained
+
+    def changed(self) -> list[nn.Parameter]:
+        """What is changed of the window: what is trained."""
+        return self.trained()
+
+    def sizes(self) -> dict[Tensor, float]:
+        """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
+        return {}
 
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
@@ -79,6 +114,10 @@ class MaskedWeights(LightningModule):
         """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
         loss = self.losses(batch).mean()
         self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
+        if self._anchor:
+            pull = self._anchor * self._distance()
+            self.log("loss/anchor", pull.detach(), batch_size=batch.num_tokens)
+            loss = loss + pull
         return loss * batch.weight
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -86,9 +125,26 @@ class MaskedWeights(LightningModule):
         self.log("loss/held_out", self.losses(batch).mean(), batch_size=batch.num_tokens)
 
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each token of a batch, (N)."""
+        """The loss of each token of a batch, (N), times its weight.
+
+        Raises:
+            ValueError: The loss function does not return one number per token.
+        """
         outputs_ND, targets_ND = batch.text(self(batch)), batch.text(batch.targets_BTD)
-        return self.loss(outputs_ND, targets_ND, energies_N=batch.text(batch.energies_BT), unit=self.unit)
+        energies_N = batch.text(batch.energies_BT)
+        losses_N = self.loss(outputs_ND, targets_ND, energies_N=energies_N, unit=self.unit)
+        if losses_N.shape != energies_N.shape:
+            raise ValueError(
+                f"loss: expected one number for each of {len(energies_N)} tokens, the mean over its features, and got "
+                f"the shape {tuple(losses_N.shape)}"
+            )
+        return losses_N if self._token_weights is None else losses_N * batch.text(self._token_weights(batch))
+
+    def _distance(self) -> Tensor:
+        """Squared distance of what is trained to where it started, over the squared norm of that."""
+        pairs = list(zip(self.trained(), self._start, strict=True))
+        moved = torch.stack([(parameter - start).square().sum() for parameter, start in pairs]).sum()
+        return moved / torch.stack([start.square().sum() for _, start in pairs]).sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights."""
@@ -111,13 +167,15 @@ class MaskedWeights(LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
-        """Keep the layers as they are in inference: dropout would change the function that is being matched."""
+        """Keep the layers as they are in inference, without dropout; remember where an anchor pulls to."""
         self.window.eval()
+        if self._anchor:
+            self._start = [parameter.detach().clone() for parameter in self.trained()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        trained = [parameter for parameter in self.window.trained() if parameter.requires_grad]
-        optimizer = make_optimizer(self._make_optimizer, trained)
+        trained = [parameter for parameter in self.trained() if parameter.requires_grad]
+        optimizer = make_optimizer(self._make_optimizer, trained, self.sizes())
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -21,8 +21,14 @@ from torch import Tensor
 
 from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
+from lit_recon.activations.window_grams import WindowGrams
 from lit_recon.model.windows import AnyWindow
+from lit_recon.modules.trained import attached, changed_by, trained_by
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.fitted_weights import FittedWeights
+from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
+from lit_recon.reconstruction.start import begin, solutions
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
 from lit_recon.system.clock import Clock, timed
@@ -30,10 +36,6 @@ from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
-
-RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
-DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
-_ROUNDING = 0.01  # of the squared change: what rounding may take of it unseen; its share of the gain is smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +89,6 @@ def needs_gram(module: Callable[..., LightningModule]) -> bool:
     return getattr(getattr(module, "func", module), "needs_gram", False)
 
 
-def check_retry_rates(rates: Sequence[float]) -> None:
-    """Raise a ValueError for rates of retries that are no shares of the learning rate."""
-    if not isinstance(rates, (list, tuple)) or not all(type(rate) in (int, float) and 0 < rate < 1 for rate in rates):
-        raise ValueError(
-            f"module.retry_rates={rates}: expected shares of the learning rate between 0 and 1, such as "
-            "[0.25,0.0625], or [] for one try per window."
-        )
-
-
 class WindowFitter:
     """Fits windows, each with a LightningModule and a Trainer of its own.
 
@@ -105,7 +98,8 @@ class WindowFitter:
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds the index of its first layer.
         logger: The run's log; None for no curves.
-        search: Says at which learning rates a window is tried.
+        fitting: How windows are tried, and what is kept; FitSettings().
+        search: Says at which learning rates a window is tried; None: at those of `fitting`.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
     """
@@ -118,13 +112,15 @@ class WindowFitter:
         device: torch.device,
         seed: int,
         logger: RunLogger | None = None,
+        fitting: FitSettings | None = None,
         search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
-        self.search = search or RetryRates(RETRY_RATES)
+        self.fitting = fitting or FitSettings()
+        self.search = search or RetryRates(self.fitting.retry_rates)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
 
@@ -133,6 +129,16 @@ class WindowFitter:
         """Whether single matrices are trained on normal equations."""
         return needs_gram(self.module)
 
+    @property
+    def solves_first(self) -> bool:
+        """Whether matrices are solved for before windows are trained."""
+        return self.fitting.start == "least_squares"
+
+    @timed("fit")
+    def start(self, window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams | None) -> dict[str, Tensor]:
+        """What a window's matrices are to start from instead of their pruned weights, by name; it is dense now."""
+        return solutions(window, masks, grams) if grams else {}
+
     @timed("fit")
     def fit(
         self,
@@ -140,6 +146,7 @@ class WindowFitter:
         masks: Mapping[str, Tensor],
         data: TrainingData | None,
         dtypes: Sequence[torch.dtype] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> WindowResult:
         """Train a pruned window towards its targets; keep the result if it is better on held-out samples.
 
@@ -147,14 +154,15 @@ class WindowFitter:
             window: The window, on the device.
             masks: Masks of its matrices (True = kept), and maybe of others.
             data: What it is trained on; None if no calibration or no held-out token reaches it.
-            dtypes: Those in which what is trained will be stored; None: those that it has.
+            dtypes: Those in which the window's own parameters will be stored; None: those that they have.
+            start: What `start` gave.
 
         Raises:
             NotFinite: Its targets, or its errors before training, are not finite.
         """
         if data is None:
             return kept_pruned(window, "no calibration or no held-out token reaches it")
-        start = time.perf_counter()
+        began = time.perf_counter()
         masks = {matrix.name: masks[matrix.name] for matrix in window.matrices() if matrix.name in masks}
         # What is drawn depends on the window alone, not on what was drawn before, so that a run can be resumed.
         seed_everything(self.seed + window.indices.start, verbose=False)
@@ -165,11 +173,10 @@ class WindowFitter:
             if unit == 0:  # of a matrix of zeros
                 return kept_pruned(window, "dense, it does nothing")
             with window.head.on(self.device) if window.head else nullcontext():
-                stored = dtypes or [parameter.dtype for parameter in window.trained()]
-                result = self._reconstruct(window, masks, data, unit, stored)
+                result = self._reconstruct(window, masks, data, unit, dtypes, start or {})
         finally:
             release_memory()
-        return replace(result, seconds=round(time.perf_counter() - start, 3))
+        return replace(result, seconds=round(time.perf_counter() - began, 3))
 
     def _reconstruct(
         self,
@@ -177,74 +184,65 @@ class WindowFitter:
         masks: Mapping[str, Tensor],
         data: TrainingData,
         unit: float,
-        dtypes: Sequence[torch.dtype],
+        dtypes: Sequence[torch.dtype] | None,
+        start: Mapping[str, Tensor],
     ) -> WindowResult:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
         measure = "relative error" if window.head is None else "KL divergence"
-        kind, pruned = kind_of(window.name, measure), [_copy(parameter) for parameter in window.trained()]
+        kind = kind_of(window.name, measure)
+        module = self.module(window, masks, unit)
+        weights = _fitted(module, window, dtypes, start)
+        solved = begin(window, start, weights, data, unit, before[1]) if start else None
+        origin = solved if solved and solved.accepted else None
         tries: list[Try] = []
         best: Try | None = None
-        best_weights: Sequence[Tensor] = pruned
-        while (rate := self.search.next(kind, tries)) is not None:
+        best_weights: Sequence[Tensor] = weights.start
+        while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
-                    best_weights = [_copy(parameter) for parameter in window.trained()]
-                _restore(window, pruned)
+                    best_weights = weights.copies()
+                weights.restore(weights.start)
+                del module
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
-            tries.append(self._try(window, masks, data, unit, dtypes, pruned, before[1], rate))
+                module = self.module(window, masks, unit)
+            errors = origin.held_out if origin else before[1]
+            tries.append(self._try(module, window, data, weights, unit, errors, rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
                 best = tries[-1]
-        if tries[-1] is not best:
-            _restore(window, best_weights)
+        if tries and tries[-1] is not best:
+            weights.restore(best_weights)
         if best:
             self.search.learn(kind, best.rate, best.left)
         _check_zeros(window, masks)
         if self.logger:
             self.logger.end_window()
-        kept = best or replace(tries[-1], held_out=before[1], calibration=before[0])
-        return WindowResult(
-            name=window.name,
-            relative_error_before=before[0].mean,
-            relative_error_after=kept.calibration.mean,
-            held_out_before=before[1].mean,
-            held_out_after=kept.held_out.mean,
-            accepted=best is not None,
-            steps=0 if kept.diverged else kept.steps,
-            seconds=0.0,
-            note="; ".join(filter(None, [kept.remark, _note(tries, best, _names(dtypes))])),
-            measure=measure,
-            lost_by_rounding=kept.lost,
-            typical_before=before[1].typical,
-            typical_after=kept.held_out.typical,
-            unit=unit,
-            rate=kept.rate,
-            tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in tries],
-        )
+        note = note_on(tries, best, weights.names_of_dtypes(), solved)
+        return replace(_result(window, before, tries, best, origin), note=note, measure=measure, unit=unit)
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""
         for one in results:
-            if one.accepted:
+            if one.accepted and one.rate:
                 before, after = (one.held_out_before, one.typical_before), (one.held_out_after, one.typical_after)
+                if one.tries and not one.tries[0][0]:  # trained from what was solved for
+                    before = (one.tries[0][1], one.tries[0][2])
                 self.search.learn(kind_of(one.name, one.measure), one.rate, share_left(Errors(*before), Errors(*after)))
 
     def _try(
         self,
+        module: LightningModule,
         window: AnyWindow,
-        masks: Mapping[str, Tensor],
         data: TrainingData,
+        weights: FittedWeights,
         unit: float,
-        dtypes: Sequence[torch.dtype],
-        pruned: Sequence[Tensor],
         before: Errors,
         rate: float,
     ) -> Try:
         """Train once, from the pruned weights, and measure what will be stored."""
-        module = self.module(window, masks, unit)
         steps, diverged = self._train(module, window, data, rate)
-        (calibration, held_out), lost = _measured(window, data, unit, pruned, dtypes, before.mean)
+        (calibration, held_out), lost = _measured(window, data, unit, weights, before.mean)
         return Try(
             rate=rate,
             before=before,
@@ -267,10 +265,10 @@ class WindowFitter:
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
-        for parameter in window.trained():
-            parameter.requires_grad_(True)
         try:
-            with _interruptible():
+            with _interruptible(), attached(module):
+                for parameter in trained_by(module, window):
+                    parameter.requires_grad_(True)
                 trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
         finally:
             window.requires_grad_(False)
@@ -301,24 +299,6 @@ def _interruptible() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _note(tries: Sequence[Try], best: Try | None, dtypes: str) -> str:
-    """Remark on a window of which a try failed, or that was tried at several rates to find the best."""
-    failed = [one for one in tries if not one.accepted]
-    if best and (not failed or len(tries) > len(failed) + 1):
-        return f"tried at {len(tries)} rates, best at {best.rate:g} of the learning rate" if len(tries) > 1 else ""
-    last = failed[-1]
-    reason = f"{NOT_BETTER} ({last.held_out.mean:.3g}, typical {last.held_out.typical:.3g})"
-    if last.diverged:
-        reason = DIVERGED
-    elif last.lost == 1:
-        reason = f"rounding to {dtypes} took all that training had gained"
-    if best:
-        return f"{reason}; reconstructed at {best.rate:g} of the learning rate"
-    return (
-        f"{reason}{f', also at {last.rate:g} of the learning rate' if len(tries) > 1 else ''}: kept its pruned weights"
-    )
-
-
 def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> None:
     """Raise a NotFinite for a window whose errors are not finite before it is trained."""
     for samples, errors in (("calibration", calibration), ("held-out", held_out)):
@@ -326,13 +306,59 @@ def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> N
             raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
 
 
+def _result(
+    window: AnyWindow, before: tuple[Errors, Errors], tries: Sequence[Try], best: Try | None, origin: Try | None
+) -> WindowResult:
+    """The result of a window.
+
+    Args:
+        window: The window.
+        before: Its errors, pruned, on calibration and on held-out samples.
+        tries: The fits.
+        best: That which is kept.
+        origin: The better start that they began from.
+    """
+    kept = best or origin
+    calibration, held_out = (kept.calibration, kept.held_out) if kept else before
+    shown = kept or (tries[-1] if tries else None)
+    return WindowResult(
+        name=window.name,
+        relative_error_before=before[0].mean,
+        relative_error_after=calibration.mean,
+        held_out_before=before[1].mean,
+        held_out_after=held_out.mean,
+        accepted=kept is not None,
+        steps=0 if shown is None or shown.diverged else shown.steps,
+        seconds=0.0,
+        lost_by_rounding=shown.lost if shown else 0.0,
+        typical_before=before[1].typical,
+        typical_after=held_out.typical,
+        rate=shown.rate if shown else 0.0,
+        tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in ([origin] if origin else []) + [*tries]],
+    )
+
+
+def _fitted(
+    module: LightningModule, window: AnyWindow, dtypes: Sequence[torch.dtype] | None, start: Mapping[str, Tensor]
+) -> FittedWeights:
+    """What a module and a start change of a window.
+
+    Args:
+        module: The module.
+        window: The window.
+        dtypes: Those in which the window's own parameters will be stored; None: those that they have.
+        start: What matrices start from, by name.
+    """
+    own = window.own_parameters()
+    changes = {id(one) for one in changed_by(module, window)}
+    changes |= {id(matrix.weight) for matrix in window.matrices() if matrix.name in start}
+    changed = [one for one in own if id(one) in changes]
+    stored = {id(one): dtype for one, dtype in zip(own, dtypes or [one.dtype for one in own], strict=True)}
+    return FittedWeights(changed, [stored[id(one)] for one in changed])
+
+
 def _measured(
-    window: AnyWindow,
-    data: TrainingData,
-    unit: float,
-    pruned: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    before: float,
+    window: AnyWindow, data: TrainingData, unit: float, weights: FittedWeights, before: float
 ) -> tuple[tuple[Errors, Errors], float]:
     """Round a trained window to what will be stored of it, and measure that.
 
@@ -340,51 +366,16 @@ def _measured(
         window: The window.
         data: What it was trained on.
         unit: Of its errors.
-        pruned: What was trained, as it was before.
-        dtypes: Those in which it will be stored.
+        weights: What was changed.
         before: Its mean held-out error before.
 
     Returns:
         Its errors; the share of what it gained on held-out samples that rounding took back, up to 1.
     """
-    exact = data.errors(window, unit)[1].mean if _rounding_matters(window, pruned, dtypes) else before
-    for parameter, dtype in zip(window.trained(), dtypes, strict=True):
-        if dtype != parameter.dtype:
-            parameter.data.copy_(parameter.data.to(dtype))
+    exact = data.errors(window, unit)[1].mean if weights.rounding_matters() else before
+    weights.round()
     after = data.errors(window, unit)
     return after, min(1.0, max(0.0, (after[1].mean - exact) / (before - exact))) if exact < before else 0.0
-
-
-@torch.no_grad()
-def _rounding_matters(window: AnyWindow, pruned: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether rounding takes more than a trace of what training has changed."""
-    change, rounding = 0.0, 0.0
-    for parameter, start, dtype in zip(window.trained(), pruned, dtypes, strict=True):
-        if dtype != parameter.dtype:
-            change += float((parameter - start).square().sum())
-            rounding += float((parameter.to(dtype) - parameter).square().sum())
-    return rounding > _ROUNDING * change
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    """The dtypes in words."""
-    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
-
-
-@torch.no_grad()
-def _copy(weight: Tensor) -> Tensor:
-    """A copy, in 16 bits where these hold the values exactly: those of a model whose own weights have 16 bits."""
-    for dtype in (torch.bfloat16, torch.float16):
-        copy = weight.to(dtype)
-        if torch.equal(copy.to(weight.dtype), weight):
-            return copy
-    return weight.clone()
-
-
-@torch.no_grad()
-def _restore(window: AnyWindow, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(window.trained(), weights, strict=True):
-        parameter.copy_(weight)
 
 
 def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:

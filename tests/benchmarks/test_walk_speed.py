@@ -26,8 +26,9 @@ from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
+from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
+from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quiet
 
@@ -136,10 +137,10 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
         criterion=Wanda(),
         pattern=Unstructured(sparsity=0.5),
         windows=Partition(),
-        propagation=Propagation(),
+        propagation=Propagation(inputs="dense"),
         prune_by="window",
         module=module,
-        retry_rates=RETRY_RATES,
+        fitting=FitSettings(),
         trainer=compute.trainers(trainer),
         schedule=Schedule(epochs=1, max_steps=-1, accumulate=1),
         allow_unscored=False,

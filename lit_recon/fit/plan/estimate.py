@@ -4,18 +4,19 @@ Memory is counted, not guessed: what a window's backward keeps is read off one r
 hooks, and the same forward is timed to tell how long the walk will take.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
+from lightning import LightningModule
 from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
 from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
-from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
+from lit_recon.fit.plan.layer_profile import LayerProfile, gram_bytes, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
 from lit_recon.model.head import SLICE
@@ -38,11 +39,15 @@ class Workload:
         schedule: How long each window is trained.
         evaluation_tokens: Tokens of one evaluation; three are made.
         needs_gram: Whether single matrices are solved for from normal equations.
+        module: Makes the LightningModule that says what is trained; None: all of a window.
+        solves_first: Whether matrices are solved for before windows are trained.
     """
 
     schedule: Schedule
     evaluation_tokens: int
     needs_gram: bool = False
+    module: Callable[..., LightningModule] | None = None
+    solves_first: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +127,12 @@ def make_plan(
     mapped_bytes = files.nbytes if files and chain.passes.compute.device.type != "cuda" else 0
     with examining(model, "its layers cannot be run on one batch of the text"):
         single = _single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram)
-        blocks = {name: profile(layer, chain, batch_size) for name, layer in {repr(one): one for one in layers}.items()}
-    halves = _profiled_halves(windows, model, chain, batch_size)
+        alike = {repr(one): one for one in layers}
+        blocks = {name: profile(layer, chain, batch_size, work.module) for name, layer in alike.items()}
+    halves = _profiled_halves(windows, model, chain, batch_size, work.module)
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
+    if work.solves_first:
+        bytes_of_kind = _with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
@@ -253,10 +261,11 @@ def _windows_bytes(
 def _training_bytes(profile: LayerProfile) -> int:
     """Memory of a window besides its weights, and what the backward keeps of a batch.
 
-    Per parameter in float32 a gradient, two moments, and the mask that gradients are multiplied by; the pruned weight
-    to go back to; the boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
+    In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the boolean
+    mask. Autocast's copies in 16 bits are among what the backward keeps.
     """
-    return profile.parameters * (4 * _FLOAT32 + profile.weight_bytes + 1) + profile.saved_bytes
+    masks = profile.masked * _FLOAT32 + profile.parameters
+    return profile.trained * 3 * _FLOAT32 + masks + profile.changed * profile.weight_bytes + profile.saved_bytes
 
 
 def _single_bytes(
@@ -297,8 +306,25 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 
 
+def _with_solutions(
+    bytes_of_kind: dict[str, tuple[int, int]], layers: Sequence[Window], chain: Chain, batch_size: int, largest: int
+) -> dict[str, tuple[int, int]]:
+    """The same where matrices are solved for: Gram matrices and solutions before training, and one more copy in it."""
+    sums, aside = gram_bytes(layers, chain, batch_size)
+    found = {}
+    for kind, (masters, training) in bytes_of_kind.items():
+        solving = masters + max(1, masters // (_FLOAT32 * largest)) * sums + aside
+        copies = masters * chain.passes.decoder.model.dtype.itemsize // _FLOAT32
+        found[kind] = masters, max(training + copies, solving)
+    return found
+
+
 def _profiled_halves(
-    windows: Sequence[AnyWindow], model: PreTrainedModel, chain: Chain, batch_size: int
+    windows: Sequence[AnyWindow],
+    model: PreTrainedModel,
+    chain: Chain,
+    batch_size: int,
+    module: Callable[..., LightningModule] | None,
 ) -> list[LayerProfile]:
     """What one batch of the halves of a layer of each kind shows.
 
@@ -309,7 +335,7 @@ def _profiled_halves(
         cut = windows if asked_for else layer_windows(model, by="half")
         halves = [window for window in cut if isinstance(window, HalfWindow)]
         alike = {(repr(half.layer), half.side): half for half in halves}.values()  # one of each kind
-        return [profile(half, chain, batch_size) for half in alike]
+        return [profile(half, chain, batch_size, module) for half in alike]
     except Exception:
         if asked_for:
             raise
