@@ -204,7 +204,7 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
-    layers = list({repr(layer): layer for layer in layer_windows(model)}.values())  # one of each kind
+    layers = list({repr(layer): layer for layer in reversed(layer_windows(model))}.values())  # the first of each kind
     windows = [MatrixWindow(layer.matrices()[0], layer) if single else layer for layer in layers]
     window, masks = windows[0], _ones(windows[0])
     function = getattr(module, "func", module)  # of a class, its constructor's signature, which names what is wrong
