@@ -6,5 +6,5 @@ window_fit.py         fit a window; accept it or keep its pruned weights
 fitted_weights.py     weights that a fit changes: copied, rounded, put back
 rate_search.py        at which learning rates a window is tried
 tensorboard.py        one log for all windows
-trainer_callbacks.py  learning rate, first point of the curves, divergence
+trainer_callbacks.py  learning rate, first point of the curves, which state is kept
 """
