@@ -17,7 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from launcher import Ended, Launcher
+from launcher import Ended, Launcher, compose_once
 from lightning import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
@@ -46,6 +46,7 @@ from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
 torch.set_num_threads(1)
+compose_once()
 CPU = Compute(torch.device("cpu"), "32-true")
 KINDS = (
     "llama",  # sequential halves, rotary positions
@@ -141,7 +142,7 @@ def chain_of(
     """A chain at the model's first layer, on the CPU in float32."""
     decoder = Decoder(model, CPU.device)
     passes = Passes(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, store=store)
-    return Chain(passes, propagation, recompute=recompute)
+    return Chain(passes, propagation or Propagation(inputs="dense"), recompute=recompute)
 
 
 def assert_close(values: Tensor, expected: Tensor, what: str = "values") -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -22,7 +21,6 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
-from lit_recon.data.generation import DenseModel
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
@@ -32,16 +30,16 @@ from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writabl
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
-from lit_recon.fit.signature import model_signature
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.window_fit import needs_gram
-from lit_recon.system.cache import cache_folder
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
@@ -134,14 +132,14 @@ def prepare(cfg: DictConfig) -> Job:
         skeleton = model.skeleton()
         check_model(skeleton, method)
     with concerning(given_of("module")):
+        prepare_model(skeleton, method.module)
         check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     if call["resume"] is None:  # that run was rehearsed when it began; what has changed since is refused
         _rehearse(chosen, skeleton)
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        given = {"model": _dense_model(model, execution.compute.device)} if source.needs_model else {}
-        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder(), **given)
+        samples = make_samples(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -166,14 +164,6 @@ def prepare(cfg: DictConfig) -> Job:
     )
 
 
-def _dense_model(model: LanguageModel, device: torch.device) -> DenseModel:
-    """The dense model for a source that generates text, loaded apart from the run's and only where it must be."""
-    return DenseModel(
-        signature=lambda: model_signature(model, device),
-        load=lambda: model.load().to(device),  # type: ignore[arg-type]
-    )
-
-
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
     call = check_call(cfg, problems)
@@ -183,7 +173,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
         _join_groups(cfg.module, parts, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
-    own |= {name: call[name] for name in ("keep", "patience") if name in call}
+    own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
     fitting = problems.check(FitSettings, **own)
     looks_back = fitting and (fitting.keep, fitting.patience) != ("last", None)
     if parts["module"] and needs_gram(parts["module"]) and looks_back:
@@ -197,6 +187,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             propagation=parts["chain"],
             store=parts["store"],
             prune_by=call["prune_by"],
+            fitting=fitting,
             trainer=trainer,
         )
         if parts["trainer"]:

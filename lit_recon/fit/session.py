@@ -139,6 +139,7 @@ def reconstruct(
     Returns:
         The results of all windows that are done.
     """
+    probes = is_probed(method.module) and method.fitting.retry_rates
     fitter = WindowFitter(
         method.module,
         method.trainer,
@@ -146,7 +147,7 @@ def reconstruct(
         seed=execution.seed,
         logger=logger,
         fitting=method.fitting,
-        search=ProbedRates() if is_probed(method.module) else None,
+        search=ProbedRates(window.name for window in session.windows) if probes else None,
         callbacks=trainer_callbacks,
         clock=session.clock,
     )

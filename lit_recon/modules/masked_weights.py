@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,12 +24,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import kl_divergence, mean_squared
+from lit_recon.modules.losses import huber, kl_divergence
 from lit_recon.modules.optimizers import ELEMENTWISE
-from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=2e-3, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
+# conf/optimizer/adamw.yaml, conf/loss/huber.yaml
+ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
+HUBER = partial(huber, delta=1.0)
 
 
 class MaskedWeights(LightningModule):
@@ -68,7 +71,7 @@ class MaskedWeights(LightningModule):
         optimizer: Callable[..., Optimizer] = ADAMW,
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
-        loss: Callable[..., Tensor] = mean_squared,
+        loss: Callable[..., Tensor] = HUBER,
         token_weights: Callable[[Batch], Tensor] | None = None,
         anchor: float = 0.0,
         train_norms: bool = True,
@@ -101,6 +104,10 @@ class MaskedWeights(LightningModule):
     def changed(self) -> list[nn.Parameter]:
         """What is changed of the window: what is trained."""
         return self.trained()
+
+    def sizes(self) -> dict[Tensor, float]:
+        """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
+        return {}
 
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
@@ -149,7 +156,11 @@ class MaskedWeights(LightningModule):
                 matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """A step; of an optimizer that moves pruned weights, with zeros put back."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -173,7 +184,7 @@ class MaskedWeights(LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
-        """Keep the layers as they are in inference: dropout would change the function that is being matched."""
+        """Keep the layers as they are in inference, without dropout; remember where an anchor pulls to."""
         self.window.eval()
         if self._anchor:
             self._start = [parameter.detach().clone() for parameter in self.trained()]
@@ -181,7 +192,7 @@ class MaskedWeights(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
         trained = [parameter for parameter in self.trained() if parameter.requires_grad]
-        optimizer = make_optimizer(self._make_optimizer, trained)
+        optimizer = make_optimizer(self._make_optimizer, trained, self.sizes())
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

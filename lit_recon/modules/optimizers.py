@@ -47,7 +47,11 @@ class Muon(Optimizer):
         matrices, others = _split(groups, matrices=True), _split(groups, matrices=False)
         self._parts: list[Optimizer] = []
         if matrices:
-            own = {"momentum": momentum, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            own: dict[str, Any] = {
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "adjust_lr_fn": "match_rms_adamw",
+            }
             self._parts.append(torch.optim.Muon(matrices, lr=lr, **own))
         if others:
             self._parts.append(AdamW(others, lr=lr, eps=eps, weight_decay=weight_decay))

@@ -78,7 +78,7 @@ def pruned() -> tuple[object, dict[str, Tensor], Batch]:
     "settings",
     [{}, {"loss": balanced}, {"loss": relative}, {"loss": cosine}, {"loss": partial(huber, delta=0.1)}]
     + [{"anchor": 3.0}, {"token_weights": partial(after_first, positions=2)}],
-    ids=str,
+    ids=lambda settings: " ".join([*settings, name(settings.get("loss")) or ""]).strip(),
 )
 def test_the_modules_gradient_is_that_of_finite_differences_and_exactly_zero_where_the_mask_is(
     pruned: tuple, settings: dict

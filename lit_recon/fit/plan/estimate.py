@@ -16,7 +16,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
 from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
-from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
+from lit_recon.fit.plan.layer_profile import LayerProfile, gram_bytes, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
 from lit_recon.model.head import SLICE
@@ -40,12 +40,14 @@ class Workload:
         evaluation_tokens: Tokens of one evaluation; three are made.
         needs_gram: Whether single matrices are solved for from normal equations.
         module: Makes the LightningModule that says what is trained; None: all of a window.
+        solves_first: Whether matrices are solved for before windows are trained.
     """
 
     schedule: Schedule
     evaluation_tokens: int
     needs_gram: bool = False
     module: Callable[..., LightningModule] | None = None
+    solves_first: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,8 @@ def make_plan(
         blocks = {name: profile(layer, chain, batch_size, work.module) for name, layer in alike.items()}
     halves = _profiled_halves(windows, model, chain, batch_size, work.module)
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
+    if work.solves_first:
+        bytes_of_kind = _with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
@@ -300,6 +304,19 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
         aside = 12 * inputs * inputs if uses_gram else rows[name] * outputs + 4 * experts * outputs * inputs
         kept, captured = max(kept, mine + aside), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
+
+
+def _with_solutions(
+    bytes_of_kind: dict[str, tuple[int, int]], layers: Sequence[Window], chain: Chain, batch_size: int, largest: int
+) -> dict[str, tuple[int, int]]:
+    """The same where matrices are solved for: Gram matrices and solutions before training, and one more copy in it."""
+    sums, aside = gram_bytes(layers, chain, batch_size)
+    found = {}
+    for kind, (masters, training) in bytes_of_kind.items():
+        solving = masters + max(1, masters // (_FLOAT32 * largest)) * sums + aside
+        copies = masters * chain.passes.decoder.model.dtype.itemsize // _FLOAT32
+        found[kind] = masters, max(training + copies, solving)
+    return found
 
 
 def _profiled_halves(

@@ -58,9 +58,16 @@ class Choice:
 def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
     """The plan of a run as it is, or with another batch size."""
     samples, method = job.samples, job.method
+    work = Workload(
+        method.schedule,
+        samples.evaluation_ST.numel(),
+        needs_gram=needs_gram(method.module),
+        module=_known(method.module),
+        solves_first=method.fitting.start != "none",
+    )
     return make_plan(
         session,
-        Workload(method.schedule, samples.evaluation_ST.numel(), needs_gram(method.module), _known(method.module)),
+        work,
         kind=method.windows.by,
         size=method.windows.blocks,
         batch_size=batch_size or job.execution.batch_size,
