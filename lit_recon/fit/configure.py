@@ -39,6 +39,7 @@ from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
@@ -174,6 +175,9 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
     own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
     fitting = problems.check(FitSettings, **own)
+    looks_back = fitting and (fitting.keep, fitting.patience) != ("last", None)
+    if parts["module"] and needs_gram(parts["module"]) and looks_back:
+        problems.add(f"keep and patience: {callable_name(parts['module'])} is solved in one step; leave them out.")
     compute = None
     if trainer and "prune_by" in call:
         check_settings(

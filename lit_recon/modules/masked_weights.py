@@ -9,9 +9,11 @@ as AdamW then never moves them (nor does its weight decay), which costs less tha
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,6 +25,7 @@ from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import huber, kl_divergence
+from lit_recon.modules.optimizers import ELEMENTWISE
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
@@ -151,6 +154,20 @@ class MaskedWeights(LightningModule):
         for index, matrix in enumerate(self._pruned):
             if matrix.weight.grad is not None:
                 matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """A step; of an optimizer that moves pruned weights, with zeros put back."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if type(getattr(optimizer, "optimizer", optimizer)) not in ELEMENTWISE:
+            with torch.no_grad():
+                for index, matrix in enumerate(self._pruned):
+                    matrix.weight.mul_(self.get_buffer(f"mask_{index}"))
 
     def configure_gradient_clipping(
         self,

@@ -30,7 +30,7 @@ from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.start import begin, solutions
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
+from lit_recon.reconstruction.trainer_callbacks import FirstHeldOut, KeptState, LearningRate
 from lit_recon.system.clock import Clock, timed
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import release_memory
@@ -48,6 +48,7 @@ class WindowResult:
     what a try reached that was not accepted is in the note. `unit` is that energy, `rate` the factor of the learning
     rate that was kept, `tries` all that were tried with the held-out error that each reached. `lost_by_rounding` is the
     share of what training gained on held-out samples that went as weights were rounded to the model's dtype.
+    Of `steps`, `kept_step` led to what was kept; `stopped_early` and `halved` (the rate) say what happened on the way.
     """
 
     name: str
@@ -66,6 +67,9 @@ class WindowResult:
     unit: float = 0.0
     rate: float = 1.0
     tries: Sequence[Sequence[float]] = ()
+    kept_step: int = 0
+    stopped_early: bool = False
+    halved: bool = False
 
 
 def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
@@ -241,27 +245,32 @@ class WindowFitter:
         rate: float,
     ) -> Try:
         """Train once, from the pruned weights, and measure what will be stored."""
-        steps, diverged = self._train(module, window, data, rate)
+        steps, kept = self._train(module, window, data, weights, rate)
         (calibration, held_out), lost = _measured(window, data, unit, weights, before.mean)
         return Try(
             rate=rate,
             before=before,
             held_out=held_out,
             calibration=calibration,
-            diverged=diverged or not all(map(math.isfinite, (*calibration, *held_out))),
+            diverged=kept.diverged or not all(map(math.isfinite, (*calibration, *held_out))),
             steps=steps,
             lost=lost,
-            remark=getattr(module, "note", ""),
+            remark="; ".join(filter(None, [getattr(module, "note", ""), kept.note])),
+            kept_step=kept.kept_step,
+            stopped_early=kept.stopped_early,
+            halved=kept.halved,
         )
 
-    def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
-        """Fit once; how many steps the optimizer made, and whether the loss diverged."""
-        guard = FiniteLoss()
+    def _train(
+        self, module: LightningModule, window: AnyWindow, data: TrainingData, weights: FittedWeights, rate: float
+    ) -> tuple[int, KeptState]:
+        """Fit once; how many steps the optimizer made, and which state was kept."""
+        kept = KeptState(self.fitting, weights.by_id())
         if self.logger:
             self.logger.start_window(window.name)
         trainer = self.trainer(
             logger=self.logger or False,
-            callbacks=[LearningRate(rate), FirstHeldOut(), guard, *self.callbacks],
+            callbacks=[LearningRate(rate), FirstHeldOut(), kept, *self.callbacks],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
@@ -280,7 +289,7 @@ class WindowFitter:
             if parameter.data.device != master.device:
                 parameter.data = master.copy_(parameter.data)
         window.to(self.device)  # buffers
-        return trainer.global_step, guard.diverged
+        return trainer.global_step, kept
 
 
 @contextmanager
@@ -329,6 +338,9 @@ def _result(
         held_out_after=held_out.mean,
         accepted=kept is not None,
         steps=0 if shown is None or shown.diverged else shown.steps,
+        kept_step=best.kept_step if best else 0,
+        stopped_early=shown is not None and shown.stopped_early,
+        halved=shown is not None and shown.halved,
         seconds=0.0,
         lost_by_rounding=shown.lost if shown else 0.0,
         typical_before=before[1].typical,
