@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import kl_divergence, mean_squared
+from lit_recon.modules.losses import mean_squared, with_head
 from lit_recon.modules.rates import make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
@@ -41,8 +41,8 @@ class MaskedWeights(LightningModule):
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
-        loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); the
-            divergence of the logits where the window has a head.
+        loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
+            the window has a head, one that takes it, else the divergence of the logits.
 
     Raises:
         ValueError: `warmup` is no share.
@@ -64,7 +64,7 @@ class MaskedWeights(LightningModule):
             raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
         self.window = window
         self.unit = unit
-        self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
+        self.loss = with_head(loss, window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
