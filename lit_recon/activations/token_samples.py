@@ -33,6 +33,7 @@ class TokenSamples(Activations):
             the states after the last layer), or "all states".
         losses: The loss of each token (N), given outputs (N, D), targets, energies and unit: the error by which it is
             judged as well; None: squared errors in the window's unit.
+        max_epochs: Passes over the samples; None: as the Trainer says.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TokenSamples(Activations):
         *,
         targets: str,
         losses: Callable[..., Tensor] | None,
+        max_epochs: int | None = None,
     ) -> None:
         tokens_ST = passes.tokens_ST
         batching = replace(passes.batching, store=MemoryStore())
@@ -53,6 +55,7 @@ class TokenSamples(Activations):
         super().__init__(tokens_ST, tokens_ST, batching, None)
         self.decoder, self.window, self.dense = passes.decoder, window, teacher
         self.targets, self.losses = targets, losses
+        self.trainer_settings = {} if max_epochs is None else {"max_epochs": max_epochs}
         self.idle = False  # whether batches are only counted, of a fit that is resumed
 
     def unit(self) -> float:

@@ -60,7 +60,10 @@ class Window(nn.Module):
             too.
         parallel_half: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
         head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
+        measure: What its errors are.
     """
+
+    measure = "relative error"
 
     def __init__(
         self,
@@ -241,6 +244,7 @@ class MatrixWindow(nn.Module):
     """
 
     head: Head | None = None
+    measure = "relative error"
 
     def __init__(self, matrix: Matrix, layer: Window) -> None:
         super().__init__()

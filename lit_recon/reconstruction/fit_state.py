@@ -54,29 +54,29 @@ class FitCommits:
         self.tries: Sequence[Try] = []
         self.best_weights: Sequence[Tensor] = []
 
-    def callback(self, seed: int, idle: Callable[[bool], None]) -> "StepCommits":
-        """The callback of the next try; of the first one after a resume, it takes up the state.
+    def callback(self, seed: int, data: Any) -> "StepCommits":
+        """The callback of the next try; that of the first one returns to the state from which the fit is resumed.
 
         Args:
             seed: From which, with the step, is drawn what is random after a commit.
-            idle: Told whether batches are only counted.
+            data: What is trained on; its `idle` says whether batches are only counted.
         """
         state, self.resumed = self.resumed, None
-        return StepCommits(self, seed, idle, state)
+        return StepCommits(self, seed, data, state)
 
 
 class StepCommits(Callback):
     """Commits a try every so many steps, and resumes it."""
 
-    def __init__(self, commits: FitCommits, seed: int, idle: Callable[[bool], None], state: FitState | None) -> None:
-        self.commits, self.seed, self.idle, self.state = commits, seed, idle, state
+    def __init__(self, commits: FitCommits, seed: int, data: Any, state: FitState | None) -> None:
+        self.commits, self.seed, self.data, self.state = commits, seed, data, state
         self._last = 0  # the last step that was committed
         self._validated: int | float = 1.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go through what was done: nothing is trained or validated until then."""
         if self.state is not None:
-            self.idle(True)
+            self.data.idle = True
             self._validated, trainer.limit_val_batches = trainer.limit_val_batches, 0
             pl_module.training_step = lambda *_: None  # type: ignore[method-assign, assignment, return-value]
 
@@ -85,7 +85,7 @@ class StepCommits(Callback):
     ) -> None:
         """Let the next batch be a whole one where the state has been reached."""
         if self.state is not None and trainer.global_step == self.state.step:
-            self.idle(False)
+            self.data.idle = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Commit, once all that belongs to the step before is done; or take the state up that was reached."""

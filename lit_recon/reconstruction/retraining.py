@@ -108,7 +108,10 @@ def open_retraining(
     window.measure = MEASURES[targets]
     needed = targets != "tokens"
     teacher = TeacherLayers(layers if needed else [], weights.dense_layer, passes.compute)
-    return Retrained(window, TokenSamples(passes, window, teacher, targets=targets, losses=losses))
+    data = TokenSamples(
+        passes, window, teacher, targets=targets, losses=losses, max_epochs=settings.max_epochs
+    )
+    return Retrained(window, data)
 
 
 def retrain(

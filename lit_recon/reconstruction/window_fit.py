@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.model.windows import AnyWindow
+from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
@@ -108,6 +109,8 @@ class WindowFitter:
         search: Says at which learning rates a window is tried.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
+        scale: Share of the module's learning rate that all rates of the search are of.
+        commits: Commits the fit of a window every so many steps; None: each window is short.
     """
 
     def __init__(
@@ -121,12 +124,15 @@ class WindowFitter:
         search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
+        scale: float = 1.0,
+        commits: FitCommits | None = None,
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
         self.search = search or RetryRates(RETRY_RATES)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
+        self.scale, self.commits = scale, commits
 
     @property
     def needs_gram(self) -> bool:
@@ -182,17 +188,23 @@ class WindowFitter:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
-        measure = "relative error" if window.head is None else "KL divergence"
-        kind, pruned = kind_of(window.name, measure), [_copy(parameter) for parameter in window.trained()]
+        kind, pruned = kind_of(window.name, window.measure), [_copy(parameter) for parameter in window.trained()]
         tries: list[Try] = []
         best: Try | None = None
         best_weights: Sequence[Tensor] = pruned
+        if self.commits and self.commits.resumed:
+            tries = list(self.commits.resumed.tries)
+            best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
+            best_weights = self.commits.resumed.best_weights or pruned
+            _restore(window, best_weights)
         while (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
                     best_weights = [_copy(parameter) for parameter in window.trained()]
                 _restore(window, pruned)
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
+            if self.commits:
+                self.commits.tries, self.commits.best_weights = tries, [] if best is None else best_weights
             tries.append(self._try(window, masks, data, unit, dtypes, pruned, before[1], rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
                 best = tries[-1]
@@ -214,7 +226,7 @@ class WindowFitter:
             steps=0 if kept.diverged else kept.steps,
             seconds=0.0,
             note="; ".join(filter(None, [kept.remark, _note(tries, best, _names(dtypes))])),
-            measure=measure,
+            measure=window.measure,
             lost_by_rounding=kept.lost,
             typical_before=before[1].typical,
             typical_after=kept.held_out.typical,
@@ -258,12 +270,13 @@ class WindowFitter:
 
     def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
         """Fit once; how many steps the optimizer made, and whether the loss diverged."""
-        guard = FiniteLoss()
+        guard, seed = FiniteLoss(), self.seed + window.indices.start
         if self.logger:
             self.logger.start_window(window.name)
+        commits = [self.commits.callback(seed, data)] if self.commits else []
         trainer = self.trainer(
             logger=self.logger or False,
-            callbacks=[LearningRate(rate), FirstHeldOut(), guard, *self.callbacks],
+            callbacks=[LearningRate(rate * self.scale), FirstHeldOut(), guard, *self.callbacks, *commits],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
@@ -271,7 +284,7 @@ class WindowFitter:
             parameter.requires_grad_(True)
         try:
             with _interruptible():
-                trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
+                trainer.fit(module, datamodule=data.data_module(seed))
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)
