@@ -29,6 +29,7 @@ from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.passes import Passes
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
+from lit_recon.data.packing import PADDING
 from lit_recon.fit import __main__ as fit
 from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
@@ -68,6 +69,8 @@ UNLIKE = (
     "deepseek_v3",  # low-rank attention; one layer without experts
     "llama4",  # every expert is given every token; layers with and without experts in turn
 )
+PADDED = ("llama", "gemma2", "bloom", "opt", "mixtral", "gpt_oss", "llama4")  # unlike masks
+LENGTHS = [24, 9, 17, 24, 5]  # of padded samples
 EVERY_SHAPE = [pytest.param(shape, marks=() if shape in UNLIKE else pytest.mark.slow) for shape in SHAPES]
 Masks = Mapping[str, Tensor]
 TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")  # of results.json
@@ -111,6 +114,13 @@ def tokens_BT() -> Tensor:
     return torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def padded_ST() -> Tensor:
+    """Samples of different lengths, two of them full."""
+    tokens_ST = torch.randint(3, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(1))
+    return tokens_ST.where(torch.arange(24) < torch.tensor(LENGTHS)[:, None], PADDING)
+
+
 @cache
 def model_of(shape: str) -> PreTrainedModel:
     """A tiny model that no test changes."""
@@ -131,6 +141,13 @@ def chain_of(
     decoder = Decoder(model, CPU.device)
     passes = Passes(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, store=store)
     return Chain(passes, propagation, recompute=recompute)
+
+
+def assert_close(values: Tensor, expected: Tensor, what: str = "values") -> None:
+    """Equal but for the order of sums."""
+    assert values.shape == expected.shape, f"{what}: {values.shape}, expected {expected.shape}"
+    worst = (values - expected).abs().max() / expected.abs().max()
+    assert worst <= 1e-5, f"{what}: off by {worst:.1e}"
 
 
 def masks_of(pruner: Pruner, window: Window) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ No hidden states of all samples are kept, so that memory does not grow with the 
 Shapes: S samples (calibration first, then held-out), B samples of a batch, T positions, D features, N tokens, L layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,8 @@ class TokenSamples(Activations):
         passes: Knows the samples and embeds them.
         window: All layers.
         teacher: The dense layers.
-        targets: What the outputs are compared with: "tokens" (the next ones), "logits" or "states" (both of them made of
-            the states after the last layer), or "all states".
+        targets: What the outputs are compared with: "tokens" (the next ones), "logits" or "states" (both made of the
+            states after the last layer), or "all states".
         losses: The loss of each token (N), given outputs (N, D), targets, energies and unit: the error by which it is
             judged as well; None: squared errors in the window's unit.
         max_epochs: Passes over the samples; None: as the Trainer says.
@@ -48,15 +48,18 @@ class TokenSamples(Activations):
     ) -> None:
         tokens_ST = passes.tokens_ST
         batching = replace(passes.batching, store=MemoryStore())
-        if targets == "tokens" and batching.valid_ST is None:
-            batching.valid_ST = torch.ones_like(tokens_ST, dtype=torch.bool)
         if targets == "tokens":  # the last token of a sample has no next one
-            batching.valid_ST = batching.valid_ST & (_following(tokens_ST) != PADDING)
+            batching.valid_ST = _following(tokens_ST) != PADDING
         super().__init__(tokens_ST, tokens_ST, batching, None)
         self.decoder, self.window, self.dense = passes.decoder, window, teacher
         self.targets, self.losses = targets, losses
-        self.trainer_settings = {} if max_epochs is None else {"max_epochs": max_epochs}
+        self.max_epochs = max_epochs
         self.idle = False  # whether batches are only counted, of a fit that is resumed
+
+    @property
+    def trainer_settings(self) -> dict[str, Any]:  # type: ignore[override]
+        """What the Trainer is given besides the settings of every window's."""
+        return {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
 
     def unit(self) -> float:
         """Median energy of the whole model's update; 1 for losses in nats, or with a unit for each layer."""

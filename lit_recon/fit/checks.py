@@ -25,7 +25,7 @@ from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.rates import make_optimizer
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
-from lit_recon.reconstruction.window_fit import check_retry_rates, needs_gram
+from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ def check_settings(
     propagation: Propagation | None,
     store: StoreSettings | None,
     prune_by: str,
-    retry_rates: Sequence[float],
     trainer: dict[str, Any],
 ) -> None:
     """Add what is wrong with settings, alone and together; None for a part that could not be made."""
@@ -62,7 +61,6 @@ def check_settings(
     if isinstance(module, partial):
         clipped = trainer.get("gradient_clip_val") if trainer["precision"] == "16-mixed" else None
         check_optimizer(module, problems, clipped=clipped)
-    problems.check(check_retry_rates, retry_rates)
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])

@@ -35,6 +35,7 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
+from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.system.cache import cache_folder
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
@@ -67,19 +68,19 @@ class _Chosen:
         call: Settings of the run itself.
         parts: The parts, by name; None for one that could not be made.
         trainer: Settings of the Trainer.
-        retry_rates: Of the fit.
+        fitting: Of the fit of every window; None if something is wrong with it.
         compute: Where it will compute; None if that cannot be said.
     """
 
     call: dict[str, Any]
     parts: dict[str, Any]
     trainer: dict[str, Any]
-    retry_rates: list[float]
+    fitting: FitSettings | None
     compute: Compute | None
 
     def method(self) -> Method:
         """The method, of parts that could all be made."""
-        assert self.compute is not None
+        assert self.compute is not None and self.fitting is not None
         apart = prunes_apart(self.call["prune_by"], self.parts["chain"])
         return Method(
             criterion=self.parts["criterion"],
@@ -88,7 +89,7 @@ class _Chosen:
             propagation=self.parts["chain"],
             prune_by=self.call["prune_by"] if apart else "window",
             module=self.parts["module"],
-            retry_rates=tuple(self.retry_rates),
+            fitting=self.fitting,
             trainer=self.compute.trainers(self.parts["trainer"]),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
@@ -165,7 +166,9 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     parts = {name: _part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
     trainer = _trainer_settings(cfg, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
-    retry_rates = [] if rates is None else rates  # a module that is solved exactly has none
+    own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
+    own |= {name: call[name] for name in ("keep", "patience") if name in call}
+    fitting = problems.check(FitSettings, **own)
     compute = None
     if trainer and "prune_by" in call:
         check_settings(
@@ -175,13 +178,12 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             propagation=parts["chain"],
             store=parts["store"],
             prune_by=call["prune_by"],
-            retry_rates=retry_rates,
             trainer=trainer,
         )
         if parts["trainer"]:
             about = f"{given_of('trainer')}: "
             compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
-    return _Chosen(call=call, parts=parts, trainer=trainer, retry_rates=retry_rates, compute=compute)
+    return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:

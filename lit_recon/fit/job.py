@@ -18,7 +18,9 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
-from lit_recon.reconstruction.window_fit import RETRY_RATES, needs_gram
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.device import Compute
 
 PRUNE_BY = ("window", "half", "block", "model")
@@ -55,10 +57,12 @@ class Method:
         propagation: What windows see.
         prune_by: What is pruned at once, one of PRUNE_BY; "window" where it makes no difference.
         module: Makes a window's LightningModule from (window, masks, unit).
-        retry_rates: Shares of the learning rate at which a window that did not improve is tried again.
+        fitting: How windows are tried, and what is kept.
         trainer: Makes a window's Trainer from `callbacks` and `logger`.
         schedule: How long it trains.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
+        walk: One of WALKS: windows are reconstructed one by one, all layers are trained at once, or one after the other.
+        retraining: How all layers are trained at once.
     """
 
     criterion: Criterion
@@ -67,10 +71,12 @@ class Method:
     propagation: Propagation
     prune_by: str
     module: Callable[..., LightningModule]
-    retry_rates: Sequence[float]
+    fitting: FitSettings
     trainer: Callable[..., Trainer]
     schedule: Schedule
     allow_unscored: bool
+    walk: str = "local"
+    retraining: Retraining = Retraining()
 
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""
@@ -85,9 +91,10 @@ class Method:
             "batch_size": f"{batch_size}{accumulated}",
         }
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
+        if self.walk != "local":
+            found |= {"walk": self.walk, **self.retraining.describe()}
         found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
-        others = tuple(self.retry_rates) != RETRY_RATES and not needs_gram(self.module)
-        return found | ({"retry_rates": ", ".join(map(str, self.retry_rates)) or "none"} if others else {})
+        return found if needs_gram(self.module) else found | self.fitting.describe()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,7 @@ class Execution:
         store: Where hidden states are kept.
         batch_size: Samples per batch.
         memory_limit: Bytes; None for no limit.
-        stop_after: Stop after so many windows; None for all.
+        stop_after: Stop after so many windows, of which a fit of all layers at once is the last; None for all.
         seed: Of everything that is drawn.
     """
 

@@ -38,7 +38,8 @@ from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import RETRY_RATES, WindowResult
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.window_fit import WindowResult
 from lit_recon.system.command_line import Problems, in_words
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
@@ -116,7 +117,7 @@ def prune_and_reconstruct(
     propagation: Propagation | None = None,
     prune_by: str = "window",
     module: Callable[..., LightningModule] = MaskedWeights,
-    retry_rates: Sequence[float] = RETRY_RATES,
+    fitting: FitSettings | None = None,
     trainer: Mapping[str, Any] | None = None,
     store: StoreSettings | None = None,
     batch_size: int = 2,
@@ -139,7 +140,7 @@ def prune_and_reconstruct(
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
             its settings.
-        retry_rates: Shares of the learning rate at which a window that did not improve is tried again; () for never.
+        fitting: How windows are tried, and what is kept; FitSettings().
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
         batch_size: Samples per batch.
@@ -154,8 +155,14 @@ def prune_and_reconstruct(
         ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
             not finite, such as a hidden state; windows before it are done then.
     """
-    given = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    others = {"prune_by": prune_by, "module": module, "retry_rates": retry_rates, "allow_unscored": allow_unscored}
+    given = {
+        "criterion": criterion,
+        "pattern": pattern,
+        "windows": windows,
+        "propagation": propagation,
+        "fitting": fitting,
+    }
+    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     with _prepared(model), quietly(), stoppable():
         settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
@@ -171,7 +178,7 @@ def _parts() -> dict[str, Any]:
         "propagation": Propagation(),
         "prune_by": "window",
         "module": MaskedWeights,
-        "retry_rates": RETRY_RATES,
+        "fitting": FitSettings(),
         "allow_unscored": False,
     }
 
@@ -186,10 +193,12 @@ def _walk(
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))
-        bar = ProgressBar(Console(), len(session.windows), shown=shown)
+        bar = ProgressBar(Console(), session.num_fits, shown=shown)
         try:
             with session.chain.passes.store, bar:
-                results = reconstruct(session, method, execution, callbacks=[bar, masks], trainer_callbacks=[bar])
+                results = reconstruct(
+                    session, method, execution, masks.masks, callbacks=[masks, bar], trainer_callbacks=[bar]
+                )
         finally:
             session.weights.discard()
     return Reconstruction(results, masks.masks, session.pruner.labels())
@@ -244,7 +253,7 @@ def _checked(
         ValueError: They do not fit each other.
     """
     problems, make = Problems(), partial(Trainer, **settings)
-    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "retry_rates")}
+    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by")}
     check_settings(problems, **related, store=store, trainer=settings)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

@@ -30,6 +30,7 @@ from lit_recon.fit.job import Execution, Method
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
+from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_fit import WindowResult
 
@@ -88,7 +89,7 @@ def _fit_two_steps(
             pattern=_copy(method.pattern),
             module=_copy(method.module),
             windows=windows,
-            retry_rates=(),
+            fitting=replace(method.fitting, retry_rates=()),
             trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
         )
         execution = replace(execution, stop_after=None)
@@ -97,7 +98,7 @@ def _fit_two_steps(
         session = open_session(model, samples, method, execution, activations=Path(scratch, "activations"))
         with session.chain.passes.store, contextlib.suppress(_Enough):
             callbacks = () if windows.head else [_FirstFit()]  # with a head, the last window is trained otherwise
-            reconstruct(session, method, execution, callbacks=callbacks, logger=DummyLogger())  # type: ignore[arg-type]
+            reconstruct(session, method, execution, Masks(), callbacks=callbacks, logger=DummyLogger())  # type: ignore[arg-type]
 
 
 class _Enough(Exception):

@@ -6,6 +6,7 @@ The command and the library open one in the same way, and `reconstruct` walks ov
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,12 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
+from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
-from lit_recon.reconstruction.rate_search import ProbedRates, RetryRates
+from lit_recon.reconstruction.fit_state import FitCommits
+from lit_recon.reconstruction.rate_search import ProbedRates, RateSearch
+from lit_recon.reconstruction.retraining import PruningOnly, Retrained, open_retraining, retrain
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.clock import Clock
@@ -47,6 +51,7 @@ class Session:
         pruner: Makes the masks.
         weights: Moves the weights of one window at a time.
         clock: Takes the seconds.
+        retrained: All layers, where they are trained at once after the walk.
     """
 
     model: PreTrainedModel
@@ -56,6 +61,12 @@ class Session:
     pruner: Pruner
     weights: WeightOffloader
     clock: Clock
+    retrained: Retrained | None = None
+
+    @property
+    def num_fits(self) -> int:
+        """Windows, and the fit of all layers at once where there is one."""
+        return len(self.windows) + (self.retrained is not None)
 
 
 def open_session(
@@ -112,51 +123,77 @@ def open_session(
         seed=execution.seed,
         clock=clock,
     )
-    return Session(model, matrices, windows, chain, pruner, weights, clock)
+    retrained = None
+    if method.walk != "local":
+        retrained = open_retraining(method.retraining, passes, matrices, weights)
+    return Session(model, matrices, windows, chain, pruner, weights, clock, retrained)
 
 
 def reconstruct(
     session: Session,
     method: Method,
     execution: Execution,
+    masks: Masks,
     *,
     callbacks: Sequence[WalkCallback] = (),
     trainer_callbacks: Sequence[Callback] = (),
     logger: RunLogger | None = None,
     done: Sequence[WindowResult] = (),
+    commits: FitCommits | None = None,
 ) -> list[WindowResult]:
-    """Walk over the windows of a session that are not done, up to `execution.stop_after`.
+    """Walk over the windows of a session that are not done, then train all layers at once; up to `execution.stop_after`.
 
     Args:
         session: The session.
         method: What is done.
         execution: How.
+        masks: Masks of the windows that are done, to which the callbacks add those of each window.
         callbacks: Of the walk.
         trainer_callbacks: Of every window's Trainer.
         logger: The run's log; None for no curves.
         done: The results of the windows that are done.
+        commits: Of the fit of all layers at once; None: none within it.
 
     Returns:
         The results of all windows that are done.
     """
-    fitter = WindowFitter(
-        method.module,
-        method.trainer,
+    make_fitter = partial(
+        WindowFitter,
+        trainer=method.trainer,
         device=execution.compute.device,
         seed=execution.seed,
         logger=logger,
-        search=ProbedRates() if is_probed(method.module) else RetryRates(method.retry_rates),
+        fitting=method.fitting,
         callbacks=trainer_callbacks,
         clock=session.clock,
     )
-    return walk(
-        windows_left(session.windows, len(done), execution.stop_after),
-        chain=session.chain,
-        pruner=session.pruner,
-        fitter=fitter,
+
+    def search() -> RateSearch | None:
+        return ProbedRates() if is_probed(method.module) else None
+
+    results = list(done)
+    if len(done) < len(session.windows):
+        results = walk(
+            windows_left(session.windows, len(done), execution.stop_after),
+            chain=session.chain,
+            pruner=session.pruner,
+            fitter=PruningOnly() if method.walk == "global" else make_fitter(method.module, search=search()),
+            weights=session.weights,
+            callbacks=callbacks,
+            done=done,
+        )
+    stops = execution.stop_after is not None and execution.stop_after < session.num_fits
+    if session.retrained is None or len(results) != len(session.windows) or stops:
+        return results
+    session.chain.forget()
+    module, scale = partial(method.module, loss=method.retraining.loss), method.retraining.rate
+    return retrain(
+        session.retrained,
+        masks,
+        fitter=make_fitter(module, search=search(), scale=scale, commits=commits),
         weights=session.weights,
         callbacks=callbacks,
-        done=done,
+        done=results,
     )
 
 

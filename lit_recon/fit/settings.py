@@ -25,6 +25,8 @@ CALL: dict[str, Any] = {
     "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
+    "keep": str,
+    "patience": int | None,
 }
 PATHS = ("output_dir", "resume", "experiment_dir", "data.paths", "data.evaluation_paths", "model.name")
 TEXTS = (  # a number among these is a name: output_dir=2024, model.revision=5e10123

@@ -1,4 +1,4 @@
-"""The head of a decoder: logits of the last layer's hidden states, their divergence from the dense model's, likelihoods.
+"""The head of a decoder: logits of the last layer's hidden states, their divergence from the dense model's, likelihood.
 
 Shapes: B samples, T tokens, D hidden size, V vocabulary, N tokens of a slice.
 """

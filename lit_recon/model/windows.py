@@ -134,7 +134,7 @@ class DecoderWindow(Window):
     Args:
         layers: The layers.
         matrices: Their matrices.
-        checkpoint_layers: Whether backward computes each layer again, so that one layer's activations are there at once.
+        checkpoint_layers: Whether backward computes each layer again, so that activations of one are there at once.
 
     Attributes:
         units: Where the outputs are the states after all layers side by side: the unit of each layer's error, over

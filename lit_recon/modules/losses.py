@@ -110,7 +110,7 @@ def targets_of(loss: Callable[..., Any]) -> str:
 
 
 def with_head(loss: Callable[..., Tensor], head: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor]:
-    """A loss on the logits of a window's outputs, where it has a head: the divergence, unless it takes a head itself."""
+    """A loss on the logits of a window's outputs, where it has a head: the divergence, unless it takes one itself."""
     if head is None:
         return loss
     return partial(loss if "head" in inspect.signature(loss).parameters else kl_divergence, head=head)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lit_recon.activations.passes import Passes
-from lit_recon.activations.token_samples import TokenSamples
 from lit_recon.activations.teacher import TeacherLayers
+from lit_recon.activations.token_samples import TokenSamples
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.head import Head
 from lit_recon.model.matrices import LayerMatrices
@@ -30,7 +30,12 @@ from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, kept
 from lit_recon.system.signals import protected
 
 WALKS = ("local", "global", "local_then_global")
-MEASURES = {"tokens": "cross-entropy", "logits": "KL divergence", "all states": "relative error", "states": "relative error"}
+MEASURES = {
+    "tokens": "cross-entropy",
+    "logits": "KL divergence",
+    "all states": "relative error",
+    "states": "relative error",
+}
 PRUNED_ONLY = "all layers are trained at once afterwards"
 
 
@@ -56,7 +61,9 @@ class Retraining:
         """Check the settings; all problems in one message."""
         problems = []
         if not 0 < self.rate <= 1:
-            problems.append(f"retraining.rate={self.rate}: expected a share of the module's learning rate, above 0 to 1.")
+            problems.append(
+                f"retraining.rate={self.rate}: expected a share of the module's learning rate, above 0 to 1."
+            )
         for name, value in (("commit_every", self.commit_every), ("max_epochs", self.max_epochs)):
             if value is not None and value < 1:
                 problems.append(f"retraining.{name}={value}: expected a whole number, 1 or more.")
@@ -108,9 +115,7 @@ def open_retraining(
     window.measure = MEASURES[targets]
     needed = targets != "tokens"
     teacher = TeacherLayers(layers if needed else [], weights.dense_layer, passes.compute)
-    data = TokenSamples(
-        passes, window, teacher, targets=targets, losses=losses, max_epochs=settings.max_epochs
-    )
+    data = TokenSamples(passes, window, teacher, targets=targets, losses=losses, max_epochs=settings.max_epochs)
     return Retrained(window, data)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.model.windows import AnyWindow
+from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.tensorboard import RunLogger
@@ -32,7 +33,6 @@ from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
 
-RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
 DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
 _ROUNDING = 0.01  # of the squared change: what rounding may take of it unseen; its share of the gain is smaller
 
@@ -88,15 +88,6 @@ def needs_gram(module: Callable[..., LightningModule]) -> bool:
     return getattr(getattr(module, "func", module), "needs_gram", False)
 
 
-def check_retry_rates(rates: Sequence[float]) -> None:
-    """Raise a ValueError for rates of retries that are no shares of the learning rate."""
-    if not isinstance(rates, (list, tuple)) or not all(type(rate) in (int, float) and 0 < rate < 1 for rate in rates):
-        raise ValueError(
-            f"module.retry_rates={rates}: expected shares of the learning rate between 0 and 1, such as "
-            "[0.25,0.0625], or [] for one try per window."
-        )
-
-
 class WindowFitter:
     """Fits windows, each with a LightningModule and a Trainer of its own.
 
@@ -106,7 +97,8 @@ class WindowFitter:
         device: Where windows are trained.
         seed: Seed of the order of the samples; each window adds the index of its first layer.
         logger: The run's log; None for no curves.
-        search: Says at which learning rates a window is tried.
+        fitting: How windows are tried, and what is kept; FitSettings().
+        search: Says at which learning rates a window is tried; None: at those of `fitting`.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
         scale: Share of the module's learning rate that all rates of the search are of.
@@ -121,6 +113,7 @@ class WindowFitter:
         device: torch.device,
         seed: int,
         logger: RunLogger | None = None,
+        fitting: FitSettings | None = None,
         search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
@@ -129,7 +122,8 @@ class WindowFitter:
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
-        self.search = search or RetryRates(RETRY_RATES)
+        self.fitting = fitting or FitSettings()
+        self.search = search or RetryRates(self.fitting.retry_rates)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
         self.scale, self.commits = scale, commits

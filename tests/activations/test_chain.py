@@ -1,25 +1,34 @@
 """What windows are trained on, towards what, and what statistics see: compared with windows run by hand."""
 
 import copy
-import gc
-import itertools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, EVERY_SHAPE, chain_of, module, pairs, title
+from conftest import CPU, LENGTHS, PADDED, assert_close, chain_of, module, pairs, title
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from walks import (
+    CALIBRATION,
+    LENGTH,
+    SAMPLES,
+    SHARE,
+    VALID,
+    Walk,
+    chain_in,
+    change,
+    each,
+    propagation_of,
+    title_of,
+)
 
-from lit_recon.activations import propagation as propagation_file
-from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.disk_store import DiskStore
 from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
@@ -29,43 +38,12 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.products import observing_products
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import Window
-from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.pruning.statistics import Statistics
-
-CALIBRATION, SAMPLES, LENGTH = 3, 5, 12
-CHOICES = list(itertools.product(("dense", "sparse", "mix"), ("dense", "local"), ("dense", "sparse")))
-VALID = [choice for choice in CHOICES if choice[:2] != ("dense", "local")]
-TABLE = {  # inputs, targets, statistics: memory, passes; from the README
-    ("dense", "dense", "dense"): (2, 1),
-    ("dense", "dense", "sparse"): (3, 3),
-    ("sparse", "dense", "dense"): (3, 2),
-    ("sparse", "dense", "sparse"): (3, 3),
-    ("sparse", "local", "dense"): (4, 3),
-    ("sparse", "local", "sparse"): (2, 2),
-    ("mix", "dense", "dense"): (4, 2),
-    ("mix", "dense", "sparse"): (4, 3),
-    ("mix", "local", "dense"): (5, 3),
-    ("mix", "local", "sparse"): (5, 4),
-}
-SHARE = 0.3  # of the dense chain in mixed inputs
 
 
 @pytest.fixture
 def tokens_ST() -> Tensor:
     """Three calibration and two held-out samples: not a multiple of the batch of two."""
     return torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def propagation_of(inputs: str, targets: str, statistics: str) -> Propagation:
-    """A propagation with an uneven mix."""
-    return Propagation(inputs=inputs, targets=targets, statistics=statistics, mix=SHARE)
-
-
-def assert_close(values: Tensor, expected: Tensor, what: str) -> None:
-    """Equal but for the order of sums."""
-    assert values.shape == expected.shape, f"{what}: {values.shape}, expected {expected.shape}"
-    worst = (values - expected).abs().max() / expected.abs().max()
-    assert worst <= 1e-5, f"{what}: off by {worst:.1e}"
 
 
 @contextmanager
@@ -162,14 +140,6 @@ class ByHand:
             return layer.mlp(normed_STD)
         attention = layer.attention if self.shape == "gpt_neox" else layer.self_attn
         return attention(normed_STD, *call.args, **call.kwargs)[0]
-
-
-@torch.no_grad()
-def change(parameters: list[nn.Parameter], seed: int) -> None:
-    """Stand in for pruning and reconstruction."""
-    for index, parameter in enumerate(parameters):
-        generator = torch.Generator().manual_seed(100 * seed + index)
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 def mixed(choice: str, dense_STD: Tensor, sparse_STD: Tensor) -> Tensor:
@@ -299,146 +269,6 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     assert_close(perfect_STD, chain.dense.states_STD, "behind the layer")
 
 
-@pytest.mark.parametrize("propagation", CHOICES, ids=" ".join)
-def test_only_local_targets_of_dense_inputs_are_refused_with_the_reason(propagation: tuple[str, str, str]) -> None:
-    if propagation in VALID:
-        assert (
-            propagation_of(*propagation).inputs,
-            propagation_of(*propagation).targets,
-            propagation_of(*propagation).statistics,
-        ) == propagation
-        return
-    with pytest.raises(ValueError, match=r"chain\.targets=local with chain\.inputs=dense.*Use chain\.targets=dense"):
-        propagation_of(*propagation)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"inputs": "sparce"}, r"chain\.inputs='sparce': expected one of dense, sparse, mix"),
-        ({"targets": "mix"}, r"chain\.targets='mix': expected one of dense, local"),
-        ({"statistics": "local"}, r"chain\.statistics='local': expected one of dense, sparse"),
-        ({"inputs": "mix", "mix": 0}, r"chain\.mix=0: .*use chain\.inputs=sparse or dense"),
-        ({"inputs": "mix", "mix": 1.0}, r"chain\.mix=1\.0"),
-        ({"mix": "half"}, r"chain\.mix=half"),
-    ],
-    ids=str,
-)
-def test_an_unknown_choice_is_refused_with_what_is_expected(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Propagation(**settings)
-
-
-def test_all_problems_of_a_regime_are_told_at_once() -> None:
-    with pytest.raises(ValueError) as refusal:
-        Propagation(inputs="x", targets="y", statistics="z", mix=2)
-    assert [line.partition("=")[0] for line in str(refusal.value).splitlines()] == [
-        "chain.inputs",
-        "chain.targets",
-        "chain.statistics",
-        "chain.mix",
-    ]
-
-
-def documented_table() -> dict[tuple[str, ...], tuple[int, int]]:
-    """The table in the docstring of propagation.py."""
-    rows = re.findall(r"^ +(\w+) +(\w+) +(\w+) +(\d) +(\d) ", propagation_file.__doc__ or "", re.MULTILINE)
-    return {row[:3]: (int(row[3]), int(row[4])) for row in rows}
-
-
-def test_the_documented_table_has_every_valid_regime() -> None:
-    assert documented_table() == TABLE
-    assert set(TABLE) == set(VALID)
-
-
-@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
-def test_arrays_and_passes_are_those_of_the_table(propagation: tuple[str, str, str]) -> None:
-    made = propagation_of(*propagation)
-    assert (made.num_arrays, made.passes) == TABLE[propagation]
-    assert made.independent == (propagation == ("dense", "dense", "dense"))
-
-
-@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
-def test_a_window_is_run_as_often_as_the_table_says(propagation: tuple[str, str, str], tokens_ST: Tensor) -> None:
-    model = tiny_model("llama")
-    chain = chain_of(model, tokens_ST, CALIBRATION, propagation=propagation_of(*propagation))
-    for window in layer_windows(model):
-        samples: list[int] = []
-        handle = window.register_forward_pre_hook(lambda _, args, samples=samples: samples.append(len(args[0])))
-        chain.dense_pass(window)
-        chain.advance(window)
-        handle.remove()
-        # Sparse statistics alone look at no held-out sample.
-        apart = propagation[2] == "sparse" and propagation[:2] != ("sparse", "local")
-        assert sum(samples) == TABLE[propagation][1] * SAMPLES - apart * (SAMPLES - CALIBRATION)
-
-
-@pytest.mark.parametrize("propagation", VALID, ids=" ".join)
-def test_as_many_arrays_of_hidden_states_are_there_as_the_table_says(propagation: tuple[str, str, str]) -> None:
-    tokens_ST = torch.randint(3, 64, (7, 11), generator=torch.Generator().manual_seed(1))
-    model = tiny_model("llama")
-    chain = chain_of(model, tokens_ST, 4, propagation=propagation_of(*propagation))
-    for window in layer_windows(model):
-        chain.dense_pass(window)
-        chain.advance(window)
-    gc.collect()
-    found = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in gc.get_objects()
-        if type(tensor) is Tensor and tuple(tensor.shape) == (7, 11, 32)
-    }
-    assert len(found) == TABLE[propagation][0]
-
-
-def padded(tokens_ST: Tensor, lengths: list[int]) -> Tensor:
-    """The samples, cut to these lengths."""
-    positions_T = torch.arange(tokens_ST.shape[1])
-    return tokens_ST.where(positions_T < torch.tensor(lengths)[:, None], PADDING)
-
-
-LENGTHS = [24, 9, 17, 24, 5]
-
-
-@pytest.fixture
-def padded_ST() -> Tensor:
-    """Samples of different lengths, two of them full."""
-    return padded(torch.randint(3, 64, (5, 24), generator=torch.Generator().manual_seed(1)), LENGTHS)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("shape", EVERY_SHAPE)
-def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str, padded_ST: Tensor) -> None:
-    model = tiny_model(shape)
-    decoder = Decoder(model, CPU.device)
-    tokens_BT = padded_ST[:3]
-    text_BT = tokens_BT != PADDING
-    hidden_BTD, calls = decoder.embed(tokens_BT)
-    assert torch.equal(decoder.embed(tokens_BT)[0], hidden_BTD)
-    for layer, call in zip(decoder.layers, calls, strict=True):
-        hidden_BTD = call_layer(layer, hidden_BTD, call)
-    ids_BT = tokens_BT.masked_fill(~text_BT, 0)
-    expected_BTV = model(ids_BT, attention_mask=text_BT.long(), use_cache=False).logits
-    logits_BTV = Head(decoder)(hidden_BTD)
-    assert torch.equal(logits_BTV[text_BT], expected_BTV[text_BT])
-    for row in range(3):
-        alone_BTV = model(tokens_BT[row : row + 1, : LENGTHS[row]], use_cache=False).logits
-        assert_close(logits_BTV[row : row + 1, : LENGTHS[row]], alone_BTV, "a sample without its padding")
-
-
-def test_calls_of_padded_samples_are_those_of_their_own_tokens(padded_ST: Tensor) -> None:
-    model = tiny_model("llama")
-    decoder = Decoder(model, CPU.device)
-    full_ST = padded_ST.where(padded_ST != PADDING, 5)
-    for tokens_BT in (full_ST[1:3], padded_ST[1:3], padded_ST[[4, 2]], full_ST[1:3]):
-        kept, fresh = decoder.calls(tokens_BT), decoder.embed(tokens_BT)[1]
-        for one, other in zip(kept, fresh, strict=True):
-            masks = one.kwargs["attention_mask"], other.kwargs["attention_mask"]
-            assert masks == (None, None) if None in masks else torch.equal(*masks)
-
-
-PADDED = ("llama", "gemma2", "bloom", "opt", "mixtral", "gpt_oss", "llama4")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("propagation", VALID, ids=" ".join)
 def test_padding_changes_no_input_or_target_where_there_is_text(
@@ -467,7 +297,8 @@ def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str,
     model = tiny_model(shape)
     first, window, *_ = layer_windows(model, verify(model, padded_ST))
     chain = chain_of(model, padded_ST, CALIBRATION)
-    step(chain, first)
+    chain.dense_pass(first)
+    chain.advance(first)
     chain.dense_pass(window)
     data = Activations.from_chain(chain)
     inputs, targets, outputs = [], [], []
@@ -496,12 +327,6 @@ def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str,
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
 
 
-def step(chain: Chain, window: Window) -> None:
-    """Walk over a window that stays as it is."""
-    chain.dense_pass(window)
-    chain.advance(window)
-
-
 @pytest.mark.parametrize("shape", PADDED)
 def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)  # beyond a sliding window behind the text, pads see nothing at all
@@ -527,49 +352,36 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("statistics", ["dense", "sparse"])
-@pytest.mark.parametrize("shape", PADDED)
-def test_statistics_of_padded_samples_are_those_of_their_text(shape: str, statistics: str, padded_ST: Tensor) -> None:
-    model = tiny_model(shape)
-    first, window, *_ = layer_windows(model, verify(model, padded_ST))
-    propagation = Propagation(statistics=statistics)
-    gathered = Statistics(Wanda(), window.matrices())
-    chain = chain_of(model, padded_ST, CALIBRATION, propagation=propagation)
-    step(chain, first)
-    chain.dense_pass(window, [gathered])
-    expected = Statistics(Wanda(), window.matrices())
-    for row in range(CALIBRATION):  # one by one, without padding
-        tokens_ST = padded_ST[row : row + 1, : LENGTHS[row]]
-        alone = chain_of(model, tokens_ST, 1, propagation=propagation)
-        step(alone, first)
-        with observing_products(window.matrices(), expected.note):
-            window(alone.inputs_STD, alone.passes.decoder.embed(tokens_ST)[1])
-    assert set(gathered.by_name) == set(expected.by_name)
-    for name, by_expert in expected.by_name.items():
-        assert_close(torch.stack(gathered.by_name[name]), torch.stack(by_expert), name)
-    plain = [matrix.name for matrix in window.matrices() if matrix.experts == 1]
-    assert {gathered._rows[name][0] for name in plain} == {sum(LENGTHS[:CALIBRATION])}
+def resumed(walk: Walk, tokens_ST: Tensor, propagation: Propagation, **settings: Any) -> Walk:
+    """Another walk at the same window, as after an interruption."""
+    arrays = {name: array.clone() for name, array in walk.chain.state().items()}
+    other = copy.copy(walk)
+    other.model, other.windows = copy.deepcopy((walk.model, walk.windows))
+    other.chain = chain_in(other.model, tokens_ST, propagation, **settings)
+    other.chain.restore(arrays)
+    return other
 
 
 @torch.no_grad()
-def test_statistics_do_not_depend_on_how_samples_are_batched(tokens_ST: Tensor) -> None:
-    model, sums = tiny_model("mixtral"), []
-    window = layer_windows(model)[0]
-    for batch_size in (1, 2, 5):
-        gathered = Statistics(Wanda(), window.matrices())
-        chain_of(model, tokens_ST, CALIBRATION, batch_size).dense_pass(window, [gathered])
-        sums.append({name: torch.stack(by_expert) for name, by_expert in gathered.by_name.items()})
-    for other in sums[1:]:
-        for name, expected in sums[0].items():
-            assert_close(other[name], expected, name)
-
-
-@torch.no_grad()
-def test_layers_of_a_window_can_be_run_in_part(tokens_ST: Tensor) -> None:
-    model = tiny_model("llama")
-    (window,) = layer_windows(model, by="model")
-    hidden_BTD, calls = Decoder(model, CPU.device).embed(tokens_ST)
-    run = partial(window, calls=calls)
-    whole_BTD = run(run(hidden_BTD, layers=slice(0, 2)), layers=slice(2, None))
-    assert torch.equal(whole_BTD, run(hidden_BTD))
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("case", "propagation"), each("blocks", "overlapping blocks", "parallel halves"), ids=title_of)
+def test_a_restored_chain_goes_on_bit_for_bit(
+    case: str, propagation: Propagation, padded: bool, tokens_ST: Tensor, tmp_path: Path
+) -> None:
+    if padded:
+        tokens_ST = tokens_ST.where(torch.arange(LENGTH) < torch.tensor([12, 5, 9, 12, 7])[:, None], PADDING)
+    stores = {"store": DiskStore(tmp_path / "one")}, {"store": DiskStore(tmp_path / "other")}
+    walk = Walk(case, tokens_ST, propagation, **stores[0])
+    stop = 1 if "blocks" in case else 3  # between halves
+    for position in range(stop):
+        walk.start(position)
+        walk.end(position)
+    other = resumed(walk, tokens_ST, propagation, **stores[1])
+    for position in range(stop, len(walk.windows)):
+        expected, found = walk.start(position), other.start(position)
+        assert torch.equal(found.inputs_STD, expected.inputs_STD)
+        assert torch.equal(found.targets_STD, expected.targets_STD)
+        assert found.variance() == expected.variance()
+        behind, expected_behind = other.end(position), walk.end(position)
+        assert set(behind) == set(expected_behind)
+        assert all(torch.equal(behind[name], expected_behind[name]) for name in behind)

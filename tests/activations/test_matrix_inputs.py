@@ -251,21 +251,6 @@ def test_rows_of_experts_are_those_routed_to_each_with_their_products(is_padded:
 
 
 @torch.no_grad()
-def test_a_window_of_experts_multiplies_each_row_by_its_own_expert() -> None:
-    (window,) = [
-        window for window in partition(tiny_model("mixtral"), by="matrix")[:6] if window.name.endswith("down_proj")
-    ]
-    rows_BTI = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
-    experts_BT = torch.tensor([[3, 0, 0, 1, 3], [1, 1, 3, 0, 3]])  # none to expert 2
-    call = type("Call", (), {"kwargs": {"experts": experts_BT}})
-    products_BTO = window(rows_BTI, [call])
-    for batch in range(2):
-        for token in range(5):
-            expected_O = window.matrix.weight[experts_BT[batch, token]] @ rows_BTI[batch, token]
-            assert_close(products_BTO[batch, token], expected_O)
-
-
-@torch.no_grad()
 def test_rows_of_experts_are_the_same_in_few_arrays_of_the_store_and_in_many(
     tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

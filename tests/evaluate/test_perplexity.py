@@ -20,8 +20,6 @@ from lit_recon.evaluate.perplexity import (
     relative_error,
 )
 from lit_recon.model.architectures import tiny_model
-from lit_recon.model.decoder import Decoder
-from lit_recon.model.layerwise import final_states
 
 
 def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
@@ -98,16 +96,6 @@ def test_a_bf16_model_is_measured_with_its_layers_in_float32(tokens_ST: Tensor) 
     expected = own_perplexity(tiny_model("llama").bfloat16().float(), tokens_ST)
     measured = perplexity(rounded, tokens_ST, batch_size=4, compute=CPU)
     assert measured == pytest.approx(expected, rel=1e-2), "embeddings and head alone round to bf16"
-
-
-def test_final_states_are_those_in_front_of_the_models_own_final_norm(tokens_ST: Tensor) -> None:
-    model = tiny_model("llama")
-    seen: list[Tensor] = []
-    handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(tokens_ST, use_cache=False)
-    handle.remove()
-    states_STD = final_states(Decoder(model, CPU.device), tokens_ST, batch_size=4, compute=CPU)
-    torch.testing.assert_close(states_STD, seen[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_relative_error_of_states_is_their_squared_error_over_the_dense_variance_where_there_is_text() -> None:

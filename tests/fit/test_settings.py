@@ -84,12 +84,6 @@ def test_tracebacks_of_refusals_are_shown_on_demand(
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 
-def test_runs_of_a_sweep_know_their_number(tiny_run: Callable[..., Ended]) -> None:
-    ended = tiny_run("seed=1,2", "output_dir=run_${hydra:job.num}", "stop_after=1", "-m")
-    assert ended.status == 0, ended.err
-    assert sorted(path.name for path in Path().iterdir()) == ["run_0", "run_1"]
-
-
 def test_ctrl_c_while_planning_does_not_advise_to_resume(
     tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:

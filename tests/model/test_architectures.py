@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_recon.model import architectures
-from lit_recon.model.architectures import COLUMNS, SHAPES, TESTED, UNKNOWN, main
+from lit_recon.model.architectures import COLUMNS, SHAPES, TESTED, UNKNOWN, main, support
 from lit_recon.model.windows import MatrixWindow
 
 README = Path(__file__).parents[2] / "README.md"
@@ -120,3 +120,9 @@ def test_a_matrix_that_is_multiplied_otherwise_than_in_the_model_is_told(monkeyp
     )
     row = architectures.support("mixtral")
     assert row["matrix"] == "no: off by 1e+00" and row["block"] == "yes"
+
+
+def test_the_support_row_of_a_mixture_says_that_its_routers_stay_dense() -> None:
+    row = support("mixtral")
+    found = row["halves"], row["matrix"], row["half"], row["remarks"]
+    assert found == ("sequential", "yes", "yes", "routers stay dense")

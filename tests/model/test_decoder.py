@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import CPU
-from torch import nn
+from conftest import CPU, EVERY_SHAPE, LENGTHS, assert_close
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers, patched_forward
 from lit_recon.model.head import Head
@@ -71,3 +72,34 @@ def test_a_model_without_a_list_of_its_layers_is_refused_with_the_lists_found() 
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=r"7 decoder layers.*model\.layers \(3 entries\)"):
         decoder_layers(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
+def test_replay_with_padding_equals_the_model_with_an_attention_mask(shape: str, padded_ST: Tensor) -> None:
+    model = tiny_model(shape)
+    decoder = Decoder(model, CPU.device)
+    tokens_BT = padded_ST[:3]
+    text_BT = tokens_BT != PADDING
+    hidden_BTD, calls = decoder.embed(tokens_BT)
+    assert torch.equal(decoder.embed(tokens_BT)[0], hidden_BTD)
+    for layer, call in zip(decoder.layers, calls, strict=True):
+        hidden_BTD = call_layer(layer, hidden_BTD, call)
+    ids_BT = tokens_BT.masked_fill(~text_BT, 0)
+    expected_BTV = model(ids_BT, attention_mask=text_BT.long(), use_cache=False).logits
+    logits_BTV = Head(decoder)(hidden_BTD)
+    assert torch.equal(logits_BTV[text_BT], expected_BTV[text_BT])
+    for row in range(3):
+        alone_BTV = model(tokens_BT[row : row + 1, : LENGTHS[row]], use_cache=False).logits
+        assert_close(logits_BTV[row : row + 1, : LENGTHS[row]], alone_BTV, "a sample without its padding")
+
+
+def test_calls_of_padded_samples_are_those_of_their_own_tokens(padded_ST: Tensor) -> None:
+    model = tiny_model("llama")
+    decoder = Decoder(model, CPU.device)
+    full_ST = padded_ST.where(padded_ST != PADDING, 5)
+    for tokens_BT in (full_ST[1:3], padded_ST[1:3], padded_ST[[4, 2]], full_ST[1:3]):
+        kept, fresh = decoder.calls(tokens_BT), decoder.embed(tokens_BT)[1]
+        for one, other in zip(kept, fresh, strict=True):
+            masks = one.kwargs["attention_mask"], other.kwargs["attention_mask"]
+            assert masks == (None, None) if None in masks else torch.equal(*masks)

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CPU, EVERY_SHAPE
+from conftest import CPU, EVERY_SHAPE, assert_close, model_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,11 +44,6 @@ def first_layer(shape: str) -> tuple[PreTrainedModel, torch.nn.Module, Tensor, L
 def split_of(shape: str) -> Split:
     """How that layer falls into halves."""
     return split_layer(*first_layer(shape)[1:])
-
-
-def assert_close(values: Tensor, expected: Tensor) -> None:
-    """Relative to the largest value, like the package."""
-    assert (values - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", HAVING)
@@ -156,3 +151,11 @@ def test_a_refused_layer_is_left_as_it_was() -> None:
         split_layer(layer, hidden_BTD, call)
     assert torch.equal(call_layer(layer, hidden_BTD, call), expected_BTD)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_whose_residual_goes_through_the_norm_is_refused() -> None:
+    model = model_of("opt_post_norm")
+    decoder = Decoder(model, torch.device("cpu"))
+    hidden_BTD, calls = decoder.embed(torch.arange(24)[None])
+    with pytest.raises(ValueError, match="do not make up the layer"):
+        split_layer(decoder.layers[0], hidden_BTD, calls[0])

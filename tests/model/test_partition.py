@@ -9,12 +9,11 @@ from conftest import EVERY_SHAPE, model_of
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lit_recon.model.architectures import compose, support, tiny_model
+from lit_recon.model.architectures import compose, tiny_model
 from lit_recon.model.decoder import Decoder, call_layer
-from lit_recon.model.halves import split_layer
 from lit_recon.model.head import Head
 from lit_recon.model.partition import Partition, layer_windows, partition
-from lit_recon.model.windows import HalfWindow, Window
+from lit_recon.model.windows import Window
 
 REFUSED = {"bloom", "mpt", "opt_post_norm", "minimax", "gemma4_moe"}  # their halves
 RELATIVE = 1e-5
@@ -207,31 +206,6 @@ def test_changing_a_token_changes_no_output_before_it(shape: str, attention: str
         assert difference(second_BTD[:, position], first_BTD[:, position]) > 1e-2
 
 
-def test_a_half_has_only_the_parameters_that_it_uses_as_its_own() -> None:
-    first, second = layer_windows(tiny_model("llama"), by="half")[:2]
-    assert isinstance(first, HalfWindow) and isinstance(second, HalfWindow)
-    sides = [[parameter.shape for parameter in window.trained()] for window in (first, second)]
-    assert sides == [[(32, 32), (16, 32), (16, 32), (32, 32), (32,)], [(48, 32), (48, 32), (32, 48), (32,)]]
-    assert [matrix.name for matrix in second.matrices()] == [
-        f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
-    ]
-
-
-def test_a_parallel_layers_halves_branch_and_a_sequential_ones_do_not() -> None:
-    assert [window.parallel_half for window in layer_windows(tiny_model("phi"), by="half")] == ["first", "second"] * 3
-    assert {window.parallel_half for window in layer_windows(tiny_model("llama"), by="half")} == {None}
-    assert {window.has_shared_norms for window in layer_windows(tiny_model("gpt_neox"), by="half")} == {False}
-    assert [window.has_shared_norms for window in layer_windows(tiny_model("phi"), by="half")] == [False, True] * 3
-
-
-def test_a_layer_whose_residual_goes_through_the_norm_is_refused() -> None:
-    model = model_of("opt_post_norm")
-    decoder = Decoder(model, torch.device("cpu"))
-    hidden_BTD, calls = decoder.embed(torch.arange(24)[None])
-    with pytest.raises(ValueError, match="do not make up the layer"):
-        split_layer(decoder.layers[0], hidden_BTD, calls[0])
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -248,12 +222,6 @@ def test_a_layer_whose_residual_goes_through_the_norm_is_refused() -> None:
 def test_an_unknown_kind_size_or_stride_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         partition(tiny_model("llama"), **settings)
-
-
-def test_the_support_row_of_a_mixture_says_that_its_routers_stay_dense() -> None:
-    row = support("mixtral")
-    found = row["halves"], row["matrix"], row["half"], row["remarks"]
-    assert found == ("sequential", "yes", "yes", "routers stay dense")
 
 
 def test_a_parameter_that_stands_in_two_layers_or_outside_of_them_too_is_refused_without_weights() -> None:

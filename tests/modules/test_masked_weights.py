@@ -26,7 +26,7 @@ from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
-from lit_recon.reconstruction.window_fit import RETRY_RATES
+from lit_recon.reconstruction.fit_settings import RETRY_RATES
 
 
 def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_recon.activations.chain import Chain
 from lit_recon.activations.propagation import Propagation
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
@@ -432,26 +431,6 @@ def test_a_matrix_whose_inputs_are_not_known_stays_dense(tokens_ST: Tensor) -> N
         prune(window, masks)
     assert not [name for name in masks if "experts" in name] and len(masks) == 7
     assert torch.equal(window.layers[0].feed_forward.experts.gate_up_proj, before)
-
-
-def test_statistics_are_kept_by_expert() -> None:
-    class Counting(Magnitude):
-        def start(self, weight_OI: Tensor) -> int:
-            return 0
-
-        def update(self, statistics: int, inputs_NI: Tensor) -> int:
-            return statistics + len(inputs_NI)
-
-    model = tiny_model("mixtral")
-    criterion: Criterion = Counting()
-    tokens_ST = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(2))
-    window = layer_windows(model)[0]
-    statistics = Statistics(criterion, window.matrices())
-    chain: Chain = chain_of(model, tokens_ST, 4)
-    chain.dense_pass(window, [statistics])
-    for name, counts in statistics.by_name.items():
-        assert sum(counts) == 4 * 24 * (2 if "experts" in name else 1), name
-        assert len(counts) == (4 if "experts" in name else 1)
 
 
 # Nesting

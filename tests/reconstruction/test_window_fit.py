@@ -28,7 +28,8 @@ from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, check_retry_rates
+from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 
 
 def same(window: Window, before: dict[str, Tensor]) -> bool:
@@ -197,20 +198,13 @@ def test_a_window_that_does_not_improve_is_tried_again_at_the_retry_rates_and_no
     before = weights(window)
     made = type("Worsening", (Diverging,), {"rates": [], "limit": 1.0})
     made.training_step = lambda self, batch, index: -Diverging.training_step(self, batch, index)
-    fits = WindowFitter(module(cls=made), trainer(max_epochs=1), device=CPU.device, seed=0, retry_rates=retry_rates)
+    fitting = FitSettings(retry_rates=retry_rates)
+    fits = WindowFitter(module(cls=made), trainer(max_epochs=1), device=CPU.device, seed=0, fitting=fitting)
     result = fits.fit(window, masks, data)
     assert made.rates == pytest.approx([peak * share for peak in peaks for share in (1, 1 / 2)]), "two steps per try"
     assert not result.accepted and same(window, before)
     told = rf"held-out error did not improve \([\d.]+\){re.escape(also)}: kept its pruned weights"
     assert re.fullmatch(told, result.note), result.note
-
-
-@pytest.mark.parametrize("rate", [0, 1, -1, "a", float("nan")])
-def test_rates_of_retries_that_are_no_shares_of_the_learning_rate_are_refused(rate: object) -> None:
-    check_retry_rates([])
-    check_retry_rates([0.5, 0.25])
-    with pytest.raises(ValueError, match="module.retry_rates=.*shares of the learning rate between 0 and 1"):
-        check_retry_rates([0.5, rate])
 
 
 def constant_rate_step(diverging: Diverging, batch: Batch, batch_idx: int) -> Tensor:

@@ -87,20 +87,3 @@ def test_an_experiment_is_a_sweep_also_without_the_flag_and_leaves_only_the_fold
     for criterion in CRITERIA:
         results = json.loads(Path(f"runs/criterion/{criterion}/results.json").read_text())
         assert results["recipe"]["criterion"].lower() == criterion
-
-
-def test_a_refused_run_does_not_stop_the_sweep_but_shows_in_its_exit_status(tiny_run: Callable[..., Ended]) -> None:
-    Path("seed_1").mkdir()
-    Path("seed_1/thesis.tex").write_text("years of work")
-    ended = tiny_run("seed=1,2", "output_dir=seed_${seed}", "-m")
-    assert ended.status == 1
-    assert "output_dir=seed_1 holds files that are not a run" in ended.err
-    assert ended.err.endswith("1 of 2 runs failed: seed=1\n") and "== seed=2 ==" in ended.out
-    assert Path("seed_2/results.json").exists()
-    assert [path.name for path in Path("seed_1").iterdir()] == ["thesis.tex"]
-
-
-def test_one_folder_for_all_runs_of_a_sweep_is_refused_before_the_first(tiny_run: Callable[..., Ended]) -> None:
-    ended = tiny_run("experiment=criterion")  # tiny_run gives output_dir=run
-    assert ended.status == 2 and "experiment_dir=<folder>" in ended.err
-    assert list(Path().iterdir()) == []

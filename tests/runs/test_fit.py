@@ -627,12 +627,6 @@ def test_ctrl_c_stops_within_seconds_says_what_was_done_and_leaves_no_half_writt
     assert all(torch.equal(weight, dense.get_parameter(name)) for name, weight in read.named_parameters())
 
 
-def test_a_mistake_beside_the_choices_of_a_sweep_is_told_in_one_message(command: Callable[..., Ended]) -> None:
-    ended = command("-m", "windows=block,half", "data.foo=1")
-    assert ended.status == 2
-    assert len(ended.err.splitlines()) == 1 and "data.foo: unknown setting; data has" in ended.err
-
-
 def test_a_setting_that_another_member_has_is_not_proposed_for_itself(command: Callable[..., Ended]) -> None:
     ended = command("windows=matrix", "module=least_squares", "module.optimizer.lr=1")
     assert ended.status == 2

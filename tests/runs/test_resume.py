@@ -419,29 +419,6 @@ def test_runs_of_one_second_have_folders_of_their_own(
         assert f"output_dir: {run}" in (run / "config.yaml").read_text()
 
 
-def test_what_a_run_reads_does_not_lie_in_what_it_clears(
-    go: Go, settings: list[str], text_file: Path, once: tuple[Path, int], tmp_path: Path
-) -> None:
-    run = shutil.copytree(once[0], tmp_path / "run")
-    shutil.copy(text_file, run / "figures.txt")
-    (run / "figures").mkdir()
-    shutil.copy(text_file, run / "figures" / "words.txt")
-    Path("linked").mkdir()
-    for path in (run / "checkpoint").iterdir():
-        (Path("linked") / path.name).symlink_to(path)
-    Path("whole").symlink_to(run / "checkpoint")
-    before = content(run)
-    for model in ("run/checkpoint", str(run / "checkpoint"), "linked", "whole", "linked/../run/checkpoint"):
-        for overwrite in (["overwrite=true"], []):
-            ended = go(*settings, f"model.name={model}", *overwrite, "sparsity=0.8")
-            assert ended.status == 2 and f"model.name={model} lies in run/checkpoint, which a run in" in said(ended.err)
-    for text in ("data.paths=[run/figures/words.txt]", "data.evaluation_paths=run/figures/*.txt"):
-        ended = go(*settings, text, "overwrite=true")
-        assert ended.status == 2 and "lies in run/figures" in ended.err, ended
-    assert content(run) == before
-    assert go(*settings, "data.paths=[run/figures.txt]", "overwrite=true").status == 0, "is not removed"
-
-
 def refused(ended: Ended, run: Path, before: dict[str, bytes], *messages: str) -> None:
     assert ended.status == 2, ended
     for message in messages:
