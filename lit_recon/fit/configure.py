@@ -36,6 +36,7 @@ from lit_recon.model.windows import WindowKind
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.cache import cache_folder
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
@@ -50,6 +51,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "chain": Propagation,
     "store": StoreSettings,
     "windows": Partition,
+    "retraining": Retraining,
 }
 MADE_LATER = ("module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
@@ -93,6 +95,8 @@ class _Chosen:
             trainer=self.compute.trainers(self.parts["trainer"]),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
+            walk=self.call["walk"],
+            retraining=self.parts["retraining"],
         )
 
     def execution(self, limit: int | None = None) -> Execution:
@@ -179,6 +183,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             store=parts["store"],
             prune_by=call["prune_by"],
             trainer=trainer,
+            walk=call.get("walk", "local"),
+            retraining=parts["retraining"],
         )
         if parts["trainer"]:
             about = f"{given_of('trainer')}: "

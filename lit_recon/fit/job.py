@@ -61,7 +61,7 @@ class Method:
         trainer: Makes a window's Trainer from `callbacks` and `logger`.
         schedule: How long it trains.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
-        walk: One of WALKS: windows are reconstructed one by one, all layers are trained at once, or one after the other.
+        walk: One of WALKS: windows are reconstructed one by one, or all layers are trained at once, or both in turn.
         retraining: How all layers are trained at once.
     """
 

@@ -97,7 +97,8 @@ def _fit_two_steps(
         samples = _samples(model.config.get_text_config().vocab_size, *most, padded=padded)
         session = open_session(model, samples, method, execution, activations=Path(scratch, "activations"))
         with session.chain.passes.store, contextlib.suppress(_Enough):
-            callbacks = () if windows.head else [_FirstFit()]  # with a head, the last window is trained otherwise
+            # With a head the last window is trained otherwise, and so are all layers at once.
+            callbacks = () if windows.head or method.walk != "local" else [_FirstFit()]
             reconstruct(session, method, execution, Masks(), callbacks=callbacks, logger=DummyLogger())  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ class ResumePoint(WalkCallback):
         """Make the point that the fit of all layers at once has reached the one from which a run is resumed."""
         self._check_model(f"step {fit.step}")
         number = self._number + 1
-        state = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
+        state: dict[str, Any] = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
         state |= {"file": f"fit.{number:05}", "first_step": self.logger.first_step}
         self.commits.write(state["file"], fit.tensors)
         self._commit(number, self.done, fit=state)

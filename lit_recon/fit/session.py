@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback
@@ -141,7 +142,7 @@ def reconstruct(
     done: Sequence[WindowResult] = (),
     commits: FitCommits | None = None,
 ) -> list[WindowResult]:
-    """Walk over the windows of a session that are not done, then train all layers at once; up to `execution.stop_after`.
+    """Walk over the windows of a session that are not done, then train all layers at once, up to `stop_after`.
 
     Args:
         session: The session.
@@ -157,27 +158,23 @@ def reconstruct(
     Returns:
         The results of all windows that are done.
     """
-    make_fitter = partial(
-        WindowFitter,
-        trainer=method.trainer,
-        device=execution.compute.device,
-        seed=execution.seed,
-        logger=logger,
-        fitting=method.fitting,
-        callbacks=trainer_callbacks,
-        clock=session.clock,
-    )
-
-    def search() -> RateSearch | None:
-        return ProbedRates() if is_probed(method.module) else None
-
+    settings: dict[str, Any] = {
+        "trainer": method.trainer,
+        "device": execution.compute.device,
+        "seed": execution.seed,
+        "logger": logger,
+        "fitting": method.fitting,
+        "callbacks": trainer_callbacks,
+        "clock": session.clock,
+    }
     results = list(done)
     if len(done) < len(session.windows):
+        make = PruningOnly if method.walk == "global" else WindowFitter
         results = walk(
             windows_left(session.windows, len(done), execution.stop_after),
             chain=session.chain,
             pruner=session.pruner,
-            fitter=PruningOnly() if method.walk == "global" else make_fitter(method.module, search=search()),
+            fitter=make(method.module, **settings, search=_search(method)),
             weights=session.weights,
             callbacks=callbacks,
             done=done,
@@ -190,11 +187,15 @@ def reconstruct(
     return retrain(
         session.retrained,
         masks,
-        fitter=make_fitter(module, search=search(), scale=scale, commits=commits),
+        fitter=WindowFitter(module, **settings, search=_search(method), scale=scale, commits=commits),
         weights=session.weights,
         callbacks=callbacks,
         done=results,
     )
+
+
+def _search(method: Method) -> RateSearch | None:
+    return ProbedRates() if is_probed(method.module) else None
 
 
 def windows_left(windows: Sequence[AnyWindow], done: int, stop_after: int | None) -> Sequence[AnyWindow]:

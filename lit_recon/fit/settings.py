@@ -25,6 +25,7 @@ CALL: dict[str, Any] = {
     "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
+    "walk": str,
     "keep": str,
     "patience": int | None,
 }

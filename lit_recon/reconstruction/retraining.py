@@ -10,6 +10,7 @@ It follows a walk, which prunes and may reconstruct. Within the fit every so man
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,7 @@ from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, kept
 from lit_recon.system.signals import protected
 
 WALKS = ("local", "global", "local_then_global")
-MEASURES = {
-    "tokens": "cross-entropy",
-    "logits": "KL divergence",
-    "all states": "relative error",
-    "states": "relative error",
-}
+MEASURES = {"tokens": "cross-entropy", "logits": "KL divergence"}  # others: "relative error"
 PRUNED_ONLY = "all layers are trained at once afterwards"
 
 
@@ -52,7 +48,7 @@ class Retraining:
     """
 
     loss: Callable[..., Tensor] = kl_divergence
-    rate: float = 1.0
+    rate: float = 0.1
     max_epochs: int | None = None
     commit_every: int = 50
     checkpoint_layers: bool = True
@@ -61,14 +57,20 @@ class Retraining:
         """Check the settings; all problems in one message."""
         problems = []
         if not 0 < self.rate <= 1:
-            problems.append(
-                f"retraining.rate={self.rate}: expected a share of the module's learning rate, above 0 to 1."
-            )
+            problems.append(f"retraining.rate={self.rate}: expected a share of the module's learning rate, up to 1.")
         for name, value in (("commit_every", self.commit_every), ("max_epochs", self.max_epochs)):
             if value is not None and value < 1:
                 problems.append(f"retraining.{name}={value}: expected a whole number, 1 or more.")
         if problems:
             raise ValueError("\n".join(problems))
+
+    def describe(self) -> dict[str, str]:
+        """In the words of the settings, for a run's recipe."""
+        loss: Any = self.loss
+        while isinstance(loss, partial):
+            loss = loss.func
+        epochs = {} if self.max_epochs is None else {"retraining_epochs": str(self.max_epochs)}
+        return {"retraining_loss": loss.__name__, "retraining_rate": f"{self.rate:g}"} | epochs
 
 
 def needs_head(loss: Callable[..., Any]) -> bool:
@@ -112,7 +114,7 @@ def open_retraining(
     if needs_head(settings.loss):
         window.head = Head(Decoder(passes.decoder.model, torch.device("cpu")))
     losses = with_head(settings.loss, window.head) if is_of_model(settings.loss) else None
-    window.measure = MEASURES[targets]
+    window.measure = MEASURES.get(targets, window.measure)
     needed = targets != "tokens"
     teacher = TeacherLayers(layers if needed else [], weights.dense_layer, passes.compute)
     data = TokenSamples(passes, window, teacher, targets=targets, losses=losses, max_epochs=settings.max_epochs)
@@ -154,10 +156,8 @@ def retrain(
     return results
 
 
-class PruningOnly:
-    """In the place of a WindowFitter: every window keeps its pruned weights."""
-
-    needs_gram = False
+class PruningOnly(WindowFitter):
+    """In the place of another fitter: every window keeps its pruned weights."""
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Nothing is learnt."""
