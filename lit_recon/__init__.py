@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lit_recon.activations.store import StoreSettings as StoreSettings
     from lit_recon.data.files import Files as Files
     from lit_recon.data.hub import Hub as Hub
+    from lit_recon.data.mixture import Mixture as Mixture
     from lit_recon.data.python_docs import PythonDocs as PythonDocs
+    from lit_recon.data.self_generated import SelfGenerated as SelfGenerated
     from lit_recon.data.source import Samples as Samples
     from lit_recon.data.source import TextSource as TextSource
     from lit_recon.evaluate.perplexity import perplexity as perplexity
@@ -47,7 +49,9 @@ _MODULES = {
     "activations.store": ("StoreSettings",),
     "data.files": ("Files",),
     "data.hub": ("Hub",),
+    "data.mixture": ("Mixture",),
     "data.python_docs": ("PythonDocs",),
+    "data.self_generated": ("SelfGenerated",),
     "data.source": ("Samples", "TextSource"),
     "evaluate.perplexity": ("perplexity",),
     "fit.library": ("Reconstruction", "load", "prune_and_reconstruct"),

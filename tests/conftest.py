@@ -200,6 +200,13 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_")
 
 
+def telling_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with tokens that start a text and end it, neither of which it puts there itself."""
+    tokenizer = letter_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    return tokenizer
+
+
 @contextmanager
 def mounted(disk: Path, size: str) -> Iterator[Path]:
     """A file system of its own at `disk`, as large as tmpfs is told, such as "1m"."""

@@ -128,7 +128,8 @@ class Chain:
                 self.teacher, self.energies_ST = TeacherWindow(window, self.passes.compute), None
                 if propagation.statistics == "dense":
                     assert self.dense
-                    energies = self._energies(self.dense.states_STD)
+                    # Where targets are local, the teacher's update is another one: of the window's own inputs.
+                    energies = self._energies(self.dense.states_STD) if propagation.targets == "dense" else None
                     self.passes.run(window, self.dense.states_STD, None, of_dense, CALIBRATION, energies=energies)
             else:
                 if self.dense:

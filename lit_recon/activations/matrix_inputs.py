@@ -229,10 +229,8 @@ def _products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> t
     """The matrix's products with these inputs, (S, T, O), and the energy of each, (S, T)."""
     (matrix,) = window.matrices()
     outputs = matrix.by_expert(matrix.weight).shape[1]
-    products_STO, energies_ST = (
-        batching.store.zeros((*inputs_STI.shape[:2], outputs)),
-        torch.zeros(inputs_STI.shape[:2]),
-    )
+    samples, length, _ = inputs_STI.shape
+    products_STO, energies_ST = batching.store.zeros((samples, length, outputs)), torch.zeros(samples, length)
     for rows in batching.batches(0, len(inputs_STI)):
         inputs_BTI = inputs_STI[rows].to(batching.compute.device).float()
         with batching.compute.autocast():

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -65,13 +65,29 @@ def pack(
     """
     opening = find_opening(tokenizer, bos)
     assert len(opening) < length, f"{len(opening)} tokens open pieces of {length}"
+    stride = length - len(opening)
+    least = stride if packing == "fixed" else min(LEAST_TOKENS, stride)
+
+    def make() -> Tensor:
+        return _cut(_runs(documents, tokenizer, packing, opening), opening=opening, stride=stride, least=least)
+
     key = _key(documents, tokenizer, opening=opening, length=length, packing=packing)
+    return cached_pieces(key, make, length=length, cache=cache)
+
+
+def cached_pieces(key: str, make: Callable[[], Tensor], *, length: int, cache: Path) -> Tensor:
+    """Pieces of `length` tokens from the cache, or made and kept there.
+
+    Args:
+        key: Hash of all that decides them.
+        make: Makes them: int32, (P, length).
+        length: Tokens of a piece.
+        cache: Folder that keeps them, in `tokens/`.
+    """
     path = cache / "tokens" / f"{key}.safetensors"
     pieces_PT = _read(path, key, length)
     if pieces_PT is None:
-        stride = length - len(opening)
-        least = stride if packing == "fixed" else min(LEAST_TOKENS, stride)
-        pieces_PT = _cut(_runs(documents, tokenizer, packing, opening), opening=opening, stride=stride, least=least)
+        pieces_PT = make()
         _write(path, key, pieces_PT)
     return pieces_PT
 

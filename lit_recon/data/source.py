@@ -11,14 +11,15 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.data.documents import render
+from lit_recon.data.generation import DenseModel
 from lit_recon.data.packing import PADDING, Bos, Packing, draw, find_opening, pack
 from lit_recon.system.cache import cache_folder
 
@@ -62,6 +63,27 @@ class Samples:
     def num_tokens(self) -> int:
         """Number of tokens of the calibration samples, without padding."""
         return int((self.calibration_ST != PADDING).sum())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What samples are made for, and what was found so far.
+
+    Attributes:
+        tokenizer: Of the model that will see the samples.
+        seed: Chooses among calibration and held-out text.
+        cache: Folder that keeps what was made before.
+        model: The dense model, for sources that generate text.
+        taken: Documents of the parts that were read, of which none is read again.
+        problems: Why there are too few samples.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    cache: Path
+    model: DenseModel | PreTrainedModel | None = None
+    taken: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -127,38 +149,56 @@ class TextSource(ABC):
         if problems:
             raise ValueError("\n".join(problems))
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, cache: Path | None = None) -> Samples:
+    @property
+    def needs_model(self) -> bool:
+        """Whether samples can be made only with the dense model, which generates them."""
+        return False
+
+    def samples(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        cache: Path | None = None,
+        model: DenseModel | PreTrainedModel | None = None,
+    ) -> Samples:
         """Read, tokenize and pack the three parts, and draw the samples.
 
         Args:
             tokenizer: Of the model that will see the samples.
             seed: Chooses among calibration and held-out text.
             cache: Folder in which `tokens/` keeps what was tokenized before; None: the cache folder.
+            model: The dense model, where `needs_model`.
 
         Raises:
-            ValueError: The text cannot be read, or there is too little of it.
+            ValueError: The text cannot be read or generated, or there is too little of it.
         """
-        cache = cache or cache_folder()
+        request = Request(tokenizer, seed, cache or cache_folder(), model)
         opening = self._opening(tokenizer)
-        taken: set[str] = set()
-        evaluation_PT = self._packed("evaluation", taken, tokenizer, cache)
-        held_out_PT = self._packed("held_out", taken, tokenizer, cache)
-        calibration_PT = self._packed("calibration", taken, tokenizer, cache)
-        problems = [
-            *self._shortage("calibration", calibration_PT),
-            *self._shortage("held_out", held_out_PT),
-            *self._shortage("evaluation", evaluation_PT),
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        evaluation_PT = self._packed("evaluation", request)
+        request.problems.extend(self._shortage("evaluation", evaluation_PT))
+        calibration_ST, held_out_ST = self._drawn(request)
+        if request.problems:
+            raise ValueError("\n".join(request.problems))
         calibration, evaluation = self.describe("calibration"), self.describe("evaluation")
         return Samples(
-            calibration_ST=draw(calibration_PT, self.num_samples, seed=seed),
-            held_out_ST=draw(held_out_PT, self.num_held_out, seed=seed),
+            calibration_ST=calibration_ST,
+            held_out_ST=held_out_ST,
             evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
             evaluation_description=evaluation,
             opening=opening,
+        )
+
+    def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Calibration and held-out samples; where there is too little text fewer, with problems in the request."""
+        held_out_PT = self._packed("held_out", request)
+        calibration_PT = self._packed("calibration", request)
+        short = [*self._shortage("calibration", calibration_PT), *self._shortage("held_out", held_out_PT)]
+        request.problems[:0] = short
+        return (
+            draw(calibration_PT, min(self.num_samples, len(calibration_PT)), seed=request.seed),
+            draw(held_out_PT, min(self.num_held_out, len(held_out_PT)), seed=request.seed),
         )
 
     def _problems(self) -> list[str]:
@@ -200,11 +240,12 @@ class TextSource(ABC):
     def _packing(self, part: Part) -> Packing:
         return "fixed" if part == "evaluation" else self.packing
 
-    def _packed(self, part: Part, taken: set[str], tokenizer: PreTrainedTokenizerBase, cache: Path) -> Tensor:
-        """Read and pack a part, without documents that are `taken`: int32, (P, T)."""
+    def _packed(self, part: Part, request: Request) -> Tensor:
+        """Read and pack a part, without documents that are taken: int32, (P, T)."""
         *_, length = self._asked(part)
-        texts = render(self._read(part, taken), tokenizer, origin=self.describe(part))
-        return pack(texts, tokenizer, length=length, cache=cache, packing=self._packing(part), bos=self.bos)
+        texts = render(self._read(part, request.taken), request.tokenizer, origin=self.describe(part))
+        packing, cache = self._packing(part), request.cache
+        return pack(texts, request.tokenizer, length=length, cache=cache, packing=packing, bos=self.bos)
 
     def _read(self, part: Part, taken: set[str]) -> list[str]:
         """Enough documents of a part, none of which is `taken`; adds them to `taken`."""

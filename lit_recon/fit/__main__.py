@@ -35,7 +35,7 @@ from lit_recon.fit.job import Job
 from lit_recon.fit.output.folder import finish
 from lit_recon.fit.resume_config import resumed
 from lit_recon.fit.run import run
-from lit_recon.fit.settings import TEXTS, earlier_run
+from lit_recon.fit.settings import earlier_run, is_text
 from lit_recon.fit.sweep import fit_apart
 from lit_recon.system.command_line import Refusal, as_argument, concerning, in_hydras_grammar, shortened, stop
 from lit_recon.system.commits import CommitError
@@ -143,7 +143,9 @@ def _hydra_that_raises() -> Iterator[bool]:
 def in_grammar(arguments: Sequence[str]) -> list[str]:
     """The command line so that Hydra reads it as it was meant."""
     sweep = any(word in ("-m", "--multirun") or re.match(r"\+?experiment=", word) for word in arguments)
-    return [in_hydras_grammar(word, texts=TEXTS, sweep=sweep) for word in arguments]
+    names = (word.partition("=")[0].lstrip("+") for word in arguments)
+    texts = [name for name in names if is_text(name)]
+    return [in_hydras_grammar(word, texts=texts, sweep=sweep) for word in arguments]
 
 
 def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> str:

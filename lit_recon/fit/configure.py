@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
+from lit_recon.data.generation import DenseModel
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
@@ -30,6 +32,7 @@ from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
+from lit_recon.fit.signature import model_signature
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
@@ -139,7 +142,8 @@ def prepare(cfg: DictConfig) -> Job:
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder())
+        given = {"model": _dense_model(model, execution.compute.device)} if source.needs_model else {}
+        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder(), **given)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -161,6 +165,14 @@ def prepare(cfg: DictConfig) -> Job:
         method=method,
         execution=execution,
         output=output,
+    )
+
+
+def _dense_model(model: LanguageModel, device: torch.device) -> DenseModel:
+    """The dense model for a source that generates text, loaded apart from the run's and only where it must be."""
+    return DenseModel(
+        signature=lambda: model_signature(model, device),
+        load=lambda: model.load().to(device),  # type: ignore[arg-type]
     )
 
 

@@ -27,12 +27,13 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
+from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.rate_search import ProbedRates, RateSearch
-from lit_recon.reconstruction.retraining import PruningOnly, Retrained, open_retraining, retrain
+from lit_recon.reconstruction.retraining import Retrained, open_retraining, retrain
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.clock import Clock
@@ -169,12 +170,12 @@ def reconstruct(
     }
     results = list(done)
     if len(done) < len(session.windows):
-        make = PruningOnly if method.walk == "global" else WindowFitter
+        module = Untrained if method.walk == "global" else method.module
         results = walk(
             windows_left(session.windows, len(done), execution.stop_after),
             chain=session.chain,
             pruner=session.pruner,
-            fitter=make(method.module, **settings, search=_search(method)),
+            fitter=WindowFitter(module, **settings, search=_search(method)),
             weights=session.weights,
             callbacks=callbacks,
             done=done,
@@ -183,11 +184,11 @@ def reconstruct(
     if session.retrained is None or len(results) != len(session.windows) or stops:
         return results
     session.chain.forget()
-    module, scale = partial(method.module, loss=method.retraining.loss), method.retraining.rate
+    make, scale = partial(method.module, loss=method.retraining.loss), method.retraining.rate
     return retrain(
         session.retrained,
         masks,
-        fitter=WindowFitter(module, **settings, search=_search(method), scale=scale, commits=commits),
+        fitter=WindowFitter(make, **settings, search=_search(method), scale=scale, commits=commits),
         weights=session.weights,
         callbacks=callbacks,
         done=results,

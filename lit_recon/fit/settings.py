@@ -3,6 +3,7 @@
 Those of the parts (model, data, ...) have their types from the annotations of what they are given to (annotations.py).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ TEXTS = (  # a number among these is a name: output_dir=2024, model.revision=5e1
     "data.field",
     "data.data_files",
 )
+_INNER = re.compile(r"data\.(evaluation|sources\.\w+)(?=\.)")  # sources of text within another, with settings like it
+
+
+def is_text(setting: str) -> bool:
+    """Whether a setting is a text, or a list of texts."""
+    return _INNER.sub("data", setting) in TEXTS
 
 
 def plain(node: Any) -> Any:
@@ -65,7 +72,8 @@ def targets(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def given() -> dict[str, str]:
     """The settings that the command line gives, each with its whole word."""
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
-    return {word.partition("=")[0].lstrip("+~"): word for word in words["task"]}
+    names = ((word.partition("=")[0].lstrip("+~").rpartition("@")[2], word) for word in words["task"])
+    return dict(names)  # data@data.evaluation=files gives data.evaluation
 
 
 def given_of(part: str) -> str:
@@ -80,7 +88,9 @@ def expand_home(cfg: DictConfig) -> None:
     Raises:
         ValueError: There is no such user.
     """
-    for name in PATHS:
+    sources = OmegaConf.select(cfg, "data.sources", throw_on_missing=False)
+    inner = ["data.evaluation", *(f"data.sources.{name}" for name in sources or () if isinstance(sources, DictConfig))]
+    for name in (*PATHS, *(f"{place}.{path}" for place in inner for path in ("paths", "evaluation_paths"))):
         value = OmegaConf.select(cfg, name, throw_on_missing=False)
         values = list(value) if OmegaConf.is_list(value) else [value]
         if any(isinstance(one, str) and one.startswith("~") for one in values):

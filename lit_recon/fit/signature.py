@@ -18,6 +18,7 @@ import torch
 import lit_recon
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.inputs import own_files
+from lit_recon.model.loading import LanguageModel
 from lit_recon.system.atomic_files import chunks
 
 # Settings of how a run is carried out, which may differ when it is resumed.
@@ -36,7 +37,7 @@ def signature(job: Job) -> dict[str, Any]:
         tokens.update(str(tuple(tokens_ST.shape)).encode() + tokens_ST.to(torch.int64).numpy().tobytes())
     return {
         "config": {key: value for key, value in job.output.config.items() if key not in OF_THE_CALL},
-        "model": {path.name: _hash(path) for path in job.model.files()},
+        "model": _files(job.model),
         "model_config": json.loads(job.model.config().to_json_string(use_diff=False)),
         "data": tokens.hexdigest(),
         "compute": {"device": job.execution.compute.device.type, "precision": job.execution.compute.precision},
@@ -45,6 +46,19 @@ def signature(job: Job) -> dict[str, Any]:
         },
         "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in _LIBRARIES},
     }
+
+
+def model_signature(model: LanguageModel, device: torch.device) -> str:
+    """Hash of what the text depends on that a model generates: its files, configuration, dtype, attention, and device.
+
+    The files of a model of the Hub are fetched.
+    """
+    decides = {
+        "files": _files(model),
+        "config": model.config().to_dict(),
+        "choices": [model.dtype, model.attention, device.type],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -105,6 +119,11 @@ def _code(config: Mapping[str, Any]) -> dict[str, Path]:
             if path.is_file() and not installed_elsewhere and _PACKAGE not in path.parents:
                 loaded[name] = path
     return package | loaded | named
+
+
+def _files(model: LanguageModel) -> dict[str, str]:
+    """Hash of all that each of a model's files holds."""
+    return {path.name: _hash(path) for path in model.files()}
 
 
 def _hash(path: Path) -> str:

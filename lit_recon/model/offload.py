@@ -75,11 +75,11 @@ class WeightOffloader:
                 self.files.read_ahead(layer_state(self.layers[index], f"{self.prefix}.{index}"))
 
     def dtypes(self, window: AnyWindow) -> list[torch.dtype]:
-        """Dtypes in which what is trained of a window is stored; of the one on the device, or of a matrix of it."""
+        """Dtypes in which a window's own parameters are stored; of the one on the device, or of a matrix of it."""
         assert self._window is not None
         homes = {id(one): home.dtype for one, home in zip(self._window.parameters(), self._homes, strict=True)}
         matrix = window.matrix.weight if isinstance(window, MatrixWindow) else None
-        return [homes[id(matrix if matrix is not None else one)] for one in window.trained()]
+        return [homes[id(matrix if matrix is not None else one)] for one in window.own_parameters()]
 
     @timed("commit")
     @torch.no_grad()

@@ -104,8 +104,12 @@ class Window(nn.Module):
         dropped = {id(parameter) for parameter in self.shared_with_next()}
         return [matrix for matrix in self._matrices if id(matrix.weight) not in dropped]
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained in this window."""
+    def owners(self) -> Sequence[nn.Module]:
+        """The modules that hold the window's parameters: its layers."""
+        return list(self.layers)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The window's own parameters, which a module may train."""
         return list(self.parameters())
 
     def shared_with_next(self) -> list[nn.Parameter]:
@@ -206,7 +210,11 @@ class HalfWindow(Window):
             return hidden_BTD
         return run_half(self.layer, self.split, self.side, hidden_BTD, calls[self.indices.start])
 
-    def trained(self) -> list[nn.Parameter]:
+    def owners(self) -> Sequence[nn.Module]:
+        """The layer, which holds the other half too."""
+        return [self.layer]
+
+    def own_parameters(self) -> list[nn.Parameter]:
         """The half's own parameters."""
         return [self.layer.get_parameter(name) for name in self.split.trained[self.side]]
 
@@ -292,7 +300,11 @@ class MatrixWindow(nn.Module):
         """The matrix, with the weight that is worked on."""
         return [Matrix(self.matrix.name, self.weight, self.matrix.input_dim)]
 
-    def trained(self) -> list[nn.Parameter]:
+    def owners(self) -> Sequence[nn.Module]:
+        """This window, which holds the weight that is worked on."""
+        return [self]
+
+    def own_parameters(self) -> list[nn.Parameter]:
         """The weight."""
         return [self.weight]
 

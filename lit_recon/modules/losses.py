@@ -1,4 +1,4 @@
-"""Losses between a window's outputs and its targets: functions to one number per token, of which a module takes the mean.
+"""Losses between a window's outputs and its targets: one number per token, of which a module takes the mean.
 
     loss(outputs_ND, targets_ND, *, energies_N, unit) -> (N)
 
@@ -51,7 +51,8 @@ def cosine(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: 
 def huber(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float, delta: float = 1.0) -> Tensor:
     """Pseudo-Huber loss of each token's error: squared up to `delta`^2 units, linear in its root beyond.
 
-    Charbonnier, Blanc-Feraud, Aubert, Barlaud, "Deterministic edge-preserving regularization in computed imaging" (1997).
+    Charbonnier, Blanc-Feraud, Aubert and Barlaud, "Deterministic edge-preserving regularization in computed imaging",
+    IEEE Transactions on Image Processing 6 (1997).
     """
     squared_N = _squared(outputs_ND, targets_ND) / unit
     return 2 * delta**2 * ((1 + squared_N / delta**2).sqrt() - 1)

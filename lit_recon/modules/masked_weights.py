@@ -13,11 +13,12 @@ from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
+from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import mean_squared, with_head
 from lit_recon.modules.rates import make_optimizer
@@ -41,6 +42,8 @@ class MaskedWeights(LightningModule):
         scheduler: Makes the scheduler from `optimizer`, `num_warmup_steps` and `num_training_steps`, the signature of
             transformers.get_cosine_schedule_with_warmup and its kin; None: constant rate.
         warmup: Share of the steps in which the learning rate rises.
+        train_norms: Whether norms are trained too.
+        train_biases: Whether biases are trained too.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
             the window has a head, one that takes it, else the divergence of the logits.
 
@@ -58,6 +61,8 @@ class MaskedWeights(LightningModule):
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
         loss: Callable[..., Tensor] = mean_squared,
+        train_norms: bool = True,
+        train_biases: bool = True,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -66,10 +71,22 @@ class MaskedWeights(LightningModule):
         self.unit = unit
         self.loss = with_head(loss, window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
+        norms, biases = vectors(window)
+        self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
+        frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
+        self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
             self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained: the window's own parameters, without norms or biases where these are to stay."""
+        return self._trained
+
+    def changed(self) -> list[nn.Parameter]:
+        """What is changed of the window: what is trained."""
+        return self.trained()
 
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
@@ -116,7 +133,7 @@ class MaskedWeights(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
-        trained = [parameter for parameter in self.window.trained() if parameter.requires_grad]
+        trained = [parameter for parameter in self.trained() if parameter.requires_grad]
         optimizer = make_optimizer(self._make_optimizer, trained)
         if self._make_scheduler is None:
             return optimizer

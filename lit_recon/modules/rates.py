@@ -1,8 +1,8 @@
 """Learning rates relative to the weights: a step of AdamW changes each weight by about the same share of its matrix.
 
-Rates do not carry over between models: 2e-3 is 1% of the root mean square of SmolLM2's weights, and 5 to 12% of that of
-Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own root mean square, and which share is found by
-trying (reconstruction/rate_search.py).
+Rates do not carry over between models: 2e-3 is 1% of the root mean square of SmolLM2's weights, and 5 to 12% of that
+of Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own root mean square, and which share is
+found by trying (reconstruction/rate_search.py).
 """
 
 from collections.abc import Callable, Sequence

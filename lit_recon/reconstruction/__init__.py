@@ -3,6 +3,7 @@
 driver.py             the walk, one screen
 fit_settings.py       settings of every window's fit
 window_fit.py         fit a window; accept it or keep its pruned weights
+fitted_weights.py     weights that a fit changes: copied, rounded, put back
 rate_search.py        at which learning rates a window is tried
 tensorboard.py        one log for all windows
 trainer_callbacks.py  learning rate, first point of the curves, divergence

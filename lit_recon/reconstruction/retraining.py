@@ -8,7 +8,7 @@ It follows a walk, which prunes and may reconstruct. Within the fit every so man
 (fit_state.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,16 +23,15 @@ from lit_recon.model.decoder import Decoder
 from lit_recon.model.head import Head
 from lit_recon.model.matrices import LayerMatrices
 from lit_recon.model.offload import WeightOffloader
-from lit_recon.model.windows import AnyWindow, DecoderWindow
+from lit_recon.model.windows import DecoderWindow
 from lit_recon.modules.losses import TARGETS, kl_divergence, targets_of, with_head
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, kept_pruned
+from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
 from lit_recon.system.signals import protected
 
 WALKS = ("local", "global", "local_then_global")
 MEASURES = {"tokens": "cross-entropy", "logits": "KL divergence"}  # others: "relative error"
-PRUNED_ONLY = "all layers are trained at once afterwards"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,20 +153,3 @@ def retrain(
         for callback in callbacks:
             callback.on_window_end(window, {}, results)
     return results
-
-
-class PruningOnly(WindowFitter):
-    """In the place of another fitter: every window keeps its pruned weights."""
-
-    def resume(self, results: Sequence[WindowResult]) -> None:
-        """Nothing is learnt."""
-
-    def fit(
-        self,
-        window: AnyWindow,
-        masks: Mapping[str, Tensor],
-        data: Any,
-        dtypes: Sequence[torch.dtype] | None = None,
-    ) -> WindowResult:
-        """The result of a window that is not trained."""
-        return kept_pruned(window, PRUNED_ONLY)

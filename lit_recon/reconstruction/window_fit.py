@@ -22,8 +22,10 @@ from torch import Tensor
 from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.model.windows import AnyWindow
+from lit_recon.modules.trained import attached, changed_by, trained_by
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.fit_state import FitCommits
+from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
@@ -34,7 +36,6 @@ from lit_recon.system.memory import release_memory
 log = logging.getLogger(__name__)
 
 DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
-_ROUNDING = 0.01  # of the squared change: what rounding may take of it unseen; its share of the gain is smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ class WindowFitter:
             window: The window, on the device.
             masks: Masks of its matrices (True = kept), and maybe of others.
             data: What it is trained on; None if no calibration or no held-out token reaches it.
-            dtypes: Those in which what is trained will be stored; None: those that it has.
+            dtypes: Those in which the window's own parameters will be stored; None: those that they have.
 
         Raises:
             NotFinite: Its targets, or its errors before training, are not finite.
@@ -165,8 +166,7 @@ class WindowFitter:
             if unit == 0:  # of a matrix of zeros
                 return kept_pruned(window, "dense, it does nothing")
             with window.head.on(self.device) if window.head else nullcontext():
-                stored = dtypes or [parameter.dtype for parameter in window.trained()]
-                result = self._reconstruct(window, masks, data, unit, stored)
+                result = self._reconstruct(window, masks, data, unit, dtypes)
         finally:
             release_memory()
         return replace(result, seconds=round(time.perf_counter() - start, 3))
@@ -177,33 +177,33 @@ class WindowFitter:
         masks: Mapping[str, Tensor],
         data: TrainingData,
         unit: float,
-        dtypes: Sequence[torch.dtype],
+        dtypes: Sequence[torch.dtype] | None,
     ) -> WindowResult:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
-        kind, pruned = kind_of(window.name, window.measure), [_copy(parameter) for parameter in window.trained()]
-        tries: list[Try] = []
-        best: Try | None = None
-        best_weights: Sequence[Tensor] = pruned
-        if self.commits and self.commits.resumed:
-            tries = list(self.commits.resumed.tries)
-            best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
-            best_weights = self.commits.resumed.best_weights or pruned
-            _restore(window, best_weights)
+        kind = kind_of(window.name, window.measure)
+        module = self.module(window, masks, unit)
+        weights = _fitted(module, window, dtypes)
+        if not weights.parameters:
+            return _untrained(window, before, unit)
+        tries, best_weights = self._resumed(weights)
+        best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
         while (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
-                    best_weights = [_copy(parameter) for parameter in window.trained()]
-                _restore(window, pruned)
+                    best_weights = weights.copies()
+                weights.restore(weights.start)
+                del module
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
+                module = self.module(window, masks, unit)
             if self.commits:
-                self.commits.tries, self.commits.best_weights = tries, [] if best is None else best_weights
-            tries.append(self._try(window, masks, data, unit, dtypes, pruned, before[1], rate))
+                self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
+            tries.append(self._try(module, window, data, weights, unit, before[1], rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
                 best = tries[-1]
         if tries[-1] is not best:
-            _restore(window, best_weights)
+            weights.restore(best_weights)
         if best:
             self.search.learn(kind, best.rate, best.left)
         _check_zeros(window, masks)
@@ -219,7 +219,7 @@ class WindowFitter:
             accepted=best is not None,
             steps=0 if kept.diverged else kept.steps,
             seconds=0.0,
-            note="; ".join(filter(None, [kept.remark, _note(tries, best, _names(dtypes))])),
+            note="; ".join(filter(None, [kept.remark, _note(tries, best, weights.names_of_dtypes())])),
             measure=window.measure,
             lost_by_rounding=kept.lost,
             typical_before=before[1].typical,
@@ -228,6 +228,15 @@ class WindowFitter:
             rate=kept.rate,
             tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in tries],
         )
+
+    def _resumed(self, weights: FittedWeights) -> tuple[list[Try], Sequence[Tensor]]:
+        """The tries before the one in which a fit is resumed, and the best weights so far; none of one that starts."""
+        state = self.commits.resumed if self.commits else None
+        if state is None:
+            return [], weights.start
+        best_weights = state.best_weights or weights.start
+        weights.restore(best_weights)
+        return list(state.tries), best_weights
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""
@@ -238,19 +247,17 @@ class WindowFitter:
 
     def _try(
         self,
+        module: LightningModule,
         window: AnyWindow,
-        masks: Mapping[str, Tensor],
         data: TrainingData,
+        weights: FittedWeights,
         unit: float,
-        dtypes: Sequence[torch.dtype],
-        pruned: Sequence[Tensor],
         before: Errors,
         rate: float,
     ) -> Try:
         """Train once, from the pruned weights, and measure what will be stored."""
-        module = self.module(window, masks, unit)
         steps, diverged = self._train(module, window, data, rate)
-        (calibration, held_out), lost = _measured(window, data, unit, pruned, dtypes, before.mean)
+        (calibration, held_out), lost = _measured(window, data, unit, weights, before.mean)
         return Try(
             rate=rate,
             before=before,
@@ -274,10 +281,10 @@ class WindowFitter:
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
-        for parameter in window.trained():
-            parameter.requires_grad_(True)
         try:
-            with _interruptible():
+            with _interruptible(), attached(module):
+                for parameter in trained_by(module, window):
+                    parameter.requires_grad_(True)
                 trainer.fit(module, datamodule=data.data_module(seed))
         finally:
             window.requires_grad_(False)
@@ -333,13 +340,31 @@ def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> N
             raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
 
 
+def _untrained(window: AnyWindow, errors: tuple[Errors, Errors], unit: float) -> WindowResult:
+    """The result of a window of which a module trains nothing, with its errors on calibration and held-out samples."""
+    (error, _), (held_out, typical) = errors
+    return replace(
+        kept_pruned(window, "nothing of it is trained"),
+        relative_error_before=error,
+        relative_error_after=error,
+        held_out_before=held_out,
+        held_out_after=held_out,
+        typical_before=typical,
+        typical_after=typical,
+        measure=window.measure,
+        unit=unit,
+    )
+
+
+def _fitted(module: LightningModule, window: AnyWindow, dtypes: Sequence[torch.dtype] | None) -> FittedWeights:
+    """What a module changes of a window whose own parameters are stored in these dtypes; None: in those they have."""
+    changed, own = changed_by(module, window), window.own_parameters()
+    stored = {id(one): dtype for one, dtype in zip(own, dtypes or [one.dtype for one in own], strict=True)}
+    return FittedWeights(changed, [stored[id(one)] for one in changed])
+
+
 def _measured(
-    window: AnyWindow,
-    data: TrainingData,
-    unit: float,
-    pruned: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    before: float,
+    window: AnyWindow, data: TrainingData, unit: float, weights: FittedWeights, before: float
 ) -> tuple[tuple[Errors, Errors], float]:
     """Round a trained window to what will be stored of it, and measure that.
 
@@ -347,51 +372,16 @@ def _measured(
         window: The window.
         data: What it was trained on.
         unit: Of its errors.
-        pruned: What was trained, as it was before.
-        dtypes: Those in which it will be stored.
+        weights: What was changed.
         before: Its mean held-out error before.
 
     Returns:
         Its errors; the share of what it gained on held-out samples that rounding took back, up to 1.
     """
-    exact = data.errors(window, unit)[1].mean if _rounding_matters(window, pruned, dtypes) else before
-    for parameter, dtype in zip(window.trained(), dtypes, strict=True):
-        if dtype != parameter.dtype:
-            parameter.data.copy_(parameter.data.to(dtype))
+    exact = data.errors(window, unit)[1].mean if weights.rounding_matters() else before
+    weights.round()
     after = data.errors(window, unit)
     return after, min(1.0, max(0.0, (after[1].mean - exact) / (before - exact))) if exact < before else 0.0
-
-
-@torch.no_grad()
-def _rounding_matters(window: AnyWindow, pruned: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether rounding takes more than a trace of what training has changed."""
-    change, rounding = 0.0, 0.0
-    for parameter, start, dtype in zip(window.trained(), pruned, dtypes, strict=True):
-        if dtype != parameter.dtype:
-            change += float((parameter - start).square().sum())
-            rounding += float((parameter.to(dtype) - parameter).square().sum())
-    return rounding > _ROUNDING * change
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    """The dtypes in words."""
-    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
-
-
-@torch.no_grad()
-def _copy(weight: Tensor) -> Tensor:
-    """A copy, in 16 bits where these hold the values exactly: those of a model whose own weights have 16 bits."""
-    for dtype in (torch.bfloat16, torch.float16):
-        copy = weight.to(dtype)
-        if torch.equal(copy.to(weight.dtype), weight):
-            return copy
-    return weight.clone()
-
-
-@torch.no_grad()
-def _restore(window: AnyWindow, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(window.trained(), weights, strict=True):
-        parameter.copy_(weight)
 
 
 def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:

@@ -293,7 +293,7 @@ def test_padding_changes_no_input_or_target_where_there_is_text(
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", PADDED)
-def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str, padded_ST: Tensor) -> None:
+def test_padding_counts_neither_in_unit_nor_in_error_nor_in_loss(shape: str, padded_ST: Tensor) -> None:
     model = tiny_model(shape)
     first, window, *_ = layer_windows(model, verify(model, padded_ST))
     chain = chain_of(model, padded_ST, CALIBRATION)
@@ -312,18 +312,22 @@ def test_padding_counts_neither_in_variance_nor_in_error_nor_in_loss(shape: str,
     for row, length in enumerate(LENGTHS):
         calls = decoder.embed(padded_ST[row : row + 1, :length])[1]
         outputs.append(call_layer(decoder.layers[1], inputs[row], calls[1])[0])
-    squares = [(one - other).square() for one, other in zip(outputs, targets, strict=True)]
+    squares, energies = (
+        [(one - other).square().mean(-1) for one, other in zip(these, targets, strict=True)]
+        for these in (outputs, [hidden_BTD[0] for hidden_BTD in inputs])
+    )
 
-    variance = torch.cat(targets[:CALIBRATION]).var(0, correction=0).mean().item()
-    assert data.variance() == pytest.approx(variance, rel=1e-5)
-    expected = torch.cat(squares[:2]).mean() / variance, torch.cat(squares[CALIBRATION:]).mean() / variance
-    assert data.errors(window, variance) == pytest.approx([one.item() for one in expected], rel=1e-5)
-    trained = module()(window, {}, variance)
+    unit = torch.cat(energies[:CALIBRATION]).median().item()
+    assert data.unit() == pytest.approx(unit, rel=1e-5)
+    for errors, expected in zip(data.errors(window, unit), (squares[:2], squares[CALIBRATION:]), strict=True):
+        of_tokens_N = torch.cat(expected) / unit
+        assert errors == pytest.approx((of_tokens_N.mean().item(), of_tokens_N.median().item()), rel=1e-4)
+    trained = module()(window, {}, unit)
     trained.log = lambda *_, **__: None
     for rows in ([0, 1], [1, 2], [0, 2], [0]):
         batch = data.batch(torch.tensor(rows), CPU.device)
         loss = trained.training_step(batch, 0) / batch.weight
-        expected_loss = torch.cat([squares[row] for row in rows]).mean() / variance
+        expected_loss = torch.cat([squares[row] for row in rows]).mean() / unit
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
 
 
@@ -381,7 +385,7 @@ def test_a_restored_chain_goes_on_bit_for_bit(
         expected, found = walk.start(position), other.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
         assert torch.equal(found.targets_STD, expected.targets_STD)
-        assert found.variance() == expected.variance()
+        assert found.unit() == expected.unit()
         behind, expected_behind = other.end(position), walk.end(position)
         assert set(behind) == set(expected_behind)
         assert all(torch.equal(behind[name], expected_behind[name]) for name in behind)

@@ -239,14 +239,17 @@ def test_batches_can_be_trained_on(tokens_ST: Tensor) -> None:
     assert all(parameter.grad is not None for parameter in window.parameters())
 
 
-def test_target_variance_is_that_of_the_calibration_targets_around_each_features_mean(many_ST: Tensor) -> None:
+def test_the_unit_is_the_median_over_calibration_tokens_of_the_energy_of_the_dense_update(many_ST: Tensor) -> None:
     activations = activations_of(many_ST)
-    targets_STD = torch.randn(16, 12, 32, generator=torch.Generator().manual_seed(3)) + 10 * torch.arange(32)
-    targets_STD[11:] *= 100  # held-out samples do not set the unit
-    activations.sources_STD = targets_STD
-    values = targets_STD[:11].double().numpy().reshape(-1, 32)
-    expected = np.mean([np.mean((feature - np.mean(feature)) ** 2) for feature in values.T])
-    assert activations.variance() == pytest.approx(expected, rel=1e-5)
+    updates = (activations.targets_STD - activations.inputs_STD).double().numpy()
+    energies = np.sort((updates[:11] ** 2).mean(-1), axis=None)
+    assert activations.unit() == pytest.approx(energies[(11 * 12 - 1) // 2], rel=1e-5)
+    activations.energies_ST[11:] *= 100  # held-out samples do not set the unit
+    activations.energies_ST[3, :9] *= 1e8  # nor do massive activations
+    assert activations.unit() == pytest.approx(energies[(11 * 12 - 1) // 2], rel=0.5)
+    activations.energies_ST[:, ::2] = 0  # a window that does nothing at most tokens
+    activations.energies_ST[:, 1] = 0
+    assert activations.unit() == pytest.approx(activations.energies_ST[:11].double().mean().item())
 
 
 def test_a_token_without_a_finite_embedding_is_named_with_its_first_place() -> None:

@@ -141,7 +141,7 @@ def test_a_chain_in_float32_files_is_the_one_in_memory(
         expected, found = memory.start(position), files.start(position)
         assert torch.equal(found.inputs_STD, expected.inputs_STD)
         assert torch.equal(found.targets_STD, expected.targets_STD)
-        assert found.variance() == expected.variance()
+        assert found.unit() == expected.unit()
         behind, expected_behind = files.end(position), memory.end(position)
         assert set(behind) == set(expected_behind)
         assert all(torch.equal(behind[name], expected_behind[name]) for name in behind)
@@ -160,7 +160,7 @@ def test_bfloat16_files_cost_no_more_than_their_rounding(
         for (inputs_BTD, targets_BTD), batch in zip(batches(expected), batches(found), strict=True):
             assert batch[0].dtype == batch[1].dtype == torch.float32
             worst = max(worst, off(batch[0], inputs_BTD), off(batch[1], targets_BTD))
-        assert found.variance() == pytest.approx(expected.variance(), rel=0.01)
+        assert found.unit() == pytest.approx(expected.unit(), rel=0.01)
         memory.end(position)
         files.end(position)
     # A rounding to bfloat16 is off by 2**-9 at most, 0.0011 rms; those of up to eight windows follow each other.
@@ -173,7 +173,7 @@ def test_a_pass_leaves_no_samples_in_memory(tmp_path: Path) -> None:
     walk = Walk("parallel halves", tokens_ST, PROPAGATIONS[2], store=DiskStore(tmp_path, torch.float32))
     for position in range(2):
         data = walk.start(position)
-        data.variance()
+        data.unit()
         assert sum(len(rows_B) for rows_B, *_ in data.data_module(seed=0).train_dataloader()) == CALIBRATION
         size = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert resident(tmp_path) < size / 4, "the system maps some pages around those that are asked for"

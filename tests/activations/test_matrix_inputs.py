@@ -317,8 +317,8 @@ def test_rows_of_padded_samples_are_those_of_their_text_in_order(tokens_ST: Tens
 
 def errors_by_hand(
     window: MatrixWindow, kept: Activations
-) -> tuple[float, tuple[float, float], list[tuple[Tensor, Tensor]]]:
-    """Variance of the calibration targets, relative errors, and the rows of inputs and targets, in float64."""
+) -> tuple[float, list[tuple[float, float]], list[tuple[Tensor, Tensor]]]:
+    """Median energy of the calibration targets, errors in this unit, and rows of targets and outputs, in float64."""
     valid_ST = kept.batching.valid_ST
     if valid_ST is None:
         valid_ST = torch.ones(kept.inputs_STD.shape[:2], dtype=torch.bool)
@@ -328,9 +328,9 @@ def errors_by_hand(
         mine_ST = valid_ST[part]
         targets_NO = kept.targets_STD[part][mine_ST].double()
         found.append((targets_NO, outputs_STO[part][mine_ST].double()))
-    variance = found[0][0].var(0, correction=0).mean().item()
-    first, second = ((one - other).square().mean().item() / variance for one, other in found)
-    return variance, (first, second), found
+    unit = found[0][0].square().mean(-1).median().item()
+    errors = [(one - other).square().mean(-1) / unit for one, other in found]
+    return unit, [(of_rows_N.mean().item(), of_rows_N.median().item()) for of_rows_N in errors], found
 
 
 @torch.no_grad()
@@ -361,20 +361,19 @@ def moments_of(
 @pytest.mark.parametrize(
     ("shape", "propagation"), pairs(["llama", "gpt2", "phi"], [*REGIMES], ["llama"], ["sparse all"])
 )
-def test_moments_tell_variance_and_errors_of_the_kept_activations(
+def test_moments_tell_unit_and_errors_of_the_kept_activations(
     shape: str, propagation: str, is_padded: bool, tokens_ST: Tensor
 ) -> None:
     tokens_ST = padded(tokens_ST) if is_padded else tokens_ST
     for name, window, moments, kept in moments_of(shape, tokens_ST, REGIMES[propagation]):
         prune_roughly(window)
-        variance, errors, _ = errors_by_hand(window, kept)
-        assert errors[0] > 0.01
-        assert moments.variance() == pytest.approx(variance, rel=1e-4), name
-        assert kept.variance() == pytest.approx(variance, rel=1e-4), name
-        assert moments.errors(window, variance) == pytest.approx(errors, rel=1e-4), name
-        assert kept.error(window, kept.batching.num_samples, len(kept.inputs_STD), variance) == pytest.approx(
-            errors[1], rel=1e-4
-        )
+        unit, errors, _ = errors_by_hand(window, kept)
+        assert min(errors[0]) > 0.01
+        assert moments.unit() == pytest.approx(unit, rel=1e-4), name
+        assert kept.unit() == pytest.approx(unit, rel=1e-4), name
+        for part, expected in enumerate(errors):
+            assert moments.errors(window, unit)[part] == pytest.approx(expected, rel=1e-4), name
+        assert kept.errors(window, unit)[1] == pytest.approx(errors[1], rel=1e-4), name
 
 
 @torch.no_grad()
@@ -388,7 +387,7 @@ def test_moments_tell_variance_and_errors_of_the_kept_activations(
         ["sparse all"],
     ),
 )
-def test_moments_of_experts_tell_variance_and_errors_over_the_rows_of_all_of_them(
+def test_moments_of_experts_tell_unit_and_errors_over_the_rows_of_all_of_them(
     shape: str, propagation: str, is_padded: bool, tokens_ST: Tensor
 ) -> None:
     tokens_ST = padded(tokens_ST) if is_padded else tokens_ST
@@ -396,11 +395,12 @@ def test_moments_of_experts_tell_variance_and_errors_over_the_rows_of_all_of_the
     assert len(found) == 2
     for name, window, moments, kept in found:
         prune_roughly(window)
-        variance, errors, rows = errors_by_hand(window, kept)
+        unit, errors, rows = errors_by_hand(window, kept)
         counts = int(moments.calibration.num_rows), int(moments.held_out.num_rows)
         assert counts == tuple(len(targets_NO) for targets_NO, _ in rows), name
-        assert moments.variance() == pytest.approx(variance, rel=1e-4), name
-        assert moments.errors(window, variance) == pytest.approx(errors, rel=1e-4), name
+        assert moments.unit() == pytest.approx(unit, rel=1e-4), name
+        for part, expected in enumerate(errors):
+            assert moments.errors(window, unit)[part] == pytest.approx(expected, rel=1e-4), name
 
 
 @torch.no_grad()
@@ -422,7 +422,8 @@ def test_the_gram_matrix_is_that_of_the_calibration_rows_alone(tokens_ST: Tensor
             torch.testing.assert_close(
                 equations.cross_EOI[0].double(), targets_NO.T @ inputs_NI, rtol=1e-4, atol=1e-3, msg=name
             )
-        assert moments.errors(window, 1.0) == pytest.approx((0, 0), abs=1e-5), "the dense matrix has no error"
+        for errors in moments.errors(window, 1.0):
+            assert errors == pytest.approx((0, 0), abs=1e-5), "the dense matrix has no error"
 
 
 # Experts see other tokens in another chain
@@ -462,5 +463,5 @@ def test_moments_of_other_inputs_are_summed_batch_by_batch(
     found = NormalEquations.from_activations(data)
     assert max(chosen) <= data.batching.batch_size < data.batching.num_samples
     targets_NO = rows(data, data.targets_STD, slice(0, data.batching.num_samples)).double()
-    assert found.variance() == pytest.approx(targets_NO.var(0, correction=0).mean().item(), rel=1e-6)
+    assert found.unit() == pytest.approx(targets_NO.square().mean(-1).median().item(), rel=1e-6)
     assert found.calibration.square.item() == pytest.approx(targets_NO.square().sum().item(), rel=1e-6)

@@ -71,7 +71,7 @@ class OnHalves(MaskedWeights):
         super().__init__(window, *given, **settings)
 
 
-def made(window: AnyWindow, masks: object, variance: float, *, optimizer: object) -> None:
+def made(window: AnyWindow, masks: object, unit: float, *, optimizer: object) -> None:
     """A function that makes modules, but not of every window."""
     raise ValueError("not of this one")
 

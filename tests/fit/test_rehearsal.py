@@ -73,7 +73,7 @@ def test_what_depends_on_the_real_width_is_tried_in_it() -> None:
         ({"trainer": {"log_every_n_steps": 0}}, ZeroDivisionError),
         ({"trainer": {"val_check_interval": 0}}, ZeroDivisionError),
         ({"trainer": {"val_check_interval": 1000}}, ValueError),
-        ({"module": partial(MaskedWeights, loss=lambda outputs, targets, variance: "abc")}, Exception),
+        ({"module": partial(MaskedWeights, loss=lambda outputs, targets, energies_N, unit: "abc")}, Exception),
     ],
 )
 def test_what_ends_the_first_window_ends_it(settings: dict[str, Any], error: type[Exception]) -> None:
@@ -91,7 +91,7 @@ LATE = {  # settings that would end the first window, and what is said of each
     ("~criterion._target_",): ["~criterion._target_", "custom, magnitude, wanda"],
     ("module.loss=abc",): ["module.loss=abc", "a function"],
     ("module.loss=null",): ["module.loss=null", "a function"],
-    ("module.loss={_target_:torch.nn.MSELoss}",): ["module.loss={_target_:torch.nn.MSELoss}", "variance"],
+    ("module.loss={_target_:torch.nn.MSELoss}",): ["module.loss={_target_:torch.nn.MSELoss}", "energies_N"],
     ("trainer.log_every_n_steps=0",): ["trainer.log_every_n_steps=0", "ZeroDivisionError"],
     ("trainer.val_check_interval=1e30",): ["trainer.val_check_interval=1e30", "training batches"],
     ("trainer.num_sanity_val_steps=abc",): ["trainer.num_sanity_val_steps=abc", "a whole number"],

@@ -1,20 +1,22 @@
-"""The loss on the logits is the divergence that its formula says, in slices as well as at once."""
+"""Losses are what their formulas say, token by token; that on the logits in slices as well as at once."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, chain_of, fitter, masks_of, module
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.datamodule import Activations, unit_of
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
-from lit_recon.model.head import SLICE, kl_divergence_sum
+from lit_recon.model.head import SLICE
 from lit_recon.model.partition import partition
-from lit_recon.modules.losses import kl_divergence, mean_squared
+from lit_recon.modules.losses import balanced, cosine, huber, kl_divergence, mean_squared, relative
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
@@ -26,31 +28,29 @@ def tokens_ST() -> Tensor:
     return torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
-def divergence(logits_BTV: Tensor, expected_BTV: Tensor) -> Tensor:
-    """Sum over tokens of sum p (log p - log q), p of the expected logits; in float64."""
-    p, q = expected_BTV.double().softmax(-1), logits_BTV.double().softmax(-1)
-    return (p * (p.log() - q.log())).sum()
+def divergences(logits: Tensor, expected: Tensor) -> Tensor:
+    """sum p (log p - log q) of each token, p of the expected logits; in float64."""
+    p, q = expected.double().softmax(-1), logits.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
 
 
 @pytest.mark.parametrize("tokens", [1, SLICE - 1, SLICE, SLICE + 1, 3 * SLICE + 7])
 def test_the_divergence_and_its_gradient_are_those_computed_at_once(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight_VD = torch.randn(50, 8, generator=generator).requires_grad_(True)
-    outputs_BTD, targets_BTD = (torch.randn(2, tokens, 8, generator=generator) for _ in range(2))
-    outputs_BTD.requires_grad_(True)
+    outputs_ND, targets_ND = (torch.randn(tokens, 8, generator=generator) for _ in range(2))
+    outputs_ND.requires_grad_(True)
 
     def head(hidden_BTD: Tensor) -> Tensor:
         assert hidden_BTD.shape[0] == 1 and hidden_BTD.shape[1] <= SLICE, "a slice at a time"
         return hidden_BTD @ weight_VD.T
 
-    expected = divergence(outputs_BTD @ weight_VD.T, (targets_BTD @ weight_VD.T).detach())
-    total = kl_divergence_sum(outputs_BTD, targets_BTD, head=head)
-    mean = kl_divergence(outputs_BTD, targets_BTD, variance=123.0, head=head)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert mean.item() == pytest.approx(expected.item() / (2 * tokens), rel=1e-5)
+    expected_N = divergences(outputs_ND @ weight_VD.T, (targets_ND @ weight_VD.T).detach())
+    found_N = kl_divergence(outputs_ND, targets_ND, energies_N=torch.full((tokens,), 9.0), unit=123.0, head=head)
+    torch.testing.assert_close(found_N.double(), expected_N, rtol=1e-4, atol=1e-6)
     for gradients in zip(
-        torch.autograd.grad(mean, [outputs_BTD, weight_VD]),
-        torch.autograd.grad(expected / (2 * tokens), [outputs_BTD, weight_VD]),
+        torch.autograd.grad(found_N.mean(), [outputs_ND, weight_VD]),
+        torch.autograd.grad(expected_N.mean(), [outputs_ND, weight_VD]),
         strict=True,
     ):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -70,8 +70,10 @@ def test_the_divergence_of_a_model_is_that_of_its_own_logits(shape: str, tokens_
         for parameter in window.trained():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     window.requires_grad_(True)
-    loss = kl_divergence(window(hidden_BTD, calls), targets_BTD, variance=1.0, head=window.head)
-    expected = divergence(model(tokens_ST, use_cache=False).logits, expected_BTV) / tokens_ST.numel()
+    outputs_ND, targets_ND = (states_BTD.flatten(0, 1) for states_BTD in (window(hidden_BTD, calls), targets_BTD))
+    energies_N = torch.ones(tokens_ST.numel())
+    loss = kl_divergence(outputs_ND, targets_ND, energies_N=energies_N, unit=1.0, head=window.head).mean()
+    expected = divergences(model(tokens_ST, use_cache=False).logits, expected_BTV).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and loss > 1e-5
     parameters = window.trained()
     gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
@@ -80,8 +82,9 @@ def test_the_divergence_of_a_model_is_that_of_its_own_logits(shape: str, tokens_
 
 
 def test_the_divergence_of_equal_outputs_is_zero() -> None:
-    outputs_ND = torch.randn(100, 8)
-    assert kl_divergence_sum(outputs_ND, outputs_ND, head=lambda hidden: hidden).item() == pytest.approx(0, abs=1e-5)
+    outputs_ND, ones_N = torch.randn(100, 8), torch.ones(100)
+    found_N = kl_divergence(outputs_ND, outputs_ND, energies_N=ones_N, unit=1.0, head=lambda hidden: hidden)
+    torch.testing.assert_close(found_N, torch.zeros(100), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"by": "model"}, {"by": "block"}, {"by": "half"}], ids=str)
@@ -122,19 +125,74 @@ def test_a_head_on_a_run_over_the_model_lowers_the_divergence_that_is_measured(
     masks = masks_of(Pruner(Wanda(), Unstructured(sparsity=0.5), chain), window)
     prune(window, masks)
 
-    def held_out() -> float:
+    def held_out() -> tuple[float, float]:
         text_BT = text_ST[32:]
-        return (divergence(model(**inputs).logits[32:][text_BT], dense_STV[32:][text_BT]) / text_BT.sum()).item()
+        found_N = divergences(model(**inputs).logits[32:][text_BT], dense_STV[32:][text_BT])
+        return found_N.mean().item(), found_N.median().item()
 
     before = held_out()
     result = fitter(tmp_path, module(), max_epochs=10).fit(window, masks, Activations.from_chain(chain))
     assert result.measure == "KL divergence" and result.accepted
-    assert result.held_out_before == pytest.approx(before, rel=1e-4)
-    assert result.held_out_after == pytest.approx(held_out(), rel=1e-4)
-    assert result.held_out_after < 0.9 * before
+    assert (result.held_out_before, result.typical_before) == pytest.approx(before, rel=1e-4)
+    assert (result.held_out_after, result.typical_after) == pytest.approx(held_out(), rel=1e-4)
+    assert result.held_out_after < 0.9 * before[0]
     assert result.relative_error_after < 0.9 * result.relative_error_before
 
 
-def test_squared_errors_are_in_units_of_the_variance() -> None:
-    outputs_BTD, targets_BTD = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[4.0, 1.0]]])
-    assert mean_squared(outputs_BTD, targets_BTD, variance=4.0).item() == pytest.approx((9 + 1) / 2 / 4)
+def by_formula(name: str, output_D: np.ndarray, target_D: np.ndarray, energy: float, unit: float) -> float:
+    """The loss of one token, in plain NumPy."""
+    error = np.mean((output_D - target_D) ** 2)
+    if name == "cosine":
+        return 1 - output_D @ target_D / np.sqrt((output_D @ output_D) * (target_D @ target_D))
+    return {
+        "mean_squared": error / unit,
+        "balanced": error / np.sqrt(unit * max(unit, energy)),
+        "relative": error / np.mean(target_D**2),
+        "huber": 2 * 0.5**2 * (np.sqrt(1 + error / unit / 0.5**2) - 1),
+    }[name]
+
+
+LOSSES = {loss.__name__: loss for loss in (mean_squared, balanced, relative, cosine)}
+LOSSES["huber"] = partial(huber, delta=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_is_its_formula_for_each_token_with_the_gradient_of_finite_differences(
+    name: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs_ND, targets_ND = (torch.randn(6, 7, generator=generator) * 3 for _ in range(2))
+    energies_N = torch.tensor([1e8, 40.0, 2.5, 1.0, 1e-3, 0.0])  # a massive activation; larger, equal, smaller; none
+    given_ND = outputs_ND.to(dtype).requires_grad_(True)  # in 16 bits as under autocast
+    found_N = LOSSES[name](given_ND, targets_ND, energies_N=energies_N, unit=2.5)
+    assert found_N.shape == (6,) and found_N.dtype == torch.float32
+    output, target = given_ND.detach().double().numpy(), targets_ND.double().numpy()
+    tokens = zip(output, target, energies_N.tolist(), strict=True)
+    expected = [by_formula(name, *token, 2.5) for token in tokens]
+    assert found_N.tolist() == pytest.approx(expected, rel=1e-5)
+    if dtype == torch.bfloat16:
+        return
+    (gradient_ND,) = torch.autograd.grad(found_N.sum(), given_ND)
+    for row, energy in enumerate(energies_N.tolist()):
+        for feature in range(7):
+            step = np.zeros(7)
+            step[feature] = 1e-5
+            ends = (by_formula(name, output[row] + sign * step, target[row], energy, 2.5) for sign in (1, -1))
+            slope = (next(ends) - next(ends)) / 2e-5
+            assert gradient_ND[row, feature].item() == pytest.approx(slope, rel=1e-3, abs=1e-9), (row, feature)
+
+
+def test_a_target_of_zeros_has_a_finite_relative_loss() -> None:
+    found_N = relative(torch.ones(1, 4), torch.zeros(1, 4), energies_N=torch.ones(1), unit=2.0)
+    assert found_N.item() == pytest.approx(1 / (1e-6 * 2))
+
+
+def test_leaving_a_window_out_costs_a_typical_token_exactly_one() -> None:
+    inputs_ND = torch.randn(31, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1])
+    updates_ND = torch.randn(31, 3, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, 4, 31)[:, None]
+    energies_N = updates_ND.square().mean(-1)
+    unit = unit_of(energies_N)
+    assert unit == sorted(energies_N.tolist())[15]
+    losses_N = mean_squared(inputs_ND, inputs_ND + updates_ND, energies_N=energies_N, unit=unit)
+    assert np.median(losses_N) == pytest.approx(1, rel=1e-4)

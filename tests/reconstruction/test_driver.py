@@ -11,7 +11,7 @@ from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.activations.datamodule import Activations
+from lit_recon.activations.datamodule import Activations, Errors
 from lit_recon.activations.gram import GramSums
 from lit_recon.activations.matrix_inputs import MatrixInputs
 from lit_recon.model.architectures import tiny_model
@@ -149,7 +149,7 @@ def test_a_pruned_window_without_a_finite_error_is_named_before_it_is_trained(
     tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(Activations, "errors", lambda *_: (0.1, float("nan")))
+    monkeypatch.setattr(Activations, "errors", lambda *_: (Errors(0.1, 0.1), Errors(float("nan"), 0.1)))
     with pytest.raises(NotFinite, match="^block_00: its error on held-out samples, pruned, is not finite.*16-mixed"):
         walked(tokens_ST, tmp_path, told, precision="16-mixed")
     assert told.events == []
@@ -158,9 +158,17 @@ def test_a_pruned_window_without_a_finite_error_is_named_before_it_is_trained(
 def test_sums_of_inputs_that_overflow_name_their_matrix(
     tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GramSums, "add", lambda self, rows_NI: self.gram_II.fill_(float("inf")))
+    add = GramSums.add
+
+    def overflow(self: GramSums, rows_NI: Tensor) -> None:
+        add(self, rows_NI)
+        self.gram_II.fill_(float("inf"))
+
+    monkeypatch.setattr(GramSums, "add", overflow)
     chain = chain_of(model := tiny_model("llama"), tokens_ST, 4)
-    with pytest.raises(NotFinite, match=r"^block_00\.self_attn\.q_proj: the variance of its targets is not finite"):
+    with pytest.raises(
+        NotFinite, match=r"^block_00\.self_attn\.q_proj: its error on calibration samples, pruned, is not finite"
+    ):
         walk(
             partition(model, by="matrix"),
             chain=chain,
@@ -182,18 +190,18 @@ def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
 
     class Measuring(Told):
         def on_window_fit(self, result: WindowResult) -> None:
-            window, data, variance = last
+            window, data, unit = last
             for parameter in window.trained():
                 parameter.data.copy_(parameter.data.to(dtype))
-            assert result.held_out_after == data.errors(window, variance)[1]
+            assert (result.held_out_after, result.typical_after) == data.errors(window, unit)[1]
             measured.append(result.accepted)
 
     errors = Activations.errors
 
-    def keep(self: Activations, window: AnyWindow, variance: float) -> tuple[float, float]:
+    def keep(self: Activations, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
         nonlocal last
-        last = window, self, variance
-        return errors(self, window, variance)
+        last = window, self, unit
+        return errors(self, window, unit)
 
     last: tuple = ()
     monkeypatch.setattr(Activations, "errors", keep)

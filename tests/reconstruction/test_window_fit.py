@@ -45,7 +45,11 @@ def test_training_a_window_lowers_its_held_out_error(model: PreTrainedModel, tok
     assert 0 < result.held_out_after < 0.97 * result.held_out_before
     assert 0 < result.relative_error_after < 0.97 * result.relative_error_before
     assert not same(window, before)
-    assert result.held_out_after == data.error(window, 4, 6, data.variance()), "of the weights that are kept"
+    after = result.held_out_after, result.typical_after
+    assert after == data.errors(window, data.unit())[1], "of the weights that are kept"
+    assert 0 < result.typical_after < result.typical_before
+    assert result.unit == data.unit() and result.rate == 1
+    assert result.tries == [[1, *after]], "the rate, and the errors that it reached"
     assert result.measure == "relative error"
 
 
@@ -62,17 +66,21 @@ def test_a_window_that_does_not_improve_keeps_its_pruned_weights(
     assert same(window, before)
     assert result.relative_error_after == result.relative_error_before
     assert result.held_out_after == result.held_out_before, "of the weights that are kept"
-    reached = float(re.search(r"did not improve \((.*)\),", result.note)[1])
+    assert result.typical_after == result.typical_before
+    told = re.search(r"did not improve \((.*), typical (.*)\),", result.note)
+    reached, before = [float(one) for one in told.groups()], [result.held_out_before, result.typical_before]
     if tried == "worse":
-        assert reached > result.held_out_before
+        assert reached[0] > before[0] and reached[1] > before[1]
     else:
-        assert reached == pytest.approx(result.held_out_before, rel=1e-2)
+        assert reached == pytest.approx(before, rel=1e-2)
+    assert [rate for rate, *_ in result.tries] == [1, 0.25, 0.0625]
+    assert result.tries[-1][1:] == pytest.approx(reached, rel=1e-2)
 
 
 class Idle(LightningModule):
     """The smallest module that a user could write: a step without a loss, as with manual optimization."""
 
-    def __init__(self, window: Window, masks: Masks, variance: float) -> None:
+    def __init__(self, window: Window, masks: Masks, unit: float) -> None:
         super().__init__()
         self.window = window
 
@@ -107,7 +115,7 @@ def test_a_module_without_an_optimizer_runs(tokens_ST: Tensor, tmp_path: Path) -
 class Ascending(LightningModule):
     """A module that shares nothing with lit_recon's, and makes its window worse."""
 
-    def __init__(self, window: Window, masks: Masks, variance: float) -> None:
+    def __init__(self, window: Window, masks: Masks, unit: float) -> None:
         super().__init__()
         self.window = window
 
@@ -184,7 +192,9 @@ def test_later_tries_that_make_the_window_worse_is_not_called_a_reconstruction(
     result = fitter(tmp_path, module(cls=made)).fit(window, masks, data)
     assert made.rates[-1] < made.limit, "the later tries were finite"
     assert not result.accepted and same(window, before)
-    told = r"held-out error did not improve \([\d.]+\), also at 0\.0625 of the learning rate: kept its pruned weights"
+    told = (
+        r"held-out error did not improve \([\d.]+, typical [\d.]+\), also at 0\.0625 of the learning rate: kept its .*"
+    )
     assert re.fullmatch(told, result.note)
 
 
@@ -203,7 +213,7 @@ def test_a_window_that_does_not_improve_is_tried_again_at_the_retry_rates_and_no
     result = fits.fit(window, masks, data)
     assert made.rates == pytest.approx([peak * share for peak in peaks for share in (1, 1 / 2)]), "two steps per try"
     assert not result.accepted and same(window, before)
-    told = rf"held-out error did not improve \([\d.]+\){re.escape(also)}: kept its pruned weights"
+    told = rf"held-out error did not improve \([\d.]+, typical [\d.]+\){re.escape(also)}: kept its pruned weights"
     assert re.fullmatch(told, result.note), result.note
 
 
@@ -219,8 +229,8 @@ class Shifting(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> object:
         loss = super().step(closure)
-        for parameter in self.param_groups[0]["params"]:
-            parameter += 1e-9
+        for group in self.param_groups:
+            torch._foreach_add_(group["params"], 1e-9)
         return loss
 
 
@@ -233,21 +243,27 @@ def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named
         made.fit(window, masks, data)
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 3), (4, 6), (1, 6)])
-def test_relative_error_is_mean_squared_error_over_variance(tokens_ST: Tensor, first: int, last: int) -> None:
-    data, window, _ = pruned_window(tiny_model("gpt2"), tokens_ST)
-    outputs = window(data.inputs_STD[first:last], data.batching.calls(torch.arange(first, last))).numpy().astype("f8")
-    targets = data.targets_STD[first:last].numpy().astype("f8")
-    expected = np.mean((outputs - targets) ** 2) / 0.7
-    assert data.error(window, first, last, 0.7) == pytest.approx(expected, rel=1e-5)
-
-
-def test_errors_are_of_held_out_samples_and_of_as_many_calibration_samples(tokens_ST: Tensor, tmp_path: Path) -> None:
-    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    variance = data.variance()
-    on_both = data.error(window, 0, 2, variance), data.error(window, 4, 6, variance)
+@pytest.mark.parametrize(
+    ("num_samples", "parts"), [(4, [(0, 2), (4, 6)]), (2, [(0, 2), (2, 6)]), (5, [(0, 1), (5, 6)])]
+)
+def test_errors_are_mean_and_median_over_tokens_of_held_out_samples_and_of_as_many_calibration_samples(
+    tokens_ST: Tensor, tmp_path: Path, num_samples: int, parts: list[tuple[int, int]]
+) -> None:
+    data, window, masks = pruned_window(tiny_model("gpt2"), tokens_ST, num_samples)
+    inputs, targets = (states_STD.numpy().astype("f8") for states_STD in (data.inputs_STD, data.targets_STD))
+    outputs = window(data.inputs_STD, data.batching.calls(torch.arange(6))).numpy().astype("f8")
+    energies = np.sort(((targets - inputs)[:num_samples] ** 2).mean(-1), axis=None)
+    unit = energies[(len(energies) - 1) // 2]
+    expected = []
+    for first, last in parts:
+        errors = np.sort(((outputs - targets)[first:last] ** 2).mean(-1), axis=None) / unit
+        expected.append((np.mean(errors), errors[(len(errors) - 1) // 2]))
+    assert data.unit() == pytest.approx(unit, rel=1e-5)
+    calibration, held_out = data.errors(window, data.unit())
+    assert [calibration, held_out] == [pytest.approx(one, rel=1e-4) for one in expected]
     result = fitter(tmp_path, module()).fit(window, masks, data)
-    assert (result.relative_error_before, result.held_out_before) == on_both
+    assert result.relative_error_before == calibration.mean
+    assert (result.held_out_before, result.typical_before) == held_out
 
 
 def test_a_window_needs_no_gradients_after_its_fit(tokens_ST: Tensor, tmp_path: Path) -> None:
@@ -339,13 +355,14 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
 
 @pytest.mark.parametrize(("lr", "expected"), [(1e-2, "nothing"), (1e-4, "some"), (1e-6, "all")])
 def test_what_rounding_takes_of_the_gain_is_told(tokens_ST: Tensor, tmp_path: Path, lr: float, expected: str) -> None:
+    tokens_ST = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(4))
     data, window, masks = pruned_window(tiny_model("llama").bfloat16().float(), tokens_ST)
     before, dtypes = weights(window), [torch.bfloat16] * len(window.trained())
     made = fitter(tmp_path, module(lr=lr))
     result = made.fit(window, masks, data, dtypes)
     for parameter in window.trained():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, parameter.bfloat16().float())
-    assert result.held_out_after == data.errors(window, data.variance())[1]
+    assert (result.held_out_after, result.typical_after) == data.errors(window, data.unit())[1]
     if expected == "nothing":
         assert result.accepted and result.lost_by_rounding < 0.05
     elif expected == "some":

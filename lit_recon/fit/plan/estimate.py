@@ -4,11 +4,12 @@ Memory is counted, not guessed: what a window's backward keeps is read off one r
 hooks, and the same forward is timed to tell how long the walk will take.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
+from lightning import LightningModule
 from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
@@ -38,11 +39,13 @@ class Workload:
         schedule: How long each window is trained.
         evaluation_tokens: Tokens of one evaluation; three are made.
         needs_gram: Whether single matrices are solved for from normal equations.
+        module: Makes the LightningModule that says what is trained; None: all of a window.
     """
 
     schedule: Schedule
     evaluation_tokens: int
     needs_gram: bool = False
+    module: Callable[..., LightningModule] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,9 @@ def make_plan(
     mapped_bytes = files.nbytes if files and chain.passes.compute.device.type != "cuda" else 0
     with examining(model, "its layers cannot be run on one batch of the text"):
         single = _single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram)
-        blocks = {name: profile(layer, chain, batch_size) for name, layer in {repr(one): one for one in layers}.items()}
-    halves = _profiled_halves(windows, model, chain, batch_size)
+        alike = {repr(one): one for one in layers}
+        blocks = {name: profile(layer, chain, batch_size, work.module) for name, layer in alike.items()}
+    halves = _profiled_halves(windows, model, chain, batch_size, work.module)
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
@@ -253,10 +257,11 @@ def _windows_bytes(
 def _training_bytes(profile: LayerProfile) -> int:
     """Memory of a window besides its weights, and what the backward keeps of a batch.
 
-    Per parameter in float32 a gradient, two moments, and the mask that gradients are multiplied by; the pruned weight
-    to go back to; the boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
+    In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the boolean
+    mask. Autocast's copies in 16 bits are among what the backward keeps.
     """
-    return profile.parameters * (4 * _FLOAT32 + profile.weight_bytes + 1) + profile.saved_bytes
+    masks = profile.masked * _FLOAT32 + profile.parameters
+    return profile.trained * 3 * _FLOAT32 + masks + profile.changed * profile.weight_bytes + profile.saved_bytes
 
 
 def _single_bytes(
@@ -298,7 +303,11 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
 
 
 def _profiled_halves(
-    windows: Sequence[AnyWindow], model: PreTrainedModel, chain: Chain, batch_size: int
+    windows: Sequence[AnyWindow],
+    model: PreTrainedModel,
+    chain: Chain,
+    batch_size: int,
+    module: Callable[..., LightningModule] | None,
 ) -> list[LayerProfile]:
     """What one batch of the halves of a layer of each kind shows.
 
@@ -309,7 +318,7 @@ def _profiled_halves(
         cut = windows if asked_for else layer_windows(model, by="half")
         halves = [window for window in cut if isinstance(window, HalfWindow)]
         alike = {(repr(half.layer), half.side): half for half in halves}.values()  # one of each kind
-        return [profile(half, chain, batch_size) for half in alike]
+        return [profile(half, chain, batch_size, module) for half in alike]
     except Exception:
         if asked_for:
             raise

@@ -2,9 +2,11 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 from lit_recon.activations.chain import Chain
@@ -12,6 +14,7 @@ from lit_recon.model.decoder import LayerCall
 from lit_recon.model.layerwise import float32_on
 from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import Window
+from lit_recon.modules.trained import attached, changed_by, trained_by
 from lit_recon.system.device import Compute
 
 
@@ -22,18 +25,33 @@ class LayerProfile:
     Attributes:
         saved_bytes: What autograd keeps for a backward, besides the weights.
         seconds: A forward without it.
-        parameters: Of the window, those that are trained.
+        parameters: Of the window.
+        trained: Those that are trained, adapters included.
+        changed: Those of the window that are changed.
+        masked: Those for which there is a mask in float32.
         weight_bytes: Of one weight in the model.
     """
 
     saved_bytes: int
     seconds: float
     parameters: int
+    trained: int
+    changed: int
+    masked: int
     weight_bytes: int
 
 
-def profile(window: Window, chain: Chain, batch_size: int) -> LayerProfile:
-    """Run a window on one batch of its chain, and count what autograd keeps for its backward besides the weights."""
+def profile(
+    window: Window, chain: Chain, batch_size: int, module: Callable[..., LightningModule] | None
+) -> LayerProfile:
+    """Run a window on one batch of its chain, and count what autograd keeps for its backward besides the weights.
+
+    Args:
+        window: The window.
+        chain: Its chain.
+        batch_size: Samples of the batch.
+        module: Makes the LightningModule that says what is trained; None: all of the window.
+    """
     compute, rows_B = chain.passes.compute, _first_batch(chain, batch_size)
     inputs_BTD = chain.inputs_STD[rows_B].to(compute.device).float()
     calls = chain.passes.batching.calls(rows_B)
@@ -41,20 +59,40 @@ def profile(window: Window, chain: Chain, batch_size: int) -> LayerProfile:
     with float32_on(window, compute.device):
         _seconds(window, inputs_BTD, calls, compute)  # the first call of a shape pays for set-up
         seconds = min(_seconds(window, inputs_BTD, calls, compute) for _ in range(5))
-        weights = {parameter.untyped_storage().data_ptr() for parameter in window.parameters()}
+        made = _made(module, window)
+        there = (*window.parameters(), *made.parameters(), *made.buffers())
+        weights = {tensor.untyped_storage().data_ptr() for tensor in there}
 
         def count(tensor: Tensor) -> None:  # nothing is unpacked; a tensor kept here would keep the graph for ever
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
 
-        for parameter in window.trained():
-            parameter.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), compute.autocast():
-            window(inputs_BTD, calls)
-        window.requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in window.trained())
-    return LayerProfile(sum(kept.values()), seconds, parameters, chain.passes.decoder.model.dtype.itemsize)
+        with attached(made):
+            trained = trained_by(made, window)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing), compute.autocast():
+                window(inputs_BTD, calls)
+            window.requires_grad_(False)
+        changed = changed_by(made, window)
+    own = window.own_parameters()
+    masked = _count(made.buffers(recurse=False)) if module else _count(own)
+    weight_bytes = chain.passes.decoder.model.dtype.itemsize
+    counts = {"parameters": _count(own), "trained": _count(trained), "changed": _count(changed), "masked": masked}
+    return LayerProfile(sum(kept.values()), seconds, weight_bytes=weight_bytes, **counts)
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _made(module: Callable[..., LightningModule] | None, window: Window) -> LightningModule:
+    """A LightningModule of a window of which nothing is pruned; one that says nothing where there is none."""
+    if module is None:
+        return LightningModule()
+    prunable = [matrix for matrix in window.matrices() if matrix.input_dim is not None]
+    return module(window, {one.name: torch.ones_like(one.weight, dtype=torch.bool) for one in prunable}, 1.0)
 
 
 @torch.no_grad()

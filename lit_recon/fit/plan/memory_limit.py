@@ -5,11 +5,12 @@ next smaller kind of window. Single matrices are worse, so they are never chosen
 files does not count: the system takes it back when it needs the room.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate.utils import convert_file_size_to_int
+from lightning import LightningModule
 
 from lit_recon.activations.disk_store import nearest
 from lit_recon.activations.store import Needed
@@ -59,13 +60,19 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
     samples, method = job.samples, job.method
     return make_plan(
         session,
-        Workload(method.schedule, samples.evaluation_ST.numel(), needs_gram(method.module)),
+        Workload(method.schedule, samples.evaluation_ST.numel(), needs_gram(method.module), _known(method.module)),
         kind=method.windows.by,
         size=method.windows.blocks,
         batch_size=batch_size or job.execution.batch_size,
         array_bytes=_array_bytes(job, session, session.windows),
         linked=can_link(nearest(job.output.folder)),
     )
+
+
+def _known(module: Callable[..., LightningModule]) -> Callable[..., LightningModule] | None:
+    """A module of lit_recon for windows of layers, which can be asked what it trains; None for another."""
+    ours = getattr(getattr(module, "func", module), "__module__", "").startswith("lit_recon.")
+    return module if ours and not needs_gram(module) else None
 
 
 def choose(job: Job, session: Session) -> Choice:
