@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from launcher import Ended, Launcher
+from launcher import Ended, Launcher, compose_once
 from lightning import LightningModule, Trainer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -45,6 +46,7 @@ from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
 torch.set_num_threads(1)
+compose_once()
 CPU = Compute(torch.device("cpu"), "32-true")
 KINDS = (
     "llama",  # sequential halves, rotary positions
@@ -173,9 +175,16 @@ def trainer(**settings: object) -> Callable[..., Trainer]:
     return instantiate(OmegaConf.load(CONF / "fit.yaml").trainer, **settings)
 
 
+@cache
+def configuration(*overrides: str) -> DictConfig:
+    """The real configuration."""
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return compose("fit", overrides=list(overrides))
+
+
 def module(lr: float = 1e-2, **settings: object) -> Callable[..., LightningModule]:
     """The module of the real configuration; `settings` replace its arguments, `cls` itself."""
-    made = instantiate(OmegaConf.load(CONF / "module" / "masked_weights.yaml"), _convert_="all")
+    made = instantiate(configuration().module, _convert_="all")
     made.keywords.pop("retry_rates")  # of the fit
     optimizer = partial(made.keywords["optimizer"], lr=lr)
     return partial(settings.pop("cls", made.func), **made.keywords | {"optimizer": optimizer} | settings)

@@ -230,6 +230,22 @@ def run_to_the_end(main: Callable[[], None], last: Callable[[], object] = lambda
         os._exit(status)
 
 
+def compose_once() -> None:
+    """Let Hydra compose each configuration once.
+
+    It composes a first time for nothing but `hydra.mode`, which experiments alone set: a tenth of a tiny run.
+    """
+    from hydra._internal.hydra import Hydra
+
+    whole = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        told = any("experiment" in override or "hydra" in override for override in overrides)
+        return whole(self, config_name, overrides) if told else None
+
+    Hydra.get_mode = get_mode  # type: ignore
+
+
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
     from lit_recon.fit import __main__ as fit
@@ -260,6 +276,7 @@ def _import_everything() -> None:
     kinds = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gpt2", "phi", "mixtral")]
     for name in (*LAZY, *kinds):
         importlib.import_module(name)
+    compose_once()
     sys.argv = ["fit", "--cfg", "job"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         fit.main()

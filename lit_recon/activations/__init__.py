@@ -7,6 +7,7 @@ propagation.py    dense or sparse inputs, targets, statistics, and what each cos
 teacher.py        targets recomputed for each batch
 datamodule.py     Activations, Batch, and the LightningDataModule over them
 matrix_inputs.py  the same for single matrices; gram.py: only their Gram matrices, for least squares
+window_grams.py   Gram matrices of all matrices of a window, which is solved for before it is trained
 steps.py          what the walk does at once: a window, or a layer with all its matrices
 store.py          where hidden states are kept: in memory, or in files (disk_store.py)
 """

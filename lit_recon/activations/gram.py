@@ -39,9 +39,9 @@ class GramSums:
     sampled: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def zero(cls, width: int, device: torch.device, *, experts: int = 1) -> "GramSums":
-        """Of no rows of one of some experts."""
-        return cls(torch.zeros(width, width, device=device), max(1, SAMPLED // experts))
+    def zero(cls, width: int, device: torch.device, *, experts: int = 1, sampled: int = SAMPLED) -> "GramSums":
+        """Of no rows of one of some experts, which share what is kept."""
+        return cls(torch.zeros(width, width, device=device), -(-sampled // experts))
 
     def add(self, rows_NI: Tensor) -> None:
         """Add rows; products in float32 also under autocast, whose 16 bits the solution would not survive."""

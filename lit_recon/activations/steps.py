@@ -11,7 +11,8 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.gram import NormalEquations
 from lit_recon.activations.matrix_inputs import MatrixInputs
-from lit_recon.activations.passes import Observer
+from lit_recon.activations.passes import CALIBRATION, Observer
+from lit_recon.activations.window_grams import WindowGrams
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
 
 TrainingData = Activations | NormalEquations
@@ -31,6 +32,9 @@ class Step(Protocol):
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each window to be pruned and fitted, in order, and what it is trained on; None: no token reaches it."""
 
+    def grams(self) -> WindowGrams | None:
+        """Gram matrices of what its matrices are multiplied by, while it is dense; None where nothing is solved for."""
+
     def install(self) -> None:
         """Put what was fitted in copies into the model."""
 
@@ -38,13 +42,19 @@ class Step(Protocol):
 class WindowStep:
     """A window of layers, or a half."""
 
-    def __init__(self, window: Window, chain: Chain) -> None:
+    def __init__(self, window: Window, chain: Chain, *, solves_first: bool) -> None:
         self.window, self.chain = window, chain
-        self.observers: Sequence[Observer] = ()
+        self._grams = WindowGrams(window) if solves_first else None
+        self.observers: Sequence[Observer] = _shares_pass(self._grams, chain)
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """The window and the chain's activations."""
         yield self.window, Activations.from_chain(self.chain)
+
+    def grams(self) -> WindowGrams | None:
+        """Those of its matrices, which are not kept."""
+        grams, self._grams = self._grams, None
+        return _gathered(grams, self.chain)
 
     def install(self) -> None:
         """Nothing to do: the window is fitted in place."""
@@ -58,9 +68,18 @@ class MatrixStep:
         matrices: Its matrices.
         chain: The chain at the layer.
         needs_gram: Whether they are trained on normal equations rather than on activations.
+        solves_first: Whether they are solved for before they are trained.
     """
 
-    def __init__(self, window: Window, matrices: Sequence[MatrixWindow], chain: Chain, *, needs_gram: bool) -> None:
+    def __init__(
+        self,
+        window: Window,
+        matrices: Sequence[MatrixWindow],
+        chain: Chain,
+        *,
+        needs_gram: bool,
+        solves_first: bool,
+    ) -> None:
         self.window, self.matrices, self.chain = window, matrices, chain
         self.needs_gram = needs_gram
         self.inputs = MatrixInputs(window, chain)
@@ -69,6 +88,9 @@ class MatrixStep:
         # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs.
         self.observers: Sequence[Observer] = [self.inputs] if summed and propagation.independent else ()
         self._own_pass = summed and not propagation.independent
+        self._grams = WindowGrams(window) if solves_first else None
+        self.observers = [*self.observers, *_shares_pass(self._grams, chain)]
+        self._gathered: WindowGrams | None = None
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each matrix, with a copy of its weight to work on, and its normal equations or its activations."""
@@ -84,6 +106,12 @@ class MatrixStep:
             yield matrix, data
             del data  # before the next matrix's activations are made
 
+    def grams(self) -> WindowGrams | None:
+        """Those of all matrices of the layer."""
+        if self._gathered is None:
+            self._gathered = _gathered(self._grams, self.chain)
+        return self._gathered
+
     def install(self) -> None:
         """Put the weights of all matrices into the layer."""
         for matrix in self.matrices:
@@ -91,19 +119,35 @@ class MatrixStep:
         self.inputs.forget()
 
 
-def steps(windows: Sequence[AnyWindow], chain: Chain, *, needs_gram: bool) -> Iterator[tuple[Step, range]]:
+def _shares_pass(grams: WindowGrams | None, chain: Chain) -> list[Observer]:
+    """Gram matrices that are summed up in the dense pass, where that is of the inputs that a window is trained on."""
+    return [grams] if grams and chain.propagation.independent else []
+
+
+def _gathered(grams: WindowGrams | None, chain: Chain) -> WindowGrams | None:
+    """Gram matrices of the inputs that a window is trained on, of a pass of their own where the dense one was not."""
+    if grams and not chain.propagation.independent:
+        with chain.clock.phase("teacher"), grams.window.with_dense_norms():
+            chain.passes.run(grams.window, chain.inputs_STD, None, [grams], CALIBRATION)
+    return grams
+
+
+def steps(
+    windows: Sequence[AnyWindow], chain: Chain, *, needs_gram: bool, solves_first: bool = False
+) -> Iterator[tuple[Step, range]]:
     """The steps over some windows in order, each with the indices of the layers that come after it.
 
     Args:
         windows: The windows.
         chain: The chain at the first of them, and at each step's window when that is taken.
         needs_gram: Whether single matrices are trained on normal equations.
+        solves_first: Whether matrices are solved for before windows are trained.
     """
     groups = [(window, list(members)) for window, members in groupby(windows, key=lambda window: window.enclosing)]
     upcoming = [*(window.indices for window, _ in groups[1:]), range(0)]
     for (window, members), following in zip(groups, upcoming, strict=False):  # of no windows, nothing comes
         matrices = [member for member in members if isinstance(member, MatrixWindow)]
         if matrices:
-            yield MatrixStep(window, matrices, chain, needs_gram=needs_gram), following
+            yield MatrixStep(window, matrices, chain, needs_gram=needs_gram, solves_first=solves_first), following
         else:
-            yield WindowStep(window, chain), following
+            yield WindowStep(window, chain, solves_first=solves_first), following

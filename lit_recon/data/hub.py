@@ -5,16 +5,21 @@ split, whose documents are then dealt out in turn, or evaluation has a split or 
 """
 
 import dataclasses
+import io
 import itertools
 import logging
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
+import pyarrow.json
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
@@ -28,6 +33,7 @@ from lit_recon.system.cache import usable_folder
 # The readers of `datasets` log an error before they raise it; the exception's text is enough.
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
+DEEPEST = 1000  # levels of JSON: pyarrow recurses in threads, and where their stacks end, the process does
 BLOCK_CHARACTERS = 20_000  # joined rows that go to one part together: enough for context, few enough for fair shares
 # The part that gets each next document, over and over, when one split serves all parts; spread, for short splits.
 TURNS: tuple[Part, ...] = (
@@ -155,13 +161,50 @@ def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, or
         ValueError: The data set cannot be reached or read, or has no such field.
     """
     try:
-        for row in load():
+        for row in _without_deep_json(load):
             check_field(field, row)
             yield read_document(row, field)
     except StopIteration:  # what `datasets` raises where the first file is empty
         return
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, hub_errors.HTTPError) as error:
         raise ValueError(f"{origin}: {_explanation(error)}") from error
+
+
+def _without_deep_json(load: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set; a ValueError where JSON is nested so deeply that to read it would end the process."""
+    with _shallow_json():
+        left = iter(load())
+    while True:
+        with _shallow_json():
+            row = next(left, None)
+        if row is None:
+            return
+        yield row
+
+
+@contextmanager
+def _shallow_json() -> Iterator[None]:
+    """A context in which pyarrow refuses JSON of more than DEEPEST levels."""
+    read = pyarrow.json.read_json
+
+    def read_shallow(file: Any, *arguments: Any, **settings: Any) -> Any:
+        if isinstance(file, io.BytesIO) and _levels(file.getbuffer()) > DEEPEST:  # as `datasets` calls it
+            raise ValueError("its JSON is nested too deeply")
+        return read(file, *arguments, **settings)
+
+    pyarrow.json.read_json = read_shallow
+    try:
+        yield
+    finally:
+        pyarrow.json.read_json = read
+
+
+def _levels(content: memoryview) -> int:
+    """Levels of some JSON: its brackets that are open at the same time, but for those within texts."""
+    steps = numpy.zeros(256, numpy.int32)
+    steps[[*b"[{"]], steps[[*b"]}"]] = 1, -1
+    bare = re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", content, flags=re.DOTALL)
+    return int(steps[numpy.frombuffer(bare, numpy.uint8)].cumsum().max(initial=0))
 
 
 def _enough(documents: Iterator[str]) -> Iterator[str]:

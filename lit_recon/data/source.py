@@ -45,6 +45,7 @@ class Samples:
         description: The data set, for plan and model card.
         evaluation_description: The data set of evaluation_ST, for the protocol.
         opening: What the tokenizer put at the start of each sample, such as `<s>`, or "none".
+        opening_length: Tokens of it.
     """
 
     calibration_ST: Tensor
@@ -53,11 +54,17 @@ class Samples:
     description: str
     evaluation_description: str = ""
     opening: str = "none"
+    opening_length: int = 0
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
         num_samples, length = self.calibration_ST.shape
         return num_samples + len(self.held_out_ST), length, width
+
+    @property
+    def num_given(self) -> int:
+        """First tokens of each sample that no text decides, and no model is measured at: its opening, one at least."""
+        return max(1, self.opening_length)
 
     @property
     def num_tokens(self) -> int:
@@ -174,7 +181,7 @@ class TextSource(ABC):
             ValueError: The text cannot be read or generated, or there is too little of it.
         """
         request = Request(tokenizer, seed, cache or cache_folder(), model)
-        opening = self._opening(tokenizer)
+        opening, opening_length = self._opening(tokenizer)
         evaluation_PT = self._packed("evaluation", request)
         request.problems.extend(self._shortage("evaluation", evaluation_PT))
         calibration_ST, held_out_ST = self._drawn(request)
@@ -188,6 +195,7 @@ class TextSource(ABC):
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
             evaluation_description=evaluation,
             opening=opening,
+            opening_length=opening_length,
         )
 
     def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
@@ -217,8 +225,8 @@ class TextSource(ABC):
             problems.append(f"data.bos={self.bos!r}: choose one of auto, true, false")
         return problems
 
-    def _opening(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Tokens that open each sample, as text; a ValueError where they leave no room."""
+    def _opening(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+        """Tokens that open each sample, as text, and their number; a ValueError where they leave no room."""
         tokens = find_opening(tokenizer, self.bos)
         opening = "".join(str(token) for token in tokenizer.convert_ids_to_tokens(tokens))
         short = [name for name in ("length", "evaluation_length") if getattr(self, name) <= len(tokens)]
@@ -227,7 +235,7 @@ class TextSource(ABC):
                 f"data.{short[0]}={getattr(self, short[0])}: the tokenizer opens each sample with {len(tokens)} tokens "
                 f"({opening}); give {len(tokens) + 1} or more"
             )
-        return opening or "none"
+        return opening or "none", len(tokens)
 
     def _asked(self, part: Part) -> tuple[str, int | None, str, int]:
         """Settings of a part with their values: how many samples, and of how many tokens."""

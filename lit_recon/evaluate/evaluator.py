@@ -73,7 +73,8 @@ class Evaluator:
         tokens_ST, decoder = self.samples.evaluation_ST, Decoder(model, self.compute.device)
         with self.clock.phase("evaluate"):
             states_STD = self._states(decoder, tokens_ST, around)
-            nats = negative_log_likelihoods(decoder, states_STD, tokens_ST, self.compute)
+            given = self.samples.num_given
+            nats = negative_log_likelihoods(decoder, states_STD, tokens_ST, self.compute, given)
             return Measured(nats, states_STD[: self.num_compared].clone())
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Perplexity of a model, computed one layer at a time.
 
-exp of the mean negative log-likelihood of every token but the first of each sequence. The hidden states of all
-sequences step through the layers together, so that a device needs one layer and a slice of logits, not the model.
+exp of the mean negative log-likelihood of every token but those that open a sequence, the first at least. The hidden
+states of all sequences step through the layers together, so that a device needs one layer and a slice of logits, not
+the model.
 """
 
 import math
@@ -49,11 +50,11 @@ class EvaluationProtocol:
 
     @classmethod
     def from_tokens(
-        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none"
+        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none", given: int = 1
     ) -> "EvaluationProtocol":
-        """The protocol of an evaluation part."""
+        """The protocol of an evaluation part, of which the first `given` tokens of each sequence are not predicted."""
         windows, context = tokens_ST.shape
-        return cls(dataset, "evaluation", context, windows, windows * (context - 1), precision, opening)
+        return cls(dataset, "evaluation", context, windows, windows * (context - given), precision, opening)
 
     def describe(self) -> str:
         """One line."""
@@ -75,6 +76,7 @@ def perplexity(
     model: PreTrainedModel,
     tokens_ST: Tensor,
     *,
+    given: int = 1,
     batch_size: int = 1,
     compute: Compute | None = None,
     around: LayerContext = unchanged,
@@ -84,6 +86,7 @@ def perplexity(
     Args:
         model: The model; its layers visit the device one at a time.
         tokens_ST: Token ids.
+        given: First tokens of each sequence that are not predicted (`Samples.num_given`).
         batch_size: Sequences per pass.
         compute: Device and precision; None: those that a run would choose.
         around: Makes a context for each layer while it is on the device, such as one in which it is pruned.
@@ -91,7 +94,7 @@ def perplexity(
     compute = compute or Compute.default()
     decoder = Decoder(model, compute.device)
     hidden_STD = final_states(decoder, tokens_ST, batch_size=batch_size, compute=compute, around=around)
-    return perplexity_of(fmean(negative_log_likelihoods(decoder, hidden_STD, tokens_ST, compute)))
+    return perplexity_of(fmean(negative_log_likelihoods(decoder, hidden_STD, tokens_ST, compute, given)))
 
 
 def perplexity_of(nats: float) -> float:
@@ -128,23 +131,26 @@ class NegativeLogLikelihood(Metric):
 
 
 @torch.no_grad()
-def negative_log_likelihoods(decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute) -> list[float]:
-    """Mean negative log-likelihood of each sequence, but for its first token, in nats.
+def negative_log_likelihoods(
+    decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute, given: int = 1
+) -> list[float]:
+    """Mean negative log-likelihood of each sequence, but for its first tokens, in nats.
 
     Args:
         decoder: The model.
         hidden_STD: Its hidden states after the last layer.
         tokens_ST: Token ids.
         compute: Device and precision.
+        given: First tokens of each sequence that are not predicted.
     """
     metric = NegativeLogLikelihood(len(tokens_ST)).to(compute.device)
-    for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute):
+    for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute, given):
         metric.update(row, logits_CV, targets_C)
     return metric.compute().tolist()
 
 
 def _slices(
-    decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute
+    decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute, given: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """A sequence, logits (C, V) and the tokens (C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
     vocabulary = decoder.model.config.get_text_config().vocab_size
@@ -152,7 +158,7 @@ def _slices(
     head = Head(decoder)
     with head.on(compute.device):
         for row, (hidden_TD, tokens_T) in enumerate(zip(hidden_STD, tokens_ST, strict=True)):
-            for start in range(0, len(tokens_T) - 1, width):
+            for start in range(given - 1, len(tokens_T) - 1, width):
                 stop = min(start + width, len(tokens_T) - 1)
                 with compute.autocast():
                     logits_BCV = head(hidden_TD[None, start:stop].to(compute.device)).float()

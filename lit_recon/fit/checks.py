@@ -53,6 +53,11 @@ def check_settings(
                 f"windows=matrix, not {windows.by}."
             )
         by_matrix = windows.by == WindowKind.MATRIX
+        if by_matrix and getattr(module, "keywords", {}).get("token_weights"):
+            problems.add(
+                "module.token_weights with windows=matrix: single matrices are trained on rows of their inputs, which "
+                "are no tokens of samples; use windows=half or block."
+            )
         if propagation and prunes_apart(prune_by, propagation) and by_matrix and prune_by == WindowKind.HALF:
             problems.add(
                 "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers "

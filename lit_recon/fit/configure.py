@@ -3,6 +3,7 @@
 With resume_config.py the only file that sees the configuration.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from lit_recon.data.generation import DenseModel
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
-from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, num_arrays
+from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.moved import FOLDERS, MOVED
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
@@ -56,7 +57,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "windows": Partition,
     "retraining": Retraining,
 }
-MADE_LATER = ("module", "trainer")  # for each window; until then partial calls
+MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
 NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
 COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
@@ -181,9 +182,11 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     call = check_call(cfg, problems)
     parts = {name: _part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
     trainer = _trainer_settings(cfg, problems)
+    if parts["module"]:
+        _join_groups(cfg.module, parts, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
-    own |= {name: call[name] for name in ("keep", "patience") if name in call}
+    own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
     fitting = problems.check(FitSettings, **own)
     compute = None
     if trainer and "prune_by" in call:
@@ -202,6 +205,26 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             about = f"{given_of('trainer')}: "
             compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
+
+
+def _join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
+    """Give a module the loss that was chosen; add what is wrong with groups that a module needs, or does not take."""
+    module = parts["module"]
+    if _has_loss_of_group(node) and parts["loss"] is not None:
+        module.keywords["loss"] = parts["loss"]
+    taken = inspect.signature(module.func).parameters
+    kinds = {parameter.kind for parameter in taken.values()}
+    for group in ("loss", "optimizer", "scheduler"):
+        if given_of(group) != group and group not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
+            problems.add(f"{given_of(group)}: {callable_name(module)} takes no {group}; leave that out.")
+        elif OmegaConf.is_missing(node, group):
+            members = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "none"))
+            problems.add(f"{given_of(group)}: {callable_name(module)} needs one; choose one of {members}.")
+
+
+def _has_loss_of_group(node: DictConfig) -> bool:
+    """Whether a module's loss is that of the group `loss`, and no function that is given to the module itself."""
+    return "loss" in node.keys() and OmegaConf.is_interpolation(node, "loss")
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
@@ -267,6 +290,10 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
         if old in MOVED:
             problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
+    if name == "module" and _has_loss_of_group(node):  # a part of its own
+        node = node.copy()
+        with open_dict(node):
+            node.pop("loss")
     make = None if problems.found[before:] else _instantiated(node, name, problems)
     if make is None:
         return None
@@ -283,7 +310,7 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     if problems.found[before:]:
         return None
     if name in MADE_LATER:
-        return _made_later(make, name, problems)
+        return _made_later(make, name, node, problems)
     if not isinstance(made, PARTS[name]):
         kind = PARTS[name]
         needed = f"an object like {kind.__module__}.{kind.__name__}"
@@ -292,11 +319,13 @@ def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     return made
 
 
-def _made_later(make: "partial[Any]", name: str, problems: Problems) -> "partial[Any] | None":
+def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Problems) -> Any:
     """A partial call of what is made for each window, or None with a problem."""
     if name == "trainer" and not (isinstance(make.func, type) and issubclass(make.func, Trainer)):
         problems.add(f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it.")
         return None
+    if name == "loss" and not node.get("_partial_"):  # of a class
+        return problems.check(make, about=f"{given_of(name)}: ")
     return make
 
 

@@ -23,6 +23,7 @@ from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.device import Compute
 
+USUAL = {"loss": "mean_squared", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
 PRUNE_BY = ("window", "half", "block", "model")
 
 
@@ -93,6 +94,9 @@ class Method:
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
         if self.walk != "local":
             found |= {"walk": self.walk, **self.retraining.describe()}
+        for name, usual in USUAL.items():
+            chosen = _argument(self.module, name)
+            found |= {} if chosen is None or callable_name(chosen) == usual else {name: callable_name(chosen)}
         found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
         return found if needs_gram(self.module) else found | self.fitting.describe()
 

@@ -41,7 +41,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_fit import WindowResult
-from lit_recon.system.command_line import Problems, in_words
+from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
 from lit_recon.system.signals import stoppable
@@ -173,7 +173,7 @@ def prune_and_reconstruct(
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     with _prepared(model), quietly(), stoppable():
         settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
-        return _walk(model, samples, *_checked(parts, settings, kept, batch_size, seed), shown=progress)
+        return _walk(model, samples, (parts, settings, kept, batch_size, seed), shown=progress)
 
 
 def _parts() -> dict[str, Any]:
@@ -192,13 +192,15 @@ def _parts() -> dict[str, Any]:
     }
 
 
-def _walk(
-    model: PreTrainedModel, samples: Samples, method: Method, execution: Execution, *, shown: bool
-) -> Reconstruction:
+_Asked = tuple[dict[str, Any], dict[str, Any], StoreSettings, int, int]  # the arguments of _checked
+
+
+def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: bool) -> Reconstruction:
     """Open a session and walk over it."""
+    method, execution = _checked(*asked)
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
-    _rehearse(model, samples, method, execution)
+    _rehearse(model, samples, asked)
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))
@@ -213,26 +215,40 @@ def _walk(
     return Reconstruction(results, masks.masks, session.pruner.labels())
 
 
-def _rehearse(model: PreTrainedModel, samples: Samples, method: Method, execution: Execution) -> None:
-    """Rehearse the first window, before a weight is changed.
+def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:
+    """Rehearse the first window, before a weight is changed; where that fails, name the argument to blame.
 
     Raises:
         ValueError: It would end with an exception, but not with the default settings.
     """
     counts: dict[str, Any] = {"num_samples": len(samples.calibration_ST), "num_held_out": len(samples.held_out_ST)}
     counts["padded"] = bool((samples.calibration_ST == PADDING).any())
-    try:
-        rehearse(model, method, execution, **counts)
-    except Exception as error:
+
+    def failure(*asked: Any) -> Exception | None:
         try:
-            rehearse(model, *_checked(_parts(), TRAINER, execution.store, batch_size=2, seed=0), **counts)
-        except Exception:  # it is the tiny model
-            log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
-            return
-        raise ValueError(
-            f"a training step with these settings on a tiny model of this class ends in {in_words(error)}; expected is "
-            "what the first window can be trained with (module, criterion, pattern, trainer)."
-        ) from error
+            rehearse(model, *_checked(*asked), **counts)
+        except Exception as error:  # whatever would end the first window
+            return error
+        return None
+
+    if (error := failure(*asked)) is None:
+        return
+    parts, settings, store, batch_size, seed = asked
+    if failure(_parts(), TRAINER, store, 2, 0):  # it is the tiny model
+        log.warning("the rehearsal on a tiny model is left out: %s", in_words(error))
+        return
+    without: dict[str, _Asked] = {f"batch_size={batch_size}": (parts, settings, store, 2, seed)}
+    for name, default in ((name, default) for name, default in _parts().items() if parts[name] != default):
+        without[f"{name}={parts[name]!r}"] = (parts | {name: default}, settings, store, batch_size, seed)
+    for key in (key for key in settings if settings[key] != TRAINER.get(key)):
+        others = TRAINER | {other: value for other, value in settings.items() if other != key}
+        given = {key: settings[key]}
+        without[f"trainer={given}"] = (parts, others, store, batch_size, seed)
+    guilty = next((word for word, others in without.items() if failure(*others) is None), "these arguments together")
+    raise ValueError(
+        f"{shortened(guilty, 200)}: a training step on a tiny model of this class ends in: "
+        f"{in_words(error).strip(' .')}. Expected what windows can be trained with; give another value or leave it out."
+    ) from error
 
 
 class _KeptMasks(WalkCallback):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_recon.fit.output.folder import NEXT_CONFIG
 from lit_recon.fit.settings import CALL, given, plain, targets
 from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
+from lit_recon.system.atomic_files import replaced
 from lit_recon.system.commits import Commits
 
 log = logging.getLogger(__name__)
@@ -67,22 +68,40 @@ def saved_config(folder: Path, name: str) -> DictConfig:
         ValueError: It is damaged, and there is no commit.
     """
     try:
-        loaded = OmegaConf.load(folder / name)
-        missing = [key for key in CALL if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
-        if not missing:
-            OmegaConf.to_container(loaded, resolve=True)
-            assert isinstance(loaded, DictConfig)
-            return loaded
-        damage = f"it has no {missing[0]}"
-    except Exception as error:  # half of it, zeros, a tab: whatever a file can hold
-        damage = " ".join(str(error).split())[:100]
-    commit = Commits(folder / "commits", resumed=True).newest()
+        return _read(folder / name)
+    except ValueError as error:
+        damaged = f"resume={folder}: {name} is damaged ({error})"
+    try:
+        commit = Commits(folder / "commits", resumed=True).newest()
+    except ValueError as error:
+        raise ValueError(f"{damaged}, and {str(error).removeprefix(f'resume={folder}: ')}") from error
     if commit is None:
-        raise ValueError(
-            f"resume={folder}: {name} is damaged ({damage}), and no window was done; start again with overwrite=true."
-        )
-    log.warning("resume=%s: %s is damaged (%s); that of commit %d is taken", folder, name, damage, commit.number)
+        raise ValueError(f"{damaged}, and no window was done; start again with overwrite=true.")
+    log.warning("%s; that of commit %d is taken", damaged, commit.number)
     return OmegaConf.create(commit.state["signature"]["config"])
+
+
+def mend_config(folder: Path, config: str) -> None:
+    """Write the configuration of a run that is resumed in place of that in its folder, if that is damaged."""
+    try:
+        _read(folder / "config.yaml")
+    except ValueError:
+        with replaced(folder / "config.yaml") as file:
+            file.write(config.encode())
+
+
+def _read(path: Path) -> DictConfig:
+    """A configuration that was saved; a ValueError that says how it is damaged."""
+    try:
+        loaded = OmegaConf.load(path)
+        missing = [key for key in CALL if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
+        OmegaConf.to_container(loaded, resolve=True)
+    except Exception as error:  # half of it, zeros, a tab: whatever a file can hold
+        raise ValueError(" ".join(str(error).split())[:100]) from error
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    assert isinstance(loaded, DictConfig)
+    return loaded
 
 
 def check_trusted(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:

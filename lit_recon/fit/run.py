@@ -25,7 +25,6 @@ from lit_recon.fit.output.folder import (
     ACTIVATIONS,
     begin_output,
     begun,
-    check_commits_kept,
     check_disk,
     draw_report,
     left_behind,
@@ -35,6 +34,7 @@ from lit_recon.fit.output.read_back import Saved, read_back
 from lit_recon.fit.output.results import Results, model_card, sparsity, table
 from lit_recon.fit.plan.estimate import Plan, describe_plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
+from lit_recon.fit.resume_config import mend_config
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
 from lit_recon.fit.signature import changes, differences, machine, signature
@@ -113,8 +113,6 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     try:
         with clock.phase("load"):
             commit = commits.newest() if job.output.resume else None
-            if job.output.resume and commit is None:
-                check_commits_kept(folder)
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
@@ -204,6 +202,8 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
             begin_output(job.output.folder, _config(job))
     else:
         facts["dense_nats"] = commit.state["dense_nats"]
+        with protected():
+            mend_config(job.output.folder, _config(job))
     session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
@@ -345,5 +345,6 @@ def _protocol(job: Job) -> EvaluationProtocol:
         job.samples.evaluation_ST,
         dataset=job.samples.evaluation_description,
         opening=job.samples.opening,
+        given=job.samples.num_given,
         precision=job.execution.compute.precision,
     )

@@ -29,6 +29,7 @@ CALL: dict[str, Any] = {
     "walk": str,
     "keep": str,
     "patience": int | None,
+    "start": str,
 }
 PATHS = ("output_dir", "resume", "experiment_dir", "data.paths", "data.evaluation_paths", "model.name")
 TEXTS = (  # a number among these is a name: output_dir=2024, model.revision=5e10123

@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs, N rows of inputs, A outputs (rows of W) that are no
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,29 @@ def solve(
     change_OI = solution_OI.double() - start_OI.double()
     gain_O1 = (change_OI * (2 * residual_OI - change_OI @ gram_II)).sum(1, keepdim=True)
     return torch.where(gain_O1 > 0, solution_OI, start_OI)  # rounding to float32 can cost more than there was to gain
+
+
+def solve_damped(*problem: Tensor, damping: float = DAMPING, **limits: Any) -> tuple[Tensor, float]:
+    """The solution with as little damping as the Gram matrix allows: tenfold, up to 1, until it is positive definite.
+
+    Args:
+        *problem: The tensors of `solve`.
+        damping: The least.
+        **limits: The other arguments of `solve`.
+
+    Returns:
+        The solution, and the damping that it took.
+
+    Raises:
+        torch.linalg.LinAlgError: The Gram matrix is not finite, or not positive definite with any.
+    """
+    while True:
+        try:
+            return solve(*problem, damping=damping, **limits), damping
+        except torch.linalg.LinAlgError:
+            if damping >= 1:
+                raise
+        damping = min(1, 10 * damping)
 
 
 def _conjugate_gradients(

@@ -8,15 +8,13 @@ no optimizer is needed. TensorBoard shows the error, with what damping adds, ove
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from lit_recon.activations.gram import QuadraticError
 from lit_recon.model.windows import MatrixWindow
-from lit_recon.modules.conjugate_gradients import DAMPING, solve
+from lit_recon.modules.conjugate_gradients import DAMPING, solve_damped
 
 
 class LeastSquares(LightningModule):
@@ -83,16 +81,11 @@ class LeastSquares(LightningModule):
 
     def _solution(self, *problem: Tensor, on_iteration: Callable[[int, float], None]) -> Tensor:
         """The solution with as little damping as the Gram matrix allows."""
-        limited = partial(solve, tolerance=self.tolerance, max_iterations=self.max_iterations)
-        damping = self.damping
-        while True:
-            try:
-                return limited(*problem, damping=damping, on_iteration=on_iteration)
-            except torch.linalg.LinAlgError:
-                if damping >= 1:
-                    raise
-            damping = min(1, 10 * damping)
+        limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations, "on_iteration": on_iteration}
+        solution, damping = solve_damped(*problem, damping=self.damping, **limits)
+        if damping != self.damping:
             self.note = f"damped by {damping:g}: its Gram matrix is not positive definite in float32"
+        return solution
 
     def validation_step(self, batch: QuadraticError, batch_idx: int) -> None:
         """The relative error on held-out samples."""

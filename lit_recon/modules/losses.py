@@ -1,4 +1,4 @@
-"""Losses between a window's outputs and its targets: one number per token, of which a module takes the mean.
+"""Losses between a window's outputs and its targets: functions to one number per token, whose mean a module takes.
 
     loss(outputs_ND, targets_ND, *, energies_N, unit) -> (N)
 
@@ -9,7 +9,7 @@ token. The divergence of logits is in nats.
 
 Those of TARGETS are for all layers at once (walk=global): they say what the model is to be compared with.
 
-Shapes: N tokens, D features, V vocabulary.
+Shapes: B samples, T tokens of each, N tokens without padding, D features, V vocabulary.
 """
 
 import inspect
@@ -17,9 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lit_recon.activations.datamodule import Batch
 from lit_recon.model.head import cross_entropies, kl_divergences
 
 _LEAST = 1e-6  # of the unit: energies that are divided by are not taken for smaller
@@ -45,17 +47,22 @@ def relative(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit
 
 def cosine(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
     """One minus the cosine of the angle between output and target; blind to their lengths."""
-    return 1 - functional.cosine_similarity(outputs_ND.float(), targets_ND, dim=-1)
+    return 1 - functional.cosine_similarity(_widened(outputs_ND), targets_ND, dim=-1)
 
 
 def huber(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float, delta: float = 1.0) -> Tensor:
-    """Pseudo-Huber loss of each token's error: squared up to `delta`^2 units, linear in its root beyond.
+    """Pseudo-Huber loss of each token's error, in units: squared up to about `delta`^2, linear in its root beyond.
 
     Charbonnier, Blanc-Feraud, Aubert and Barlaud, "Deterministic edge-preserving regularization in computed imaging",
-    IEEE Transactions on Image Processing 6 (1997).
+    IEEE Transactions on Image Processing 6 (1997); times 2, so that small errors count as in `mean_squared`.
+
+    Raises:
+        ValueError: `delta` is not above 0.
     """
+    if not delta > 0:
+        raise ValueError(f"loss.delta={delta}: expected a number above 0, such as 1.")
     squared_N = _squared(outputs_ND, targets_ND) / unit
-    return 2 * delta**2 * ((1 + squared_N / delta**2).sqrt() - 1)
+    return 2 * squared_N / ((1 + squared_N / delta**2).sqrt() + 1)  # 2 d^2 (sqrt(1 + e / d^2) - 1) without cancellation
 
 
 def kl_divergence(
@@ -117,6 +124,18 @@ def with_head(loss: Callable[..., Tensor], head: Callable[[Tensor], Tensor] | No
     return partial(loss if "head" in inspect.signature(loss).parameters else kl_divergence, head=head)
 
 
+def after_first(batch: Batch, *, positions: int = 1) -> Tensor:
+    """Weights of tokens (B, T) that leave out the first positions of each sample, where attention sinks stand."""
+    weights_BT = torch.ones(batch.inputs_BTD.shape[:2], device=batch.inputs_BTD.device)
+    weights_BT[:, :positions] = 0
+    return weights_BT
+
+
 def _squared(outputs_ND: Tensor, targets_ND: Tensor) -> Tensor:
-    """Squared error of each token, a mean over features, in float32."""
-    return (outputs_ND.float() - targets_ND).square().mean(-1)
+    """Squared error of each token, a mean over features, in float32 at least."""
+    return (_widened(outputs_ND) - targets_ND).square().mean(-1)
+
+
+def _widened(outputs_ND: Tensor) -> Tensor:
+    """Outputs that may have 16 bits, under autocast, in float32."""
+    return outputs_ND.to(torch.promote_types(outputs_ND.dtype, torch.float32))

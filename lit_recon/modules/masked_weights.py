@@ -6,9 +6,11 @@ Pruned weights are zero before training and their gradients are zeroed before ea
 as AdamW then never moves them (nor does its weight decay), which costs less than masking the weights in every forward.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -46,9 +48,13 @@ class MaskedWeights(LightningModule):
         train_biases: Whether biases are trained too.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
             the window has a head, one that takes it, else the divergence of the logits.
+        token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
+            mean is taken; None: 1 for all.
+        anchor: Strength a of the pull towards the weights that the fit starts from: a sum (w - w0)^2 / sum w0^2 over
+            all that is trained is added to the loss. Above 0 it costs a copy of them.
 
     Raises:
-        ValueError: `warmup` is no share.
+        ValueError: `warmup` is no share, or `anchor` negative.
     """
 
     def __init__(
@@ -63,10 +69,14 @@ class MaskedWeights(LightningModule):
         loss: Callable[..., Tensor] = mean_squared,
         train_norms: bool = True,
         train_biases: bool = True,
+        token_weights: Callable[[Batch], Tensor] | None = None,
+        anchor: float = 0.0,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
             raise ValueError(f"module.warmup={warmup}: expected a share of the steps, 0 to 1.")
+        if type(anchor) not in (int, float) or not 0 <= anchor < math.inf:
+            raise ValueError(f"module.anchor={anchor}: expected a number, 0 (no pull) or more.")
         self.window = window
         self.unit = unit
         self.loss = with_head(loss, window.head)
@@ -75,6 +85,9 @@ class MaskedWeights(LightningModule):
         self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
         self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
+        self._token_weights: Callable[[Batch], Tensor] | None = token_weights
+        self._anchor = anchor
+        self._start: list[Tensor] = []  # copies of what is trained, with an anchor
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
@@ -96,6 +109,10 @@ class MaskedWeights(LightningModule):
         """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
         loss = self.losses(batch).mean()
         self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
+        if self._anchor:
+            pull = self._anchor * self._distance()
+            self.log("loss/anchor", pull.detach(), batch_size=batch.num_tokens)
+            loss = loss + pull
         return loss * batch.weight
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -103,9 +120,26 @@ class MaskedWeights(LightningModule):
         self.log("loss/held_out", self.losses(batch).mean(), batch_size=batch.num_tokens)
 
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each token of a batch, (N)."""
+        """The loss of each token of a batch, (N), times its weight.
+
+        Raises:
+            ValueError: The loss function does not return one number per token.
+        """
         outputs_ND, targets_ND = batch.text(self(batch)), batch.text(batch.targets_BTD)
-        return self.loss(outputs_ND, targets_ND, energies_N=batch.text(batch.energies_BT), unit=self.unit)
+        energies_N = batch.text(batch.energies_BT)
+        losses_N = self.loss(outputs_ND, targets_ND, energies_N=energies_N, unit=self.unit)
+        if losses_N.shape != energies_N.shape:
+            raise ValueError(
+                f"loss: expected one number for each of {len(energies_N)} tokens, the mean over its features, and got "
+                f"the shape {tuple(losses_N.shape)}"
+            )
+        return losses_N if self._token_weights is None else losses_N * batch.text(self._token_weights(batch))
+
+    def _distance(self) -> Tensor:
+        """Squared distance of what is trained to where it started, over the squared norm of that."""
+        pairs = list(zip(self.trained(), self._start, strict=True))
+        moved = torch.stack([(parameter - start).square().sum() for parameter, start in pairs]).sum()
+        return moved / torch.stack([start.square().sum() for _, start in pairs]).sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights."""
@@ -128,8 +162,10 @@ class MaskedWeights(LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
-        """Keep the layers as they are in inference: dropout would change the function that is being matched."""
+        """Keep the layers as they are in inference, without dropout; remember where an anchor pulls to."""
         self.window.eval()
+        if self._anchor:
+            self._start = [parameter.detach().clone() for parameter in self.trained()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""

@@ -7,6 +7,7 @@ found by trying (reconstruction/rate_search.py).
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -37,7 +38,7 @@ def make_optimizer(make: Callable[..., Optimizer], parameters: Sequence[Tensor])
     """
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == wide] for wide in (True, False))
     given: dict[str, Any] = getattr(make, "keywords", {})
-    undecayed = {"weight_decay": 0.0} if "weight_decay" in given else {}
+    undecayed = {"weight_decay": 0.0} if "weight_decay" in signature(make).parameters else {}
     if given.get("lr") != PROBE:
         kinds: list[tuple[list[Tensor], dict[str, float]]] = [(matrices, {}), (vectors, undecayed)]
         return make([{"params": members} | own for members, own in kinds if members])

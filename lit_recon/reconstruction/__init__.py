@@ -4,7 +4,9 @@ driver.py             the walk, one screen
 fit_settings.py       settings of every window's fit
 window_fit.py         fit a window; accept it or keep its pruned weights
 fitted_weights.py     weights that a fit changes: copied, rounded, put back
+start.py              least squares as the start of a window's training
 rate_search.py        at which learning rates a window is tried
+notes.py              the note on a window: what failed, what was kept
 tensorboard.py        one log for all windows
 trainer_callbacks.py  learning rate, first point of the curves, divergence
 """

@@ -77,7 +77,7 @@ def walk(
     results = list(done)
     fitter.resume(results)
     with _quick_collection():
-        for step, upcoming in steps(windows, chain, needs_gram=fitter.needs_gram):
+        for step, upcoming in steps(windows, chain, needs_gram=fitter.needs_gram, solves_first=fitter.solves_first):
             with _explaining(step.window, chain.passes.compute.precision):
                 pruner.begin(step.window)
                 weights.onload(step.window, prefetch=upcoming)  # 1
@@ -86,11 +86,12 @@ def walk(
                 masks = pruner.masks(step.window, statistics)  # 3
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
+                    start = fitter.start(window, masks, step.grams())  # of dense weights
                     if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain):
-                        results.append(fitter.fit(window, masks, data, weights.dtypes(window)))  # 4
+                        results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
                     else:
                         results.append(kept_pruned(window, NOTHING_PRUNED))
-                    del data  # before the next matrix's data are made, or the chain advances
+                    del data, start  # before the next matrix's data are made, or the chain advances
                     for callback in callbacks:
                         callback.on_window_fit(results[-1])
                 step.install()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 RETRY_RATES = (1 / 4, 1 / 16)  # conf/module/masked_weights.yaml
 KEEP = ("last", "best")
+START = ("none", "least_squares")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +18,14 @@ class FitSettings:
             points of its curve, the pruned weights among them.
         patience: Training ends when the loss on held-out samples has not become smaller at so many points in a row;
             None: never.
+        start: What is trained: "none", the pruned weights; "least_squares", every matrix solved for on its mask's
+            support first (start.py).
     """
 
     retry_rates: Sequence[float] = RETRY_RATES
     keep: str = "last"
     patience: int | None = None
+    start: str = "none"
 
     def __post_init__(self) -> None:
         """Check the settings; all problems in one message."""
@@ -33,6 +37,8 @@ class FitSettings:
             )
         if self.keep not in KEEP:
             problems.append(f"keep={self.keep}: expected one of {', '.join(KEEP)}.")
+        if self.start not in START:
+            problems.append(f"start={self.start}: expected one of {', '.join(START)}.")
         if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
             problems.append(f"patience={self.patience}: expected a number of validations, 1 or more, or null.")
         if problems:
@@ -40,7 +46,7 @@ class FitSettings:
 
     def describe(self) -> dict[str, str]:
         """What differs from the defaults, for a run's recipe."""
-        found = {"keep": self.keep, "patience": str(self.patience)}
+        found = {"keep": self.keep, "patience": str(self.patience), "start": self.start}
         found["retry_rates"] = ", ".join(map(str, self.retry_rates)) or "none"
-        usual = {"keep": "last", "patience": "None", "retry_rates": ", ".join(map(str, RETRY_RATES))}
+        usual = {"keep": "last", "patience": "None", "start": "none", "retry_rates": ", ".join(map(str, RETRY_RATES))}
         return {name: text for name, text in found.items() if text != usual[name]}

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
+from lit_recon.activations.window_grams import WindowGrams
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.trained import attached, changed_by, trained_by
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.fitted_weights import FittedWeights
+from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
+from lit_recon.reconstruction.start import begin, solutions
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
 from lit_recon.system.clock import Clock, timed
@@ -34,8 +37,6 @@ from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
-
-DIVERGED, NOT_BETTER = "the loss was not finite", "held-out error did not improve"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,16 @@ class WindowFitter:
         """Whether single matrices are trained on normal equations."""
         return needs_gram(self.module)
 
+    @property
+    def solves_first(self) -> bool:
+        """Whether matrices are solved for before windows are trained."""
+        return self.fitting.start == "least_squares"
+
+    @timed("fit")
+    def start(self, window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams | None) -> dict[str, Tensor]:
+        """What a window's matrices are to start from instead of their pruned weights, by name; it is dense now."""
+        return solutions(window, masks, grams) if grams else {}
+
     @timed("fit")
     def fit(
         self,
@@ -141,6 +152,7 @@ class WindowFitter:
         masks: Mapping[str, Tensor],
         data: TrainingData | None,
         dtypes: Sequence[torch.dtype] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> WindowResult:
         """Train a pruned window towards its targets; keep the result if it is better on held-out samples.
 
@@ -149,13 +161,14 @@ class WindowFitter:
             masks: Masks of its matrices (True = kept), and maybe of others.
             data: What it is trained on; None if no calibration or no held-out token reaches it.
             dtypes: Those in which the window's own parameters will be stored; None: those that they have.
+            start: What `start` gave.
 
         Raises:
             NotFinite: Its targets, or its errors before training, are not finite.
         """
         if data is None:
             return kept_pruned(window, "no calibration or no held-out token reaches it")
-        start = time.perf_counter()
+        began = time.perf_counter()
         masks = {matrix.name: masks[matrix.name] for matrix in window.matrices() if matrix.name in masks}
         # What is drawn depends on the window alone, not on what was drawn before, so that a run can be resumed.
         seed_everything(self.seed + window.indices.start, verbose=False)
@@ -166,10 +179,10 @@ class WindowFitter:
             if unit == 0:  # of a matrix of zeros
                 return kept_pruned(window, "dense, it does nothing")
             with window.head.on(self.device) if window.head else nullcontext():
-                result = self._reconstruct(window, masks, data, unit, dtypes)
+                result = self._reconstruct(window, masks, data, unit, dtypes, start or {})
         finally:
             release_memory()
-        return replace(result, seconds=round(time.perf_counter() - start, 3))
+        return replace(result, seconds=round(time.perf_counter() - began, 3))
 
     def _reconstruct(
         self,
@@ -178,18 +191,19 @@ class WindowFitter:
         data: TrainingData,
         unit: float,
         dtypes: Sequence[torch.dtype] | None,
+        start: Mapping[str, Tensor],
     ) -> WindowResult:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
         kind = kind_of(window.name, window.measure)
         module = self.module(window, masks, unit)
-        weights = _fitted(module, window, dtypes)
-        if not weights.parameters:
-            return _untrained(window, before, unit)
+        weights = _fitted(module, window, dtypes, start)
+        solved = begin(window, start, weights, data, unit, before[1]) if start else None
+        origin = solved if solved and solved.accepted else None
         tries, best_weights = self._resumed(weights)
         best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
-        while (rate := self.search.next(kind, tries)) is not None:
+        while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
                     best_weights = weights.copies()
@@ -199,35 +213,19 @@ class WindowFitter:
                 module = self.module(window, masks, unit)
             if self.commits:
                 self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
-            tries.append(self._try(module, window, data, weights, unit, before[1], rate))
+            errors = origin.held_out if origin else before[1]
+            tries.append(self._try(module, window, data, weights, unit, errors, rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
                 best = tries[-1]
-        if tries[-1] is not best:
+        if tries and tries[-1] is not best:
             weights.restore(best_weights)
         if best:
             self.search.learn(kind, best.rate, best.left)
         _check_zeros(window, masks)
         if self.logger:
             self.logger.end_window()
-        kept = best or replace(tries[-1], held_out=before[1], calibration=before[0])
-        return WindowResult(
-            name=window.name,
-            relative_error_before=before[0].mean,
-            relative_error_after=kept.calibration.mean,
-            held_out_before=before[1].mean,
-            held_out_after=kept.held_out.mean,
-            accepted=best is not None,
-            steps=0 if kept.diverged else kept.steps,
-            seconds=0.0,
-            note="; ".join(filter(None, [kept.remark, _note(tries, best, weights.names_of_dtypes())])),
-            measure=window.measure,
-            lost_by_rounding=kept.lost,
-            typical_before=before[1].typical,
-            typical_after=kept.held_out.typical,
-            unit=unit,
-            rate=kept.rate,
-            tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in tries],
-        )
+        note = note_on(tries, best, weights.names_of_dtypes(), solved)
+        return replace(_result(window, before, tries, best, origin), note=note, measure=window.measure, unit=unit)
 
     def _resumed(self, weights: FittedWeights) -> tuple[list[Try], Sequence[Tensor]]:
         """The tries before the one in which a fit is resumed, and the best weights so far; none of one that starts."""
@@ -241,8 +239,10 @@ class WindowFitter:
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""
         for one in results:
-            if one.accepted:
+            if one.accepted and one.rate:
                 before, after = (one.held_out_before, one.typical_before), (one.held_out_after, one.typical_after)
+                if one.tries and not one.tries[0][0]:  # trained from what was solved for
+                    before = (one.tries[0][1], one.tries[0][2])
                 self.search.learn(kind_of(one.name, one.measure), one.rate, share_left(Errors(*before), Errors(*after)))
 
     def _try(
@@ -315,24 +315,6 @@ def _interruptible() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _note(tries: Sequence[Try], best: Try | None, dtypes: str) -> str:
-    """Remark on a window of which a try failed, or that was tried at several rates to find the best."""
-    failed = [one for one in tries if not one.accepted]
-    if best and (not failed or len(tries) > len(failed) + 1):
-        return f"tried at {len(tries)} rates, best at {best.rate:g} of the learning rate" if len(tries) > 1 else ""
-    last = failed[-1]
-    reason = f"{NOT_BETTER} ({last.held_out.mean:.3g}, typical {last.held_out.typical:.3g})"
-    if last.diverged:
-        reason = DIVERGED
-    elif last.lost == 1:
-        reason = f"rounding to {dtypes} took all that training had gained"
-    if best:
-        return f"{reason}; reconstructed at {best.rate:g} of the learning rate"
-    return (
-        f"{reason}{f', also at {last.rate:g} of the learning rate' if len(tries) > 1 else ''}: kept its pruned weights"
-    )
-
-
 def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> None:
     """Raise a NotFinite for a window whose errors are not finite before it is trained."""
     for samples, errors in (("calibration", calibration), ("held-out", held_out)):
@@ -340,25 +322,53 @@ def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> N
             raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
 
 
-def _untrained(window: AnyWindow, errors: tuple[Errors, Errors], unit: float) -> WindowResult:
-    """The result of a window of which a module trains nothing, with its errors on calibration and held-out samples."""
-    (error, _), (held_out, typical) = errors
-    return replace(
-        kept_pruned(window, "nothing of it is trained"),
-        relative_error_before=error,
-        relative_error_after=error,
-        held_out_before=held_out,
-        held_out_after=held_out,
-        typical_before=typical,
-        typical_after=typical,
-        measure=window.measure,
-        unit=unit,
+def _result(
+    window: AnyWindow, before: tuple[Errors, Errors], tries: Sequence[Try], best: Try | None, origin: Try | None
+) -> WindowResult:
+    """The result of a window.
+
+    Args:
+        window: The window.
+        before: Its errors, pruned, on calibration and on held-out samples.
+        tries: The fits.
+        best: That which is kept.
+        origin: The better start that they began from.
+    """
+    kept = best or origin
+    calibration, held_out = (kept.calibration, kept.held_out) if kept else before
+    shown = kept or (tries[-1] if tries else None)
+    return WindowResult(
+        name=window.name,
+        relative_error_before=before[0].mean,
+        relative_error_after=calibration.mean,
+        held_out_before=before[1].mean,
+        held_out_after=held_out.mean,
+        accepted=kept is not None,
+        steps=0 if shown is None or shown.diverged else shown.steps,
+        seconds=0.0,
+        lost_by_rounding=shown.lost if shown else 0.0,
+        typical_before=before[1].typical,
+        typical_after=held_out.typical,
+        rate=shown.rate if shown else 0.0,
+        tries=[[one.rate, one.held_out.mean, one.held_out.typical] for one in ([origin] if origin else []) + [*tries]],
     )
 
 
-def _fitted(module: LightningModule, window: AnyWindow, dtypes: Sequence[torch.dtype] | None) -> FittedWeights:
-    """What a module changes of a window whose own parameters are stored in these dtypes; None: in those they have."""
-    changed, own = changed_by(module, window), window.own_parameters()
+def _fitted(
+    module: LightningModule, window: AnyWindow, dtypes: Sequence[torch.dtype] | None, start: Mapping[str, Tensor]
+) -> FittedWeights:
+    """What a module and a start change of a window.
+
+    Args:
+        module: The module.
+        window: The window.
+        dtypes: Those in which the window's own parameters will be stored; None: those that they have.
+        start: What matrices start from, by name.
+    """
+    own = window.own_parameters()
+    changes = {id(one) for one in changed_by(module, window)}
+    changes |= {id(matrix.weight) for matrix in window.matrices() if matrix.name in start}
+    changed = [one for one in own if id(one) in changes]
     stored = {id(one): dtype for one, dtype in zip(own, dtypes or [one.dtype for one in own], strict=True)}
     return FittedWeights(changed, [stored[id(one)] for one in changed])
 

@@ -3,7 +3,8 @@
 A commit is a state and the files that it names. Files are written first, each whole or not at all; then the commit
 becomes current by a single rename of its manifest, so that the newest manifest is always that of a whole commit,
 whatever ends a process. Size and CRC-32 in the manifest find files that were truncated or changed on the disk since
-then; for that case the commit before the newest is kept. They guard against accidents, not against malice.
+then; for that case the commit before the newest is kept. A mark beside the folder, made with the first commit, finds
+that all of them are gone. They guard against accidents, not against malice.
 """
 
 import errno
@@ -27,6 +28,7 @@ from lit_recon.system.tensor_files import map_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MARK = "commits.begun"  # beside the folder
 _REMEDIES = {
     **dict.fromkeys(FULL, "free space"),
     **dict.fromkeys(READ_ONLY, "make the folder writable"),
@@ -70,7 +72,7 @@ class Commits:
     """
 
     def __init__(self, folder: Path, *, resumed: bool = False) -> None:
-        self.folder, self.resumed = folder, resumed
+        self.folder, self.resumed, self.mark = folder, resumed, folder.with_name(MARK)
         self._written: dict[str, Fingerprint] = {}
         self._current: int | None = None
         self._in_use: set[str] = set()  # files of the current commit
@@ -135,12 +137,15 @@ class Commits:
         self._in_use = set(kept)
         self._written = {name: self._written[name] for name in needed}
         self._remove_unneeded({number, previous}, needed)
+        if not self.mark.exists():
+            with self.writing(self.mark), replaced(self.mark) as file:
+                file.write(b"Windows of this run are done; resume needs the folder commits/.\n")
 
     def newest(self) -> Commit | None:
-        """Find the newest commit that is whole and make it the current commit; None if there are no commits.
+        """Find the newest commit that is whole and make it the current commit; None if there were no commits yet.
 
         Raises:
-            ValueError: All commits are damaged, or another version wrote them.
+            ValueError: All commits are damaged or gone, or another version wrote them.
         """
         damaged = []
         for number in sorted(self._numbers(), reverse=True):
@@ -157,6 +162,11 @@ class Commits:
         if damaged:
             raise ValueError(
                 f"{self.folder}: {'; '.join(damaged)}. Restore a commit's files, or start anew with overwrite=true."
+            )
+        if self.mark.exists():
+            raise ValueError(
+                f"resume={self.folder.parent}: windows were done, but {self.folder} holds no commit any more. Put its "
+                "files back, or start anew with overwrite=true."
             )
         return None
 

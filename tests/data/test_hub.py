@@ -95,6 +95,32 @@ def test_a_few_giant_rows_are_divided_among_the_parts(tmp_path, rows):
     assert sorted("".join(sum(parts.values(), []))) == sorted("".join(f"{number}. {text}" for number in range(rows)))
 
 
+@pytest.mark.parametrize("brackets", ["[]", ('{"a":', "}")], ids=["lists", "objects"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_json_that_is_nested_too_deeply_is_one_message(tmp_path, monkeypatch, brackets, first, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    opening, closing = brackets
+    deep = f'{{"text": "deep", "more": {opening * 100_000}1{closing * 100_000}}}'
+    flat = '{"text": "a text of [ and { and \\\\", "more": ' + "[" * 50 + "1" + "]" * 50 + "}"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join([deep, flat] if first else [*[flat] * 100, deep]) + "\n")
+    with pytest.raises(ValueError, match="^data set .*: .*nested too deeply"):
+        list(Hub(name=str(folder), streaming=streaming).documents("calibration"))
+
+
+def test_levels_of_json_are_those_of_its_brackets_outside_of_texts():
+    for content, levels in (
+        (b'{"text": "a"}', 1),
+        (b'{"a": [{"b": 1}, {"b": 2}], "c": {"d": [[]]}}', 4),
+        (b'{"te{{xt": "[[[ \\" [[["}\n[1, [2]]', 2),
+        (b'"[[[\\\\" [ ] "', 1),
+        (b"", 0),
+    ):
+        assert hub._levels(memoryview(content)) == levels, content
+
+
 def test_a_data_set_without_rows_is_one_message(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("")

@@ -138,6 +138,10 @@ def test_samples_say_what_opens_them_and_there_must_be_room_for_it(tmp_path):
     )
     with pytest.raises(ValueError, match=r"data.length=2: .* 2 tokens \(<bos><bos>\); give 3 or more"):
         Words(length=2, **settings).samples(opens, cache=tmp_path)
+    twice = Words(length=4, **settings).samples(opens, cache=tmp_path)
+    assert (twice.opening_length, twice.num_given) == (2, 2) and (opened.opening_length, opened.num_given) == (1, 1)
+    nothing = Words(length=4, bos=False, **settings).samples(opens, cache=tmp_path)
+    assert (nothing.opening_length, nothing.num_given) == (0, 1)
 
 
 @pytest.mark.parametrize("bos", ["yes", 1, None])

@@ -22,10 +22,12 @@ from lit_recon.evaluate.perplexity import (
 from lit_recon.model.architectures import tiny_model
 
 
-def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor) -> float:
+def own_perplexity(model: PreTrainedModel, tokens_ST: Tensor, given: int = 1) -> float:
     """exp of the mean cross entropy that transformers computes for `labels`, the whole model in one piece."""
+    labels_ST = tokens_ST.clone()
+    labels_ST[:, :given] = PADDING
     with torch.no_grad():
-        return math.exp(model(tokens_ST, labels=tokens_ST, use_cache=False).loss.double().item())
+        return math.exp(model(tokens_ST, labels=labels_ST, use_cache=False).loss.double().item())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
@@ -45,6 +47,18 @@ def test_slices_of_logits_smaller_than_a_sequence_change_nothing(
     monkeypatch.setattr(evaluate, "LOGITS_BYTES", int(positions * 64 * 4))  # of a vocabulary of 64, in float32
     expected = own_perplexity(model, tokens_ST)
     assert perplexity(model, tokens_ST, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [2, 23])
+def test_tokens_that_open_a_sequence_are_not_predicted(
+    model: PreTrainedModel, tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, given: int
+) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", 5 * 64 * 4)
+    expected = own_perplexity(model, tokens_ST, given)
+    assert expected != own_perplexity(model, tokens_ST)
+    assert perplexity(model, tokens_ST, given=given, batch_size=4, compute=CPU) == pytest.approx(expected, rel=1e-5)
+    protocol = EvaluationProtocol.from_tokens(tokens_ST, dataset="docs", precision="32-true", given=given)
+    assert protocol.tokens == len(tokens_ST) * (tokens_ST.shape[1] - given)
 
 
 def test_no_slice_of_logits_is_larger_than_allowed(tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

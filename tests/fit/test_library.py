@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import CPU, Ended
 from omegaconf import OmegaConf
+from torch import Tensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -33,6 +34,7 @@ from lit_recon import (
     perplexity,
     prune_and_reconstruct,
 )
+from lit_recon.activations.datamodule import Batch
 from lit_recon.fit.configure import CONF
 from lit_recon.fit.library import TRAINER
 
@@ -121,6 +123,35 @@ def test_what_the_command_refuses_is_a_value_error_and_the_model_stays_as_it_was
     with pytest.raises(ValueError, match=message):
         prune_and_reconstruct(model, samples, **settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Odd(MaskedWeights):
+    """A module that ends with a step, and one that ends with a batch of three."""
+
+    def __init__(self, window: object, masks: object, unit: object, *, worst: int = 1, **settings: object) -> None:
+        super().__init__(window, masks, unit, **settings)
+        self.worst = worst
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if len(batch.inputs_BTD) >= self.worst:
+            raise IndexError("odd step")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("settings", "guilty"),
+    [
+        ({"module": Odd, "batch_size": 1, "trainer": {"max_epochs": 2}}, r"module=.*Odd.*"),
+        ({"module": partial(Odd, worst=3), "batch_size": 3, "criterion": Magnitude()}, r"batch_size=3"),
+        ({"trainer": {"callbacks": [7], "max_epochs": 2}}, r"trainer=\{'callbacks': \[7\]\}"),
+    ],
+    ids=["module", "batch size", "trainer"],
+)
+def test_what_would_end_the_first_window_is_refused_by_the_name_of_its_argument(
+    loaded: tuple[PreTrainedModel, Samples], settings: dict, guilty: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{guilty}: a training step on a tiny model .* ends in: .*leave it out\.$"):
+        prune_and_reconstruct(*loaded, **settings)
 
 
 def test_an_interrupted_walk_leaves_whole_windows(

@@ -1,9 +1,9 @@
 """Settings of the run itself: their types, texts that look like numbers, and what a command line may say of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 from conftest import Ended
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lit_recon.fit.annotations import annotations
 from lit_recon.fit.configure import CONF
-from lit_recon.fit.settings import CALL, TEXTS
+from lit_recon.fit.settings import CALL, TEXTS, expand_home, is_text
 
 CHOICES = {"packing", "dtype", "bos", "attention"}  # words of a few, none of which is a number
 
@@ -32,8 +32,21 @@ def test_every_text_of_model_and_data_is_known_as_one() -> None:
                 continue
             hints = annotations(get_object(node._target_))
             for name in {str(key) for key in node} - CHOICES - {"_target_", "separator"}:
-                if str in (hints.get(name), *get_args(hints.get(name))):
+                hint = hints.get(name)
+                if str in (hint, *get_args(hint)) and get_origin(hint) is not Mapping:
                     assert f"{group}.{name}" in TEXTS
+
+
+def test_sources_of_text_within_another_have_the_same_texts_and_paths() -> None:
+    for place in ("data", "data.evaluation", "data.sources.other"):
+        assert is_text(f"{place}.paths") and is_text(f"{place}.field") and not is_text(f"{place}.temperature")
+    words = ["data=mixture", "data@data.sources.other=files", "data@data.evaluation=files"]
+    words += ["data.evaluation.paths=['~/a']", "data.sources.other.paths=['~/b',c]"]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("fit", overrides=words)
+    expand_home(cfg)
+    assert cfg.data.evaluation.paths == [str(Path.home() / "a")]
+    assert cfg.data.sources.other.paths == [str(Path.home() / "b"), "c"]
 
 
 BAD = {

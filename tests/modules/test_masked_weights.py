@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, chain_of, fitter, masks_of, module, pruned_window, trainer, weights
+from conftest import CPU, chain_of, configuration, fitter, masks_of, module, pruned_window, trainer, weights
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -238,7 +238,7 @@ def called(make: object) -> tuple[object, dict]:
 
 
 def test_the_defaults_of_the_constructor_and_of_retries_are_those_of_the_configuration() -> None:
-    configured = instantiate(OmegaConf.load(CONF / "module" / "masked_weights.yaml"), _convert_="all")
+    configured = instantiate(configuration().module, _convert_="all")
     assert configured.func is MaskedWeights
     assert tuple(configured.keywords.pop("retry_rates")) == RETRY_RATES
     parameters = inspect.signature(MaskedWeights).parameters.items()

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ended, letter_tokenizer
 from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_recon.data.files import Files
 from lit_recon.fit import run
 
 
 def model_with(model_folder: Path, folder: Path, *tokens: str, opens: bool = False, eos: bool = False) -> Path:
-    """A copy of the tiny model, whose tokenizer has more tokens; the last one opens texts, or ends them."""
+    """A copy of the tiny model, whose tokenizer has more tokens; all of them open texts, or the last ends them."""
     shutil.copytree(model_folder, folder)
     tokenizer = letter_tokenizer()
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     if opens:
-        last = tokens[-1], tokenizer.convert_tokens_to_ids(tokens[-1])
-        template = processors.TemplateProcessing(single=f"{tokens[-1]} $A", special_tokens=[last])
+        ids = list(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
+        template = processors.TemplateProcessing(single=f"{' '.join(tokens)} $A", special_tokens=ids)
         tokenizer.backend_tokenizer.post_processor = template
     if eos:
         tokenizer.eos_token = tokens[-1]
@@ -27,7 +30,7 @@ def model_with(model_folder: Path, folder: Path, *tokens: str, opens: bool = Fal
     return folder
 
 
-def test_text_that_is_removed_during_the_walk_costs_no_result_and_the_protocol_names_what_opened_it(
+def test_text_that_is_removed_during_the_walk_costs_no_result_and_what_opens_it_is_named_and_not_predicted(
     tiny_run: Callable[..., Ended],
     model_folder: Path,
     text_file: Path,
@@ -42,12 +45,23 @@ def test_text_that_is_removed_during_the_walk_costs_no_result_and_the_protocol_n
         return walk_over(*arguments)
 
     monkeypatch.setattr(run, "_walk_over", removed)
-    model = model_with(model_folder, tmp_path / "model", "<s>", opens=True)
+    model = model_with(model_folder, tmp_path / "model", "[gMASK]", "<sop>", opens=True)
     ended = tiny_run(f"model.name={model}", "data=files", f"data.paths=[{own}]")
     assert ended.status == 0, ended.err
-    assert "own.txt (evaluation), 4 sequences of 32 tokens, each after <s>," in " ".join(ended.out.split())
-    protocol = json.loads(Path("run/results.json").read_text())["protocol"]
-    assert (protocol["dataset"], protocol["opening"]) == ("own.txt", "<s>")
+    assert "own.txt (evaluation), 4 sequences of 32 tokens, each after [gMASK]<sop>, 120 predicted" in " ".join(
+        ended.out.split()
+    )
+    results = json.loads(Path("run/results.json").read_text())
+    protocol = results["protocol"]
+    assert (protocol["dataset"], protocol["opening"], protocol["tokens"]) == ("own.txt", "[gMASK]<sop>", 4 * 30)
+    samples = Files(paths=[str(text_file)], length=32, evaluation_samples=4, evaluation_length=32).samples(
+        AutoTokenizer.from_pretrained(model), cache=tmp_path
+    )
+    labels_ST = samples.evaluation_ST.clone()
+    labels_ST[:, :2] = -100
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(model)(samples.evaluation_ST, labels=labels_ST).loss.item()
+    assert results["nats"]["dense"] == pytest.approx(dense, rel=0.01)  # the run may have computed in bf16
 
 
 @pytest.mark.parametrize("part", ["calibration", "evaluation", "end of text"])

@@ -160,10 +160,21 @@ print(peak[0] - before)
 
 
 def test_no_commits_are_none(tmp_path: Path) -> None:
-    assert Commits(tmp_path / "absent").newest() is None
-    commits = Commits(tmp_path)
+    folder = tmp_path / "commits"
+    assert Commits(folder).newest() is None
+    commits = Commits(folder)
     commits.write("written but not committed", {})
-    assert Commits(tmp_path).newest() is None
+    assert Commits(folder).newest() is None
+
+
+@pytest.mark.parametrize("lost", ["folder", "manifests"])
+def test_commits_that_are_gone_are_not_none(folder: Path, lost: str) -> None:
+    for path in folder.glob("*.json"):
+        path.unlink()
+    if lost == "folder":
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="windows were done, but .*commits holds no commit any more"):
+        Commits(folder).newest()
 
 
 def test_looking_changes_nothing(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +16,7 @@ from lit_recon.report.page import write_report
 from lit_recon.report.run_files import read_results
 from lit_recon.system.atomic_files import remove, replaced
 from lit_recon.system.command_line import Refusal, as_argument
-from lit_recon.system.commits import CommitError
+from lit_recon.system.commits import MARK, CommitError
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
 
@@ -25,7 +24,7 @@ ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is i
 NEXT_CONFIG = "config.next.yaml"  # of a run that has begun to clear the folder
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
-    *("commits", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
+    *("commits", MARK, f"{MARK}.partial", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
 
@@ -85,19 +84,6 @@ def folder_state(folder: Path) -> str:
         path = folder / name
         digest.update(path.read_bytes() if path.is_file() else b"none")
     return f"{digest.hexdigest()} {(folder / 'results.json').is_file()}"
-
-
-def check_commits_kept(folder: Path) -> None:
-    """Raise a ValueError where windows were done of which there is no commit any more; asked where none is found."""
-    card = folder / "checkpoint" / "README.md"
-    done = (
-        re.search(r"windows reconstructed \| \d+ of ([1-9]\d*) ", card.read_text("utf-8")) if card.is_file() else None
-    )
-    if done or (folder / "masks.safetensors").is_file():
-        raise ValueError(
-            f"resume={folder}: {done[1] if done else 'some'} windows were done, but {folder / 'commits'} holds no "
-            "commit any more. Put its files back, or begin anew with overwrite=true."
-        )
 
 
 def left_behind(folder: Path) -> int:
@@ -243,6 +229,7 @@ def draw_report(output: Path) -> None:
     try:
         with suppress(OSError):  # a file that another program has open; the report matters more
             remove(output / "commits")
+            remove(output / MARK)
         write_report(output)
     except KeyboardInterrupt as stop:
         raise type(stop)(left) from stop

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +14,12 @@ from lit_recon.fit.output.folder import (
     RUN_FILES,
     begin_output,
     begun,
-    check_commits_kept,
     check_output,
     clear_output,
     folder_state,
     left_behind,
     made,
 )
-from lit_recon.fit.output.results import model_card
 from lit_recon.system.command_line import Refusal
 
 
@@ -145,19 +142,3 @@ def test_what_an_interrupted_start_finds_in_the_folder_stays_as_it_was(tmp_path:
         begin_output(tmp_path, "a: 2\n")
         raise KeyboardInterrupt
     assert content(tmp_path) == {"config.yaml": b"a: 2\n"}
-
-
-def test_commits_that_are_gone_are_noticed_by_what_they_left(tmp_path: Path) -> None:
-    check_commits_kept(tmp_path)
-    plan = SimpleNamespace(windows=3, prunable=1, parameters=2)
-    for done in ([], [SimpleNamespace(accepted=False)]):
-        (tmp_path / "checkpoint").mkdir(exist_ok=True)
-        (tmp_path / "checkpoint" / "README.md").write_text(model_card("m", {}, plan, done))
-        if not done:
-            check_commits_kept(tmp_path)
-    with pytest.raises(ValueError, match="1 windows were done, but .* holds no commit any more"):
-        check_commits_kept(tmp_path)
-    (tmp_path / "checkpoint" / "README.md").unlink()
-    (tmp_path / "masks.safetensors").write_text("")
-    with pytest.raises(ValueError, match="some windows were done"):
-        check_commits_kept(tmp_path)

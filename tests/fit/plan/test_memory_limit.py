@@ -46,7 +46,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("model", "24GB", "model", 4, 1, 1),
         pytest.param("model", "12GB", "model", 2, 2, 1, marks=pytest.mark.slow),
-        ("model", "6GB", "model", 1, 4, 1),
+        pytest.param("model", "6GB", "model", 1, 4, 1, marks=pytest.mark.slow),
         ("model", "5GB", "block", 2, 2, 3),
         pytest.param("block", "3GB", "block", 1, 4, 3, marks=pytest.mark.slow),
         ("block", "1.1GB", "half", 1, 4, 6),  # which need an array more

@@ -1,0 +1,109 @@
+"""Which rates a window is tried at, from what its tries before came to."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from lit_recon.activations.datamodule import Errors
+from lit_recon.reconstruction.rate_search import FURTHEST, ProbedRates, RateSearch, RetryRates, Try, kind_of, share_left
+
+BEFORE = Errors(1.0, 1.0)
+
+
+def tried(rate: float, left: float, **settings: object) -> Try:
+    """A try that leaves a share of both errors."""
+    errors = Errors(left, left)
+    settings = {"diverged": False, "steps": 8, "lost": 0.0} | settings
+    return Try(rate=rate, before=BEFORE, held_out=errors, calibration=errors, **settings)
+
+
+def rates(search: RateSearch, left: Callable[[float], float], kind: str = "block_#", **settings: object) -> list[float]:
+    """The rates of a window of which a rate leaves a share; what is best is learnt, as a fit does."""
+    tries: list[Try] = []
+    while (rate := search.next(kind, tries)) is not None:
+        tries.append(tried(rate, left(rate), **settings))
+        assert len(tries) < 30, "without end"
+    if accepted := [one for one in tries if one.accepted]:
+        best = min(accepted, key=lambda one: one.left)
+        search.learn(kind, best.rate, best.left)
+    return [one.rate for one in tries]
+
+
+def valley(best: float, depth: float = 0.5) -> Callable[[float], float]:
+    """An error that is smallest at a rate, and grows with every halving and doubling."""
+    return lambda rate: 1 - depth * 0.8 ** abs(math.log2(rate / best))
+
+
+def test_retries_go_through_the_rates_until_one_is_accepted() -> None:
+    search = RetryRates((1 / 4, 1 / 16))
+    assert rates(search, lambda rate: 0.9) == [1]
+    assert rates(search, lambda rate: 0.9 if rate <= 1 / 4 else 1.1) == [1, 1 / 4]
+    assert rates(search, lambda rate: 1.1) == [1, 1 / 4, 1 / 16]
+    assert rates(search, lambda rate: 1.1, diverged=True, steps=0) == [1, 1 / 4, 1 / 16]
+    assert rates(RetryRates(()), lambda rate: 1.1) == [1]
+    assert rates(search, lambda rate: 1.1, lost=1.0) == [1], "of smaller steps rounding takes all the more"
+    assert rates(search, lambda rate: 1.1, steps=0) == [1], "no step, so nothing that a rate could change"
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (1, [1, 1 / 2, 2]),
+        (1 / 2, [1, 1 / 2, 1 / 4]),
+        (1 / 16, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]),
+        (2, [1, 1 / 2, 2, 4]),
+        (8, [1, 1 / 2, 2, 4, 8, 16]),
+    ],
+)
+def test_a_probe_goes_down_until_it_is_worse_or_up_where_the_half_is_worse(best: float, expected: list[float]) -> None:
+    search = ProbedRates()
+    assert rates(search, valley(best)) == expected
+    assert rates(search, valley(best)) == [best], "the next window is fitted once, at the rate that was found"
+
+
+def test_a_probe_that_nothing_improves_goes_down_to_the_smallest_rate_and_ends() -> None:
+    search = ProbedRates()
+    expected = [2.0**-index for index in range(9)]
+    assert expected[-1] == FURTHEST
+    assert rates(search, lambda rate: 1 + rate) == expected
+    assert rates(search, lambda rate: 1 + rate) == expected, "nothing was learnt"
+    assert rates(search, lambda rate: 1 - rate if rate < 1 / 8 else 2) == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_a_probe_ends_where_rates_make_no_difference() -> None:
+    assert rates(ProbedRates(), lambda rate: 0.8) == [1, 1 / 2, 2]
+    assert rates(ProbedRates(), lambda rate: 0.8, steps=0) == [1]
+
+
+def test_a_window_that_gains_far_less_than_those_before_is_compared_with_its_neighbours() -> None:
+    search = ProbedRates()
+    assert rates(search, valley(1 / 4)) == [1, 1 / 2, 1 / 4, 1 / 8]
+    assert rates(search, lambda rate: 1 - 0.5 * 0.26) == [1 / 4], "a bit more than a quarter of the usual gain"
+    search = ProbedRates()
+    rates(search, valley(1 / 4))
+    assert rates(search, valley(1 / 4, depth=0.1)) == [1 / 4, 1 / 8, 1 / 2], "neither is better"
+    assert rates(search, valley(1 / 4)) == [1 / 4]
+    search = ProbedRates()
+    rates(search, valley(1 / 4))
+    assert rates(search, valley(1 / 16, depth=0.12)) == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert rates(search, valley(1 / 16)) == [1 / 16], "what it found is carried on"
+    assert rates(search, lambda rate: 1.1 if rate > 1 / 32 else 0.9)[:2] == [1 / 16, 1 / 32], "one that is not accepted"
+
+
+def test_each_kind_of_window_has_a_rate_of_its_own() -> None:
+    search = ProbedRates()
+    rates(search, valley(1 / 4), "half_#_mlp")
+    assert rates(search, valley(1), "half_#_attention") == [1, 1 / 2, 2]
+    assert rates(search, valley(1 / 4), "half_#_mlp") == [1 / 4]
+    names = ["block_03.mlp.up_proj", "block_11.mlp.up_proj"]
+    assert len({kind_of(name, "relative error") for name in names}) == 1
+    assert kind_of(names[0], "relative error") != kind_of("block_03.mlp.gate_proj", "relative error")
+    assert kind_of("block_29", "relative error") != kind_of("block_29", "KL divergence"), "the last one, with a head"
+
+
+def test_what_is_left_is_the_geometric_mean_of_both_errors() -> None:
+    assert share_left(Errors(2.0, 0.5), Errors(1.0, 0.25)) == pytest.approx(0.5)
+    assert share_left(Errors(4.0, 1.0), Errors(1.0, 1.0)) == pytest.approx(0.5)
+    assert share_left(Errors(4.0, 0.0), Errors(1.0, 0.0)) == pytest.approx(0.5), "nothing to win of a typical token"
+    assert tried(1, 0.5, diverged=True).left == math.inf
