@@ -23,6 +23,7 @@ from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
@@ -100,6 +101,8 @@ def _check_walk(
             f"walk={walk} with {callable_name(module)} (module=least_squares), which solves for single matrices: use "
             "module=masked_weights, or walk=local."
         )
+    elif module and getattr(module, "func", module) is Untrained:
+        problems.add(f"walk={walk} with module=none, which trains nothing: leave walk out, or choose another module.")
     elif module and retraining and not _takes(module, "loss"):
         problems.add(f"walk={walk}: {callable_name(module)} takes no loss, by which all layers are trained at once.")
     if walk == "global" and isinstance(windows, Partition) and (windows.by == WindowKind.MATRIX or windows.head):

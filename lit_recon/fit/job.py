@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class Method:
     allow_unscored: bool
     walk: str = "local"
     retraining: Retraining = Retraining()
+
+    @property
+    def retraining_schedule(self) -> Schedule:
+        """How long all layers are trained at once."""
+        epochs = self.retraining.max_epochs
+        return self.schedule if epochs is None else replace(self.schedule, epochs=epochs)
 
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""

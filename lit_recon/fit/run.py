@@ -138,7 +138,8 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     except ValueError as error:
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
-    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
+    steps = commit.state["fit"]["step"] if commit and commit.state["fit"] else 0
+    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done, steps=steps).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
     facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"

@@ -16,6 +16,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
 from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
+from lit_recon.fit.plan.global_fit import NONE, GlobalFit, plan_global_fit
 from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
@@ -40,12 +41,16 @@ class Workload:
         evaluation_tokens: Tokens of one evaluation; three are made.
         needs_gram: Whether single matrices are solved for from normal equations.
         module: Makes the LightningModule that says what is trained; None: all of a window.
+        prunes_only: Whether windows are pruned only.
+        retraining: How long all layers are trained at once; None: not at all.
     """
 
     schedule: Schedule
     evaluation_tokens: int
     needs_gram: bool = False
     module: Callable[..., LightningModule] | None = None
+    prunes_only: bool = False
+    retraining: Schedule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class Plan:
         walk_peak_bytes: The same of the walk alone.
         peaks_by_kind: The same for each kind of window.
         own_by_kind: Of the run, without what is mapped, which goes when memory is short.
+        global_fit: What the fit of all layers at once takes, which is among these.
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
@@ -80,6 +86,7 @@ class Plan:
     walk_peak_bytes: int
     peaks_by_kind: dict[str, int]
     own_by_kind: dict[str, int]
+    global_fit: GlobalFit
     mapped_bytes: int
     disk_bytes: int
     seconds: float
@@ -95,6 +102,11 @@ def steps_per_window(num_samples: int, batch_size: int, schedule: Schedule) -> i
     batches = -(-num_samples // batch_size)
     steps = schedule.epochs * -(-batches // schedule.accumulate) if schedule.epochs > 0 else schedule.max_steps
     return steps if schedule.max_steps < 0 else min(steps, schedule.max_steps)
+
+
+def batches_of(num_samples: int, batch_size: int, schedule: Schedule) -> int:
+    """Batches that a window is trained on, about."""
+    return steps_per_window(num_samples, batch_size, schedule) * schedule.accumulate
 
 
 def make_plan(
@@ -142,24 +154,51 @@ def make_plan(
         masters *= 2 if chain.recompute else 1
         peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
         owned[name] = own + masters + max(training, at_once, evaluation)
+    again = _planned_global_fit(session, work, [blocks[repr(layer)] for layer in layers], batch_size)
+    after_walk = own - array_bytes.memory  # hidden states of all samples are gone
+    for one in peaks:
+        peaks[one] = max(peaks[one], after_walk + shared + again.own_bytes + again.mapped_bytes)
+        owned[one] = max(owned[one], after_walk + again.own_bytes)
     name = name_of(kind, size)
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     forward = sum(blocks[repr(layer)].seconds for layer in layers)
     return Plan(
-        windows=len(windows),
+        windows=session.num_fits,
         **_counts(session),
         steps=steps_per_window(chain.passes.batching.num_samples, batch_size, work.schedule),
+        global_fit=again,
         peak_bytes=max(peaks[name], evaluated),
         walk_peak_bytes=peaks[name],
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(session, array_bytes, linked=linked) + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind),
+        disk_bytes=_disk_bytes(session, array_bytes, linked=linked)
+        + again.disk_bytes
+        + (single.disk if kind == WindowKind.MATRIX else 0),
+        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
     )
 
 
-def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done: int) -> dict[str, str]:
+def _planned_global_fit(
+    session: Session, work: Workload, profiles: Sequence[LayerProfile], batch_size: int
+) -> GlobalFit:
+    """What the fit of all layers at once will take; nothing where there is none."""
+    if session.retrained is None or work.retraining is None:
+        return NONE
+    num_samples = session.chain.passes.batching.num_samples
+    return plan_global_fit(
+        session,
+        profiles,
+        batch_size=batch_size,
+        steps=steps_per_window(num_samples, batch_size, work.retraining),
+        batches=batches_of(num_samples, batch_size, work.retraining),
+        head_bytes=_head_bytes(session.chain, work, has_loss=True)[1],
+    )
+
+
+def describe_plan(
+    job: Job, plan: Plan, session: Session, protocol: str, *, done: int, steps: int = 0
+) -> dict[str, str]:
     """What a run will do and what it takes, as lines by their names.
 
     Args:
@@ -168,6 +207,7 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         session: Its model, cut into windows.
         protocol: How perplexity is measured.
         done: Windows that are done, of a run that is resumed.
+        steps: Steps of the fit of all layers at once that are done.
     """
     samples, compute = job.samples, job.execution.compute
     halves = [window for window in session.windows if isinstance(window, HalfWindow)]
@@ -181,7 +221,7 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
         + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
-        "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
+        "reconstruct": f"{len(session.windows)} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
@@ -193,8 +233,15 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output.folder),
     }
+    if job.method.walk == "global":
+        lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
+    if session.retrained:
+        settings = job.method.retraining.describe()
+        lines["retrain"] = f"all layers at once, {plan.global_fit.steps} steps, {settings['retraining_loss']}, on the "
+        lines["retrain"] += f"same tokens, at {settings['retraining_rate']} of the learning rate"
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
+        lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""
     return lines
 
 
@@ -255,13 +302,8 @@ def _windows_bytes(
 
 
 def _training_bytes(profile: LayerProfile) -> int:
-    """Memory of a window besides its weights, and what the backward keeps of a batch.
-
-    In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the boolean
-    mask. Autocast's copies in 16 bits are among what the backward keeps.
-    """
-    masks = profile.masked * _FLOAT32 + profile.parameters
-    return profile.trained * 3 * _FLOAT32 + masks + profile.changed * profile.weight_bytes + profile.saved_bytes
+    """Memory of a window besides its weights, and what the backward keeps of a batch."""
+    return profile.training_bytes + profile.saved_bytes
 
 
 def _single_bytes(
@@ -333,12 +375,13 @@ def _seconds_of_run(
     batch_size: int,
     largest: int,
     kind: str,
+    trained_at_once: float,
 ) -> float:
     """Seconds of walk and evaluation, from those of all layers' forward on a batch."""
     passes = chain.passes
     head = passes.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
-    trained = steps_per_window(num_samples, batch_size, work.schedule) * work.schedule.accumulate * batch_size
+    trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
     over_all = chain.propagation.passes
     if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.one_source:
         over_all += not chain.propagation.independent
@@ -347,7 +390,7 @@ def _seconds_of_run(
         over_all += inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after.
     samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
-    evaluated = 3 * work.evaluation_tokens / passes.tokens_ST.shape[1]
+    evaluated = trained_at_once + 3 * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
 

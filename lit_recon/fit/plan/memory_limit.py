@@ -60,7 +60,14 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
     samples, method = job.samples, job.method
     return make_plan(
         session,
-        Workload(method.schedule, samples.evaluation_ST.numel(), needs_gram(method.module), _known(method.module)),
+        Workload(
+            method.schedule,
+            samples.evaluation_ST.numel(),
+            needs_gram(method.module),
+            _known(method.module),
+            prunes_only=method.walk == "global",
+            retraining=method.retraining_schedule,
+        ),
         kind=method.windows.by,
         size=method.windows.blocks,
         batch_size=batch_size or job.execution.batch_size,

@@ -1,0 +1,70 @@
+"""Estimate of the fit of all layers at once: bytes, seconds and steps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lit_recon.fit.plan.layer_profile import LayerProfile
+from lit_recon.fit.session import Session
+
+_FLOAT32 = 4
+_BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
+
+
+class GlobalFit(NamedTuple):
+    """What the fit of all layers at once will take.
+
+    Attributes:
+        own_bytes: Memory besides what the process has when the walk is over.
+        mapped_bytes: What the teacher looks at in the model's files.
+        disk_bytes: The states that are committed within it, two at a time and a third that is written.
+        samples: As many forwards of a sample through all layers take the same time.
+        steps: Of the optimizer.
+    """
+
+    own_bytes: int
+    mapped_bytes: int
+    disk_bytes: int
+    samples: float
+    steps: int
+
+
+NONE = GlobalFit(0, 0, 0, 0, 0)
+
+
+def plan_global_fit(
+    session: Session, profiles: Sequence[LayerProfile], *, batch_size: int, steps: int, batches: int, head_bytes: int
+) -> GlobalFit:
+    """Estimate the fit of all layers at once, of a session that has one.
+
+    Args:
+        session: The model.
+        profiles: What one batch of each layer showed.
+        batch_size: Samples per batch.
+        steps: Of the optimizer.
+        batches: For which the gradient is computed.
+        head_bytes: What a loss on the logits takes.
+    """
+    retrained, passes = session.retrained, session.chain.passes
+    assert retrained is not None
+    window, data = retrained.window, retrained.data
+    parameters = [profile.parameters for profile in profiles]
+    width = passes.decoder.model.config.get_text_config().hidden_size
+    states = batch_size * passes.tokens_ST.shape[1] * width * _FLOAT32 * len(profiles)
+    saved = [profile.saved_bytes for profile in profiles]
+    own = _FLOAT32 * sum(parameters) + sum(profile.training_bytes for profile in profiles)
+    own += states + max(saved) if window.checkpoint_layers else sum(saved)
+    own += head_bytes if window.head else 0
+    own += 4 * states if data.targets == "all states" else 0  # outputs, targets, their difference and its square
+    has_teacher = data.targets != "tokens"
+    own += _FLOAT32 * max(parameters) if has_teacher and profiles[0].weight_bytes < _FLOAT32 else 0  # one layer
+    mapped = sum(profile.parameters * profile.weight_bytes for profile in profiles) if session.weights.files else 0
+    trained = sum(profile.trained for profile in profiles)
+    forwards = 1 + has_teacher + window.checkpoint_layers + _BACKWARD
+    measured = 4 * passes.num_held_out * (1 + has_teacher)  # before and after, on twice as many
+    return GlobalFit(
+        own_bytes=own,
+        mapped_bytes=mapped if has_teacher else 0,
+        disk_bytes=3 * 3 * _FLOAT32 * trained,
+        samples=batches * batch_size * forwards + measured,
+        steps=steps,
+    )
