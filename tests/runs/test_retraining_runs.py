@@ -60,7 +60,7 @@ class _Stop:
         monkeypatch.setattr(ResumePoint, "on_steps", then_stop)
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_fit_of_all_layers_is_resumed_from_its_steps_and_ends_with_the_same_bytes(
     tiny_run: Run, run_once: Run, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
