@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from lit_recon.model.windows import Window as Window
     from lit_recon.modules.least_squares import LeastSquares as LeastSquares
     from lit_recon.modules.losses import mean_squared as mean_squared
+    from lit_recon.modules.mask_lora import MaskLora as MaskLora
     from lit_recon.modules.masked_weights import MaskedWeights as MaskedWeights
+    from lit_recon.modules.norms_biases import NormsBiases as NormsBiases
+    from lit_recon.modules.untrained import Untrained as Untrained
     from lit_recon.pruning.criteria import Criterion as Criterion
     from lit_recon.pruning.criteria.magnitude import Magnitude as Magnitude
     from lit_recon.pruning.criteria.wanda import Wanda as Wanda
@@ -60,7 +63,10 @@ _MODULES = {
     "model.windows": ("Window",),
     "modules.least_squares": ("LeastSquares",),
     "modules.losses": ("mean_squared",),
+    "modules.mask_lora": ("MaskLora",),
     "modules.masked_weights": ("MaskedWeights",),
+    "modules.norms_biases": ("NormsBiases",),
+    "modules.untrained": ("Untrained",),
     "pruning.criteria": ("Criterion",),
     "pruning.criteria.magnitude": ("Magnitude",),
     "pruning.criteria.wanda": ("Wanda",),

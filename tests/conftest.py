@@ -142,7 +142,7 @@ def chain_of(
     """A chain at the model's first layer, on the CPU in float32."""
     decoder = Decoder(model, CPU.device)
     passes = Passes(decoder, tokens_ST, num_samples=num_samples, batch_size=batch_size, compute=CPU, store=store)
-    return Chain(passes, propagation, recompute=recompute)
+    return Chain(passes, propagation or Propagation(inputs="dense"), recompute=recompute)
 
 
 def assert_close(values: Tensor, expected: Tensor, what: str = "values") -> None:

@@ -33,7 +33,7 @@ class Propagation:
         mix: Share of the dense chain in mixed inputs.
     """
 
-    inputs: str = "dense"
+    inputs: str = "sparse"
     targets: str = "dense"
     statistics: str = "dense"
     mix: float = 0.5

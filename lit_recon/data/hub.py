@@ -164,20 +164,19 @@ def read_rows(load: Callable[[], Iterable[Mapping[str, Any]]], field: str, *, or
         for row in _without_deep_json(load):
             check_field(field, row)
             yield read_document(row, field)
-    except StopIteration:  # what `datasets` raises where the first file is empty
-        return
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, hub_errors.HTTPError) as error:
         raise ValueError(f"{origin}: {_explanation(error)}") from error
 
 
 def _without_deep_json(load: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
     """Rows of a data set; a ValueError where JSON is nested so deeply that to read it would end the process."""
-    with _shallow_json():
-        left = iter(load())
+    left = None
     while True:
-        with _shallow_json():
-            row = next(left, None)
-        if row is None:
+        try:
+            with _shallow_json():
+                left = left or iter(load())
+                row = next(left)
+        except StopIteration:  # which `datasets` also raises where the first file is empty
             return
         yield row
 

@@ -7,6 +7,7 @@ resume_config.py   the configuration of a run that is resumed
 annotations.py     types of settings, by the annotations of what they are given to
 moved.py           paths from before version 0.3.0
 rehearsal.py       one training step of a tiny window, before anything is written
+samples.py         samples of its source of text, which the dense model may generate
 checks.py          rules between settings, and between settings and a model
 job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report

@@ -143,9 +143,10 @@ def _hydra_that_raises() -> Iterator[bool]:
 def in_grammar(arguments: Sequence[str]) -> list[str]:
     """The command line so that Hydra reads it as it was meant."""
     sweep = any(word in ("-m", "--multirun") or re.match(r"\+?experiment=", word) for word in arguments)
-    renamed = [re.sub(r"^([+~]*)module\.loss\.", r"\1loss.", word) for word in arguments]  # its name up to 0.4
-    texts = [name for name in (word.partition("=")[0].lstrip("+") for word in renamed) if is_text(name)]
-    return [in_hydras_grammar(word, texts=texts, sweep=sweep) for word in renamed]
+    words = [re.sub(r"^([+~]*)module\.loss\.", r"\1loss.", word) for word in arguments]  # its name up to 0.4
+    names = (word.partition("=")[0].lstrip("+") for word in words)
+    texts = [name for name in names if is_text(name)]
+    return [in_hydras_grammar(word, texts=texts, sweep=sweep) for word in words]
 
 
 def explain_override(error: Exception, arguments: Sequence[str], conf: Path) -> str:

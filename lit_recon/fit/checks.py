@@ -21,11 +21,15 @@ from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
+from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.trained import trained_by
 from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
+from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
 from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems
@@ -41,6 +45,7 @@ def check_settings(
     propagation: Propagation | None,
     store: StoreSettings | None,
     prune_by: str,
+    fitting: FitSettings | None,
     trainer: dict[str, Any],
     walk: str = "local",
     retraining: Retraining | None = None,
@@ -59,6 +64,11 @@ def check_settings(
                 "module.token_weights with windows=matrix: single matrices are trained on rows of their inputs, which "
                 "are no tokens of samples; use windows=half or block."
             )
+        if by_matrix and _is(module, NormsBiases):
+            problems.add(
+                f"{callable_name(module)} (module=norms_biases) with windows=matrix: a single matrix has neither norms "
+                "nor biases; use windows=half, block, blocks or model."
+            )
         if propagation and prunes_apart(prune_by, propagation) and by_matrix and prune_by == WindowKind.HALF:
             problems.add(
                 "prune_by=half with windows=matrix and chain.statistics=sparse: single matrices are pruned in layers "
@@ -68,12 +78,23 @@ def check_settings(
             problems.check(check_targets, windows.by, store.targets)
     if prune_by not in PRUNE_BY:
         problems.add(f"prune_by={prune_by}: expected one of {', '.join(PRUNE_BY)}.")
+    if fitting and fitting.start != "none" and module and needs_gram(module):
+        problems.add(
+            f"start={fitting.start} with {callable_name(module)} (module=least_squares): both solve for each matrix; "
+            "leave start out, or use another module."
+        )
     if isinstance(module, partial):
         clipped = trainer.get("gradient_clip_val") if trainer["precision"] == "16-mixed" else None
         check_optimizer(module, problems, clipped=clipped)
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
+
+
+def _is(module: Callable[..., Any] | None, kind: type) -> bool:
+    """Whether a module, or the class of a partial call, is of a kind."""
+    made = getattr(module, "func", module)
+    return inspect.isclass(made) and issubclass(made, kind)
 
 
 def _check_walk(
@@ -181,13 +202,25 @@ def check_windows(
     """Check that a method fits the windows of a loaded model.
 
     Raises:
-        ValueError: Pruning windows overlap with windows in part, targets cannot be recomputed, or a matrix cannot be
-            scored.
+        ValueError: Pruning windows overlap with windows in part, targets cannot be recomputed, a matrix cannot be
+            scored, or windows that are to be solved for are not dense when they are pruned.
     """
     check_nested(pruning_windows, windows)
+    if method.fitting.start != "none" and _are_smaller(pruning_windows, windows):
+        raise ValueError(
+            f"start={method.fitting.start} with prune_by={method.prune_by} and windows={method.windows.by}: a window "
+            "is solved for while it is dense, and this prunes parts of it one after the other; use prune_by=window."
+        )
     check_halves(windows, method.propagation, recompute=recompute)
     layers = {id(window.enclosing): window.enclosing for window in windows}.values()
     check_scored([matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.allow_unscored)
+
+
+def _are_smaller(pruning_windows: Sequence[Window], windows: Sequence[AnyWindow]) -> bool:
+    """Whether a window is pruned in several pruning windows."""
+    pruned = [{matrix.name for matrix in one.matrices()} for one in pruning_windows]
+    fitted = [{matrix.name for matrix in one.enclosing.matrices()} for one in windows]
+    return any(one < other for one in pruned for other in fitted)
 
 
 def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
@@ -223,9 +256,9 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
-    layer = layer_windows(model)[0]
-    window = MatrixWindow(layer.matrices()[0], layer) if single else layer
-    masks = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in window.matrices()}
+    layers = list({repr(layer): layer for layer in layer_windows(model)}.values())  # one of each kind
+    windows = [MatrixWindow(layer.matrices()[0], layer) if single else layer for layer in layers]
+    window, masks = windows[0], _ones(windows[0])
     function = getattr(module, "func", module)  # of a class, its constructor's signature, which names what is wrong
     try:
         inspect.signature(function).bind(window, masks, 1.0, **getattr(module, "keywords", {}))
@@ -233,7 +266,20 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         raise ValueError(f"module: {error}") from error
     maker = function.__init__ if inspect.isclass(function) else function
     if (getattr(maker, "__module__", None) or "").startswith("lit_recon."):  # others may look at the window
-        module(window, masks, 1.0)
+        made = [module(one, _ones(one), 1.0) for one in windows]
+        for one in made:
+            if isinstance(one, MaskLora):
+                one.check_rank()
+        if not _is(module, Untrained) and not any(map(trained_by, made, windows)):
+            raise ValueError(
+                f"{callable_name(module)}: the layers of {type(model).__name__} have nothing that it trains; use "
+                "module.train_norms=true, or another module (module=none trains nothing)."
+            )
+
+
+def _ones(window: AnyWindow) -> dict[str, torch.Tensor]:
+    """Masks of a window that keep all."""
+    return {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in window.matrices()}
 
 
 def check_optimizer(module: "partial[Any]", problems: Problems, *, clipped: float | None) -> None:

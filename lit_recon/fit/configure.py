@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -22,7 +21,6 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
-from lit_recon.data.generation import DenseModel
 from lit_recon.data.source import TextSource
 from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
@@ -32,8 +30,8 @@ from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writabl
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
-from lit_recon.fit.signature import model_signature
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
@@ -41,7 +39,6 @@ from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
-from lit_recon.system.cache import cache_folder
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute
 
@@ -143,8 +140,7 @@ def prepare(cfg: DictConfig) -> Job:
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        given = {"model": _dense_model(model, execution.compute.device)} if source.needs_model else {}
-        samples = source.samples(tokenizer, seed=call["seed"], cache=cache_folder(), **given)
+        samples = make_samples(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -169,14 +165,6 @@ def prepare(cfg: DictConfig) -> Job:
     )
 
 
-def _dense_model(model: LanguageModel, device: torch.device) -> DenseModel:
-    """The dense model for a source that generates text, loaded apart from the run's and only where it must be."""
-    return DenseModel(
-        signature=lambda: model_signature(model, device),
-        load=lambda: model.load().to(device),  # type: ignore[arg-type]
-    )
-
-
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
     call = check_call(cfg, problems)
@@ -197,6 +185,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             propagation=parts["chain"],
             store=parts["store"],
             prune_by=call["prune_by"],
+            fitting=fitting,
             trainer=trainer,
             walk=call.get("walk", "local"),
             retraining=parts["retraining"],

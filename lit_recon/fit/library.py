@@ -278,7 +278,9 @@ def _checked(
         ValueError: They do not fit each other.
     """
     problems, make = Problems(), partial(Trainer, **settings)
-    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "walk", "retraining")}
+    related = {
+        name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
+    }
     check_settings(problems, **related, store=store, trainer=settings)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

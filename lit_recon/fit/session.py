@@ -4,7 +4,7 @@ The command and the library open one in the same way, and `reconstruct` walks ov
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,12 +170,12 @@ def reconstruct(
     }
     results = list(done)
     if len(done) < len(session.windows):
-        module = Untrained if method.walk == "global" else method.module
+        reconstructs: Any = Untrained if method.walk == "global" else method.module
         results = walk(
             windows_left(session.windows, len(done), execution.stop_after),
             chain=session.chain,
             pruner=session.pruner,
-            fitter=WindowFitter(module, **settings, search=_search(method)),
+            fitter=WindowFitter(reconstructs, **settings, search=_search(method, session.windows)),
             weights=session.weights,
             callbacks=callbacks,
             done=done,
@@ -184,19 +184,22 @@ def reconstruct(
     if session.retrained is None or len(results) != len(session.windows) or stops:
         return results
     session.chain.forget()
-    make, scale = partial(method.module, loss=method.retraining.loss), method.retraining.rate
+    module, search = partial(method.module, loss=method.retraining.loss), _search(method, [session.retrained.window])
+    scale = method.retraining.rate
     return retrain(
         session.retrained,
         masks,
-        fitter=WindowFitter(make, **settings, search=_search(method), scale=scale, commits=commits),
+        fitter=WindowFitter(module, **settings, search=search, scale=scale, commits=commits),
         weights=session.weights,
         callbacks=callbacks,
         done=results,
     )
 
 
-def _search(method: Method) -> RateSearch | None:
-    return ProbedRates() if is_probed(method.module) else None
+def _search(method: Method, windows: Iterable[AnyWindow]) -> RateSearch | None:
+    """Says at which rates some windows are tried; None: as their settings do."""
+    probes = is_probed(method.module) and method.fitting.retry_rates
+    return ProbedRates(window.name for window in windows) if probes else None
 
 
 def windows_left(windows: Sequence[AnyWindow], done: int, stop_after: int | None) -> Sequence[AnyWindow]:

@@ -1,4 +1,4 @@
-"""Losses between a window's outputs and its targets: functions to one number per token, whose mean a module takes.
+"""Losses between a window's outputs and its targets: one number per token, of which a module takes the mean.
 
     loss(outputs_ND, targets_ND, *, energies_N, unit) -> (N)
 

@@ -27,6 +27,7 @@ from lit_recon.model.decoder import patched_forward
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.rates import root_mean_square
 
 Variant = Literal["mask", "spp", "hadamard", "lora_then_mask"]
 
@@ -66,6 +67,12 @@ class Adapter(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """What the window computes with in place of the weight."""
         return self._changed(weight, masked=self.variant != "lora_then_mask")
+
+    def size(self) -> float:
+        """The size of B at which s (B A), of A as it is drawn, is as large as the weight; of spp, as large as 1."""
+        rank = 1 if self.variant == "spp" else self.A_ERI.shape[1]
+        weight = 1.0 if self.variant == "spp" else root_mean_square(self.matrix.weight)
+        return weight / (self.scale * math.sqrt(rank) * root_mean_square(self.A_ERI))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -124,6 +131,16 @@ class MaskLora(MaskedWeights):
         self._adapters = [make(matrix, masks[matrix.name]) for matrix in window.matrices() if matrix.name in masks]
         self.adapters = nn.ModuleList(self._adapters)  # so that they move to the device
 
+    def check_rank(self) -> None:
+        """Raise a ValueError for a rank above that of a matrix."""
+        for adapter in self._adapters:
+            (_, rank, inputs), outputs = adapter.A_ERI.shape, adapter.B_EOR.shape[1]
+            if rank > min(outputs, inputs):
+                raise ValueError(
+                    f"module.rank={rank}: {adapter.matrix.name} has {outputs} x {inputs} weights; expected a rank of "
+                    f"at most {min(outputs, inputs)}, that of the matrix itself."
+                )
+
     def trained(self) -> list[nn.Parameter]:
         """What is trained: the changes, norms and biases."""
         return [*self.adapters.parameters(), *self.vectors]
@@ -131,6 +148,10 @@ class MaskLora(MaskedWeights):
     def changed(self) -> list[nn.Parameter]:
         """What is changed of the window: the matrices, norms and biases."""
         return [*(adapter.matrix.weight for adapter in self._adapters), *self.vectors]
+
+    def sizes(self) -> dict[Tensor, float]:
+        """Of each B, which is zero at the start, the size at which the change is as large as the weight."""
+        return {adapter.B_EOR: adapter.size() for adapter in self._adapters if adapter.variant != "hadamard"}
 
     @contextmanager
     def attached(self) -> Iterator[None]:

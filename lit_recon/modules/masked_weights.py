@@ -23,10 +23,11 @@ from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.losses import mean_squared, with_head
-from lit_recon.modules.rates import make_optimizer
+from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-ADAMW = partial(AdamW, lr=2e-3, eps=1e-15, weight_decay=0.0, fused=True)  # conf/module/masked_weights.yaml
+# conf/optimizer/adamw.yaml
+ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
 
 
 class MaskedWeights(LightningModule):
@@ -67,10 +68,10 @@ class MaskedWeights(LightningModule):
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
         loss: Callable[..., Tensor] = mean_squared,
-        train_norms: bool = True,
-        train_biases: bool = True,
         token_weights: Callable[[Batch], Tensor] | None = None,
         anchor: float = 0.0,
+        train_norms: bool = True,
+        train_biases: bool = True,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -81,13 +82,12 @@ class MaskedWeights(LightningModule):
         self.unit = unit
         self.loss = with_head(loss, window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
+        self._token_weights, self._anchor = token_weights, anchor
+        self._start: list[Tensor] = []  # of what is trained, where that is pulled there
         norms, biases = vectors(window)
         self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
         self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
-        self._token_weights: Callable[[Batch], Tensor] | None = token_weights
-        self._anchor = anchor
-        self._start: list[Tensor] = []  # copies of what is trained, with an anchor
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             # In the gradient's dtype: multiplying by a boolean takes four times as long.
@@ -100,6 +100,10 @@ class MaskedWeights(LightningModule):
     def changed(self) -> list[nn.Parameter]:
         """What is changed of the window: what is trained."""
         return self.trained()
+
+    def sizes(self) -> dict[Tensor, float]:
+        """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
+        return {}
 
     def forward(self, batch: Batch) -> Tensor:
         """The window's outputs, (B, T, D)."""
@@ -170,7 +174,7 @@ class MaskedWeights(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters of the window, and its schedule over the steps of this fit."""
         trained = [parameter for parameter in self.trained() if parameter.requires_grad]
-        optimizer = make_optimizer(self._make_optimizer, trained)
+        optimizer = make_optimizer(self._make_optimizer, trained, self.sizes())
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -5,7 +5,7 @@ of Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own r
 found by trying (reconstruction/rate_search.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from statistics import median
@@ -29,12 +29,15 @@ def is_probed(make: Callable[..., Any]) -> bool:
     return False
 
 
-def make_optimizer(make: Callable[..., Optimizer], parameters: Sequence[Tensor]) -> Optimizer:
+def make_optimizer(
+    make: Callable[..., Optimizer], parameters: Sequence[Tensor], sizes: Mapping[Tensor, float] | None = None
+) -> Optimizer:
     """An optimizer over matrices, with norms and biases in groups of their own, which no weight decay pulls to zero.
 
     Args:
         make: Makes it from parameters or their groups; with `lr=probe` each parameter has a rate of its own.
         parameters: What is trained.
+        sizes: What counts as the root mean square of some of them, with `lr=probe`; of the others, their own.
     """
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == wide] for wide in (True, False))
     given: dict[str, Any] = getattr(make, "keywords", {})
@@ -43,7 +46,7 @@ def make_optimizer(make: Callable[..., Optimizer], parameters: Sequence[Tensor])
         kinds: list[tuple[list[Tensor], dict[str, float]]] = [(matrices, {}), (vectors, undecayed)]
         return make([{"params": members} | own for members, own in kinds if members])
     assert isinstance(make, partial)
-    rates = relative_rates([*matrices, *vectors])
+    rates = relative_rates([*matrices, *vectors], sizes)
     settings = {name: value for name, value in given.items() if name != "lr"}
     groups = [
         {"params": [one], "lr": rate} | (undecayed if one.dim() < 2 else {})
@@ -52,12 +55,16 @@ def make_optimizer(make: Callable[..., Optimizer], parameters: Sequence[Tensor])
     return make.func(groups, *make.args, **settings, lr=REFERENCE)
 
 
-@torch.no_grad()
-def relative_rates(parameters: Sequence[Tensor]) -> list[float]:
-    """REFERENCE times the root mean square of what is not zero in each parameter; of one that is zero, the median's."""
-    found = []
-    for one in parameters:
-        kept = one.count_nonzero()
-        found.append((one.float().square().sum() / kept).sqrt().item() if kept else 0.0)
+def relative_rates(parameters: Sequence[Tensor], sizes: Mapping[Tensor, float] | None = None) -> list[float]:
+    """REFERENCE times the size of each parameter: its `root_mean_square`; of one that is zero, the median's."""
+    known = sizes or {}
+    found = [known[one] if one in known else root_mean_square(one) for one in parameters]
     usual = median([value for value in found if value] or [1.0])
     return [REFERENCE * (value or usual) for value in found]
+
+
+@torch.no_grad()
+def root_mean_square(weight: Tensor) -> float:
+    """Of what is not zero in a parameter; 0 where all is."""
+    kept = weight.count_nonzero()
+    return (weight.float().square().sum() / kept).sqrt().item() if kept else 0.0

@@ -13,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
+from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.rate_search import Try
 
 
@@ -53,6 +54,14 @@ class FitCommits:
         self.resumed = state
         self.tries: Sequence[Try] = []
         self.best_weights: Sequence[Tensor] = []
+
+    def begin(self, weights: FittedWeights) -> tuple[list[Try], Sequence[Tensor]]:
+        """The tries before the one in which the fit is resumed, and the best weights so far; none where it starts."""
+        if self.resumed is None:
+            return [], weights.start
+        best_weights = self.resumed.best_weights or weights.start
+        weights.restore(best_weights)
+        return list(self.resumed.tries), best_weights
 
     def callback(self, seed: int, data: Any) -> "StepCommits":
         """The callback of the next try; that of the first one returns to the state from which the fit is resumed.

@@ -5,7 +5,8 @@ Rates are factors of the module's own learning rate. A window's tries are judged
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
@@ -13,7 +14,8 @@ from typing import Protocol
 from lit_recon.activations.datamodule import Errors
 
 STEP = 2.0  # between rates that are probed
-FURTHEST = 1 / 256  # the smallest factor that is probed
+FURTHEST = 1 / 256  # the smallest factor that is probed; of a kind whose rate is known, two steps below that
+FEW = 12  # windows of a kind, of which no rate is looked for beyond one that is accepted
 FAR_BELOW = 1 / 4  # of the usual gain: a window that gains less is compared with its neighbours in rate
 
 
@@ -89,23 +91,33 @@ class ProbedRates:
 
     The first window is tried at the module's rate and at halves of it until one is worse than the one before, or at
     doubles where the first half is worse. A later window is compared with the neighbouring rates only if it was not
-    accepted, or gained far less than windows of its kind usually do.
+    accepted, or gained far less than windows of its kind usually do. Of a kind with few windows, whose comparison would
+    cost more than it wins, the first rate that is accepted is taken.
+
+    Args:
+        names: Names of all windows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
+        self._numbers = Counter(map(_without_numbers, names))
         self._rate: dict[str, float] = {}
         self._gains: dict[str, list[float]] = {}
 
     def next(self, kind: str, tries: Sequence[Try]) -> float | None:
         """The next rate on the way down, or up where down is worse."""
         if not tries:
-            return self._rate.get(kind, 1.0)
-        if any(one.steps == 0 and not one.diverged for one in tries) or self._is_usual(kind, tries[0]):
+            latest = next(reversed(self._rate.values()), 1.0)
+            return self._rate.get(kind, latest)
+        hopeless = not tries[-1].diverged and (tries[-1].lost == 1 or not tries[-1].steps)  # also at other rates
+        if hopeless or self._is_usual(kind, tries[0]):
+            return None
+        if tries[-1].accepted and self._numbers[kind.partition(",")[0]] < FEW:
             return None
         best = min(tries, key=lambda one: one.left)
         lowest, highest = (choose(one.rate for one in tries) for choose in (min, max))
         if best.rate == lowest or not any(one.accepted for one in tries):
-            return lowest / STEP if lowest / STEP >= FURTHEST else None
+            furthest = self._rate[kind] / STEP**2 if kind in self._rate else FURTHEST
+            return lowest / STEP if lowest / STEP >= furthest else None
         return highest * STEP if best.rate == highest else None
 
     def learn(self, kind: str, rate: float, left: float) -> None:
@@ -120,7 +132,11 @@ class ProbedRates:
 
 def kind_of(name: str, measure: str) -> str:
     """What windows have in common of which the names differ in numbers alone, such as `block_#.mlp.up_proj`."""
-    return f"{re.sub(r'[0-9]+', '#', name)}, {measure}"
+    return f"{_without_numbers(name)}, {measure}"
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"[0-9]+", "#", name)
 
 
 def share_left(before: Errors, after: Errors) -> float:

@@ -201,7 +201,7 @@ class WindowFitter:
         weights = _fitted(module, window, dtypes, start)
         solved = begin(window, start, weights, data, unit, before[1]) if start else None
         origin = solved if solved and solved.accepted else None
-        tries, best_weights = self._resumed(weights)
+        tries, best_weights = self.commits.begin(weights) if self.commits else ([], weights.start)
         best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
         while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
             if tries:
@@ -226,15 +226,6 @@ class WindowFitter:
             self.logger.end_window()
         note = note_on(tries, best, weights.names_of_dtypes(), solved)
         return replace(_result(window, before, tries, best, origin), note=note, measure=window.measure, unit=unit)
-
-    def _resumed(self, weights: FittedWeights) -> tuple[list[Try], Sequence[Tensor]]:
-        """The tries before the one in which a fit is resumed, and the best weights so far; none of one that starts."""
-        state = self.commits.resumed if self.commits else None
-        if state is None:
-            return [], weights.start
-        best_weights = state.best_weights or weights.start
-        weights.restore(best_weights)
-        return list(state.tries), best_weights
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""

@@ -29,7 +29,7 @@ def test_the_state_is_named_and_not_copied(tokens_ST: Tensor) -> None:
 
 def test_another_chains_state_is_refused_with_both(tokens_ST: Tensor) -> None:
     model = tiny_model("llama")
-    state = chain_in(model, tokens_ST, Propagation()).state()
+    state = chain_in(model, tokens_ST, Propagation(inputs="dense")).state()
     with pytest.raises(
         ValueError, match=r"the dense chain, .* they are the dense and sparse chain, 5 x 12 x 32 float32"
     ):

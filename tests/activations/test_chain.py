@@ -185,7 +185,7 @@ def test_inputs_targets_and_statistics_are_those_of_windows_run_by_hand(
             assert_close(torch.cat(watched.rows[name]), seen[name], f"{window.name}: statistics of {name}")
 
         before = [parameter.clone() for parameter in window.shared_with_next()]
-        change(window.trained(), seed=position)
+        change(window.own_parameters(), seed=position)
         chain.advance(window)
         if window.parallel_half:
             added[f"dense {window.parallel_half}"], added[window.parallel_half] = (
@@ -258,7 +258,7 @@ def test_a_perfect_second_half_brings_the_sparse_chain_back_to_the_dense_one(
     windows = layer_windows(chain.passes.decoder.model, by="half")
     for position, window in enumerate(windows[:4]):
         chain.dense_pass(window)
-        change(window.trained(), seed=position)
+        change(window.own_parameters(), seed=position)
         if position == 3:
             break
         chain.advance(window)
@@ -286,7 +286,7 @@ def test_padding_changes_no_input_or_target_where_there_is_text(
         for row, (one, length) in enumerate(zip(alone, LENGTHS, strict=True)):
             assert_close(chain.inputs_STD[row, :length], one.inputs_STD[0], "inputs")
             assert_close(chain.targets_STD[row, :length], one.targets_STD[0], "targets")
-        change(window.trained(), seed=position)
+        change(window.own_parameters(), seed=position)
         for one in (chain, *alone):
             one.advance(window)
 
@@ -308,7 +308,7 @@ def test_padding_counts_neither_in_unit_nor_in_error_nor_in_loss(shape: str, pad
         hidden_BTD, calls = decoder.embed(tokens_BT)
         inputs.append(call_layer(decoder.layers[0], hidden_BTD, calls[0]))
         targets.append(call_layer(decoder.layers[1], inputs[-1], calls[1])[0])
-    change(window.trained(), seed=1)
+    change(window.own_parameters(), seed=1)
     for row, length in enumerate(LENGTHS):
         calls = decoder.embed(padded_ST[row : row + 1, :length])[1]
         outputs.append(call_layer(decoder.layers[1], inputs[row], calls[1])[0])
@@ -337,21 +337,21 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     window = layer_windows(model)[0]
     chain = chain_of(model, padded_ST, CALIBRATION)
     chain.dense_pass(window)
-    change(window.trained(), seed=1)
+    change(window.own_parameters(), seed=1)
     data = Activations.from_chain(chain)
     window.requires_grad_(True)
     trained = module()(window, {}, 1.0)
     trained.log = lambda *_, **__: None
     batch = data.batch(torch.tensor([1, 2]), CPU.device)
     loss = trained.training_step(batch, 0) / batch.weight
-    gradients = torch.autograd.grad(loss, window.trained())
+    gradients = torch.autograd.grad(loss, window.own_parameters())
     errors = []
     for row in (1, 2):
         length = LENGTHS[row]
         calls = chain.passes.decoder.embed(padded_ST[row : row + 1, :length])[1]
         outputs_BTD = window(data.inputs_STD[row : row + 1, :length], calls)
         errors.append((outputs_BTD - data.targets_STD[row : row + 1, :length]).square().flatten())
-    expected = torch.autograd.grad(torch.cat(errors).mean(), window.trained())
+    expected = torch.autograd.grad(torch.cat(errors).mean(), window.own_parameters())
     for gradient, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CPU
 from torch import Tensor
-from walks import CALIBRATION, LENGTH, SAMPLES, Walk, each, name_of, propagation_of, title_of
+from walks import CALIBRATION, LENGTH, SAMPLES, Walk, chain_in, each, name_of, propagation_of, title_of
 
 from lit_recon.activations.gram import SAMPLED, GramSums, NormalEquations
 from lit_recon.activations.matrix_inputs import MatrixInputs
@@ -82,9 +82,7 @@ def test_padding_has_no_energy_and_recomputed_targets_have_that_of_the_kept_ones
 def test_the_energy_of_a_matrix_is_that_of_its_products(shape: str, tokens_ST: Tensor) -> None:
     model = tiny_model(shape)
     windows = [window for window in partition(model, by="matrix") if window.name.startswith("block_00")]
-    walk = Walk("blocks", tokens_ST, Propagation())
-    walk.chain.passes.decoder.model, layer = model, windows[0].enclosing
-    chain = type(walk.chain)(walk.chain.passes)
+    chain, layer = chain_in(model, tokens_ST), windows[0].enclosing
     chain.dense_pass(layer)
     inputs = MatrixInputs(layer, chain)
     assert {window.matrix.experts > 1 for window in windows} == ({True, False} if shape == "mixtral" else {False})

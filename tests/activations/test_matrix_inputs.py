@@ -28,7 +28,7 @@ from lit_recon.model.windows import MatrixWindow, Window
 CALIBRATION, LENGTH = 3, 24
 PARTS = {"calibration": slice(0, CALIBRATION), "held_out": slice(CALIBRATION, 5)}
 LENGTHS = [24, 9, 17, 24, 5]
-DENSE = Propagation()
+DENSE = Propagation(inputs="dense")
 REGIMES = {
     "dense": DENSE,
     "dense, sparse statistics": Propagation(statistics="sparse"),

@@ -212,7 +212,7 @@ def fitted(tokens_ST: Tensor, run: Path, **settings: Any) -> tuple[WindowResult,
     chain = chain_in(model, tokens_ST, PROPAGATIONS[4], **settings)
     first, second, *_ = partition(model)
     chain.dense_pass(first)
-    change(first.trained(), seed=0)
+    change(first.own_parameters(), seed=0)
     chain.advance(first)
     masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), second)
     prune(second, masks)

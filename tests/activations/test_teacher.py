@@ -68,7 +68,7 @@ def test_recomputed_targets_of_padded_samples_are_the_kept_ones_where_there_is_t
 
 
 def test_the_dense_weights_are_freed_behind_the_window(tokens_ST: Tensor) -> None:
-    walk = Walk("blocks", tokens_ST, Propagation(), recompute=True)
+    walk = Walk("blocks", tokens_ST, Propagation(inputs="dense"), recompute=True)
     counts = []
     for position in range(3):
         walk.start(position)

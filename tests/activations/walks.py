@@ -80,7 +80,7 @@ class Walk:
         window = self.windows[position]
         self.chain.dense_pass(window)
         self.passed_on = [parameter.clone() for parameter in window.shared_with_next()]
-        change(window.trained(), seed=position)
+        change(window.own_parameters(), seed=position)
         return Activations.from_chain(self.chain)
 
     @torch.no_grad()

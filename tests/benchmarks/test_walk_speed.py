@@ -138,7 +138,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
         criterion=Wanda(),
         pattern=Unstructured(sparsity=0.5),
         windows=Partition(),
-        propagation=Propagation(),
+        propagation=Propagation(inputs="dense"),
         prune_by="window",
         module=module,
         fitting=FitSettings(),

@@ -32,16 +32,16 @@ from lit_recon.system.commits import Commits
 SPARSE = Propagation(inputs="sparse", statistics="sparse")
 MIX = Propagation(inputs="mix", statistics="sparse")
 CASES = {
-    "llama, block": ("llama", {}, Propagation(), None),
+    "llama, block": ("llama", {}, Propagation(inputs="dense"), None),
     "llama, block, sparse": ("llama", {}, SPARSE, None),
     "llama, half of a layer that is pruned at once": ("llama", {"by": "half"}, SPARSE, "block"),
     "llama, half of a model that is pruned at once": ("llama", {"by": "half"}, MIX, "model"),
-    "llama, matrix": ("llama", {"by": "matrix"}, Propagation(), None),
+    "llama, matrix": ("llama", {"by": "matrix"}, Propagation(inputs="dense"), None),
     "llama, overlapping": ("llama", {"by": "blocks", "size": 2, "stride": 1}, MIX, None),
     "phi, half, side by side": ("phi", {"by": "half"}, MIX, None),
-    "gpt2, half": ("gpt2", {"by": "half"}, Propagation(), None),
+    "gpt2, half": ("gpt2", {"by": "half"}, Propagation(inputs="dense"), None),
     "mixtral, block": ("mixtral", {}, SPARSE, "model"),
-    "mixtral, half": ("mixtral", {"by": "half"}, Propagation(), None),
+    "mixtral, half": ("mixtral", {"by": "half"}, Propagation(inputs="dense"), None),
 }
 EXACTING = (  # the others keep no more
     "llama, half of a model that is pruned at once",

@@ -43,7 +43,7 @@ def difference(values: Tensor, expected: Tensor) -> float:
 def kept_parameters(window: Window) -> list[torch.nn.Parameter]:
     """What a window trains and the next one does not train again."""
     again = {id(parameter) for parameter in window.shared_with_next()}
-    return [parameter for parameter in window.trained() if id(parameter) not in again]
+    return [parameter for parameter in window.own_parameters() if id(parameter) not in again]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -122,7 +122,7 @@ def test_every_parameter_that_outputs_depend_on_is_trained_in_exactly_one_window
 @pytest.mark.parametrize("shape", [shape for shape in EVERY_SHAPE if shape.values[0] not in REFUSED])
 def test_every_parameter_of_the_layers_is_trained_in_exactly_one_half(shape: str) -> None:
     model = model_of(shape)
-    held = [id(parameter) for window in layer_windows(model, by="half") for parameter in window.trained()]
+    held = [id(parameter) for window in layer_windows(model, by="half") for parameter in window.own_parameters()]
     layers = Decoder(model, torch.device("cpu")).layers
     assert sorted(held) == sorted(id(parameter) for layer in layers for parameter in layer.parameters())
 

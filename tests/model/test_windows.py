@@ -40,7 +40,7 @@ def test_a_window_of_experts_multiplies_each_row_by_its_own_expert() -> None:
 def test_a_half_has_only_the_parameters_that_it_uses_as_its_own() -> None:
     first, second = layer_windows(tiny_model("llama"), by="half")[:2]
     assert isinstance(first, HalfWindow) and isinstance(second, HalfWindow)
-    sides = [[parameter.shape for parameter in window.trained()] for window in (first, second)]
+    sides = [[parameter.shape for parameter in window.own_parameters()] for window in (first, second)]
     assert sides == [[(32, 32), (16, 32), (16, 32), (32, 32), (32,)], [(48, 32), (48, 32), (32, 48), (32,)]]
     assert [matrix.name for matrix in second.matrices()] == [
         f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")

@@ -85,7 +85,8 @@ def test_the_modules_gradient_is_that_of_finite_differences_and_exactly_zero_whe
 ) -> None:
     window, masks, batch = pruned
     module = MaskedWeights(window, masks, batch.energies_BT.median().item(), **settings)
-    parameters, generator = window.trained(), torch.Generator().manual_seed(1)
+    module.on_train_start()
+    parameters, generator = module.trained(), torch.Generator().manual_seed(1)
     window.requires_grad_(True)
     start = [parameter.detach().clone() for parameter in parameters]
     by_matrix = {id(matrix.weight): masks[matrix.name] for matrix in window.matrices()}
@@ -139,6 +140,7 @@ def test_an_anchor_moves_the_optimum_to_where_the_normal_equations_say(anchor: f
     window.weight.data = start_OI.clone()
     batch = Batch(inputs_NI[None], targets_NO[None], [], torch.ones(1, 64, dtype=torch.float64))
     module = MaskedWeights(window, {window.matrix.name: mask_OI}, unit, anchor=anchor)
+    module.on_train_start()
     share, pull = 1 / (targets_NO.numel() * unit), anchor / start_OI.square().sum()
     for row, kept in enumerate(mask_OI):
         inputs = inputs_NI[:, kept]

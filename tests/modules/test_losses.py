@@ -67,7 +67,7 @@ def test_the_divergence_of_a_model_is_that_of_its_own_logits(shape: str, tokens_
     expected_BTV = model(tokens_ST, use_cache=False).logits
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in window.trained():
+        for parameter in window.own_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     window.requires_grad_(True)
     outputs_ND, targets_ND = (states_BTD.flatten(0, 1) for states_BTD in (window(hidden_BTD, calls), targets_BTD))
@@ -75,7 +75,7 @@ def test_the_divergence_of_a_model_is_that_of_its_own_logits(shape: str, tokens_
     loss = kl_divergence(outputs_ND, targets_ND, energies_N=energies_N, unit=1.0, head=window.head).mean()
     expected = divergences(model(tokens_ST, use_cache=False).logits, expected_BTV).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and loss > 1e-5
-    parameters = window.trained()
+    parameters = window.own_parameters()
     gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() <= 1e-3 * other.norm() + 1e-6

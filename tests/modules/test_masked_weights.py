@@ -10,13 +10,11 @@ import pytest
 import torch
 from conftest import CPU, chain_of, configuration, fitter, masks_of, module, pruned_window, trainer, weights
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Activations, Batch
 from lit_recon.activations.gram import GramSums, NormalEquations, QuadraticError
 from lit_recon.data.packing import PADDING
-from lit_recon.fit.configure import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
 from lit_recon.modules.least_squares import LeastSquares
@@ -200,7 +198,7 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)
-    make = instantiate(OmegaConf.load(CONF / "module" / "least_squares.yaml"), _convert_="all")
+    make = instantiate(configuration("module=least_squares").module, _convert_="all")
     settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}  # for gradients
     make = partial(make, damping=1e-4)  # what is left of the error is then the minimum's
     result = fitter(tmp_path, make, **settings).fit(window, {window.matrix.name: mask}, equations)

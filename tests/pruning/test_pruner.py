@@ -85,14 +85,14 @@ def trained_names(model: PreTrainedModel, window: Window) -> list[str]:
     """Names in the model of what a window trains, from the window's own names."""
     prefix, _ = decoder_layers(model)
     owners = [window.layer] if hasattr(window, "layer") else list(window.layers)
-    mine = {id(parameter) for parameter in window.trained()}
+    mine = {id(parameter) for parameter in window.own_parameters()}
     names = {
         id(parameter): f"{prefix}.{index}.{name}"
         for index, layer in zip(window.indices, owners, strict=True)
         for name, parameter in layer.named_parameters()
         if id(parameter) in mine
     }
-    return [names[id(parameter)] for parameter in window.trained()]
+    return [names[id(parameter)] for parameter in window.own_parameters()]
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
     class Measuring(Told):
         def on_window_fit(self, result: WindowResult) -> None:
             window, data, unit = last
-            for parameter in window.trained():
+            for parameter in window.own_parameters():
                 parameter.data.copy_(parameter.data.to(dtype))
             assert (result.held_out_after, result.typical_after) == data.errors(window, unit)[1]
             measured.append(result.accepted)

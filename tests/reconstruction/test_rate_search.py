@@ -6,9 +6,20 @@ from collections.abc import Callable
 import pytest
 
 from lit_recon.activations.datamodule import Errors
-from lit_recon.reconstruction.rate_search import FURTHEST, ProbedRates, RateSearch, RetryRates, Try, kind_of, share_left
+from lit_recon.reconstruction.rate_search import (
+    FEW,
+    FURTHEST,
+    ProbedRates,
+    RateSearch,
+    RetryRates,
+    Try,
+    kind_of,
+    share_left,
+)
 
 BEFORE = Errors(1.0, 1.0)
+
+MANY = [name.replace("#", f"{index}") for index in range(FEW) for name in ("block_#", "half_#_mlp", "half_#_attention")]
 
 
 def tried(rate: float, left: float, **settings: object) -> Try:
@@ -57,13 +68,13 @@ def test_retries_go_through_the_rates_until_one_is_accepted() -> None:
     ],
 )
 def test_a_probe_goes_down_until_it_is_worse_or_up_where_the_half_is_worse(best: float, expected: list[float]) -> None:
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     assert rates(search, valley(best)) == expected
     assert rates(search, valley(best)) == [best], "the next window is fitted once, at the rate that was found"
 
 
 def test_a_probe_that_nothing_improves_goes_down_to_the_smallest_rate_and_ends() -> None:
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     expected = [2.0**-index for index in range(9)]
     assert expected[-1] == FURTHEST
     assert rates(search, lambda rate: 1 + rate) == expected
@@ -72,29 +83,34 @@ def test_a_probe_that_nothing_improves_goes_down_to_the_smallest_rate_and_ends()
 
 
 def test_a_probe_ends_where_rates_make_no_difference() -> None:
-    assert rates(ProbedRates(), lambda rate: 0.8) == [1, 1 / 2, 2]
-    assert rates(ProbedRates(), lambda rate: 0.8, steps=0) == [1]
+    assert rates(ProbedRates(MANY), lambda rate: 0.8) == [1, 1 / 2, 2]
+    assert rates(ProbedRates(MANY), lambda rate: 0.8, steps=0) == [1]
 
 
 def test_a_window_that_gains_far_less_than_those_before_is_compared_with_its_neighbours() -> None:
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     assert rates(search, valley(1 / 4)) == [1, 1 / 2, 1 / 4, 1 / 8]
     assert rates(search, lambda rate: 1 - 0.5 * 0.26) == [1 / 4], "a bit more than a quarter of the usual gain"
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     rates(search, valley(1 / 4))
     assert rates(search, valley(1 / 4, depth=0.1)) == [1 / 4, 1 / 8, 1 / 2], "neither is better"
     assert rates(search, valley(1 / 4)) == [1 / 4]
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     rates(search, valley(1 / 4))
-    assert rates(search, valley(1 / 16, depth=0.12)) == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert rates(search, valley(1 / 16, depth=0.12)) == [1 / 4, 1 / 8, 1 / 16], "no further than two steps"
     assert rates(search, valley(1 / 16)) == [1 / 16], "what it found is carried on"
     assert rates(search, lambda rate: 1.1 if rate > 1 / 32 else 0.9)[:2] == [1 / 16, 1 / 32], "one that is not accepted"
 
 
+def test_of_a_kind_with_few_windows_the_first_rate_that_is_accepted_is_taken() -> None:
+    assert rates(ProbedRates(MANY[:-1]), lambda rate: 0.6 + rate, "half_#_attention") == [1, 1 / 2, 1 / 4]
+    assert rates(ProbedRates(MANY[:-1]), valley(1 / 4), "half_#_attention") == [1]
+
+
 def test_each_kind_of_window_has_a_rate_of_its_own() -> None:
-    search = ProbedRates()
+    search = ProbedRates(MANY)
     rates(search, valley(1 / 4), "half_#_mlp")
-    assert rates(search, valley(1), "half_#_attention") == [1, 1 / 2, 2]
+    assert rates(search, valley(1), "half_#_attention") == [1 / 4, 1 / 8, 1 / 2, 1, 2], "from the rate of the other"
     assert rates(search, valley(1 / 4), "half_#_mlp") == [1 / 4]
     names = ["block_03.mlp.up_proj", "block_11.mlp.up_proj"]
     assert len({kind_of(name, "relative error") for name in names}) == 1

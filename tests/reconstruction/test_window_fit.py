@@ -357,10 +357,10 @@ def test_a_matrix_that_has_nothing_to_be_trained_on_keeps_its_pruned_weights_and
 def test_what_rounding_takes_of_the_gain_is_told(tokens_ST: Tensor, tmp_path: Path, lr: float, expected: str) -> None:
     tokens_ST = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(4))
     data, window, masks = pruned_window(tiny_model("llama").bfloat16().float(), tokens_ST)
-    before, dtypes = weights(window), [torch.bfloat16] * len(window.trained())
+    before, dtypes = weights(window), [torch.bfloat16] * len(window.own_parameters())
     made = fitter(tmp_path, module(lr=lr))
     result = made.fit(window, masks, data, dtypes)
-    for parameter in window.trained():
+    for parameter in window.own_parameters():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, parameter.bfloat16().float())
     assert (result.held_out_after, result.typical_after) == data.errors(window, data.unit())[1]
     if expected == "nothing":

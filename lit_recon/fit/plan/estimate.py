@@ -16,8 +16,8 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
 from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
-from lit_recon.fit.plan.global_fit import NONE, GlobalFit, plan_global_fit
-from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
+from lit_recon.fit.plan.global_fit import GlobalFit, batches_of, describe_global_fit, plan_global_fit, steps_per_window
+from lit_recon.fit.plan.layer_profile import LayerProfile, gram_bytes, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
 from lit_recon.model.head import SLICE
@@ -41,6 +41,7 @@ class Workload:
         evaluation_tokens: Tokens of one evaluation; three are made.
         needs_gram: Whether single matrices are solved for from normal equations.
         module: Makes the LightningModule that says what is trained; None: all of a window.
+        solves_first: Whether matrices are solved for before windows are trained.
         prunes_only: Whether windows are pruned only.
         retraining: How long all layers are trained at once; None: not at all.
     """
@@ -49,6 +50,7 @@ class Workload:
     evaluation_tokens: int
     needs_gram: bool = False
     module: Callable[..., LightningModule] | None = None
+    solves_first: bool = False
     prunes_only: bool = False
     retraining: Schedule | None = None
 
@@ -97,18 +99,6 @@ def name_of(kind: str, size: int) -> str:
     return f"blocks of {size}" if kind == "blocks" else kind
 
 
-def steps_per_window(num_samples: int, batch_size: int, schedule: Schedule) -> int:
-    """Optimizer steps of each window."""
-    batches = -(-num_samples // batch_size)
-    steps = schedule.epochs * -(-batches // schedule.accumulate) if schedule.epochs > 0 else schedule.max_steps
-    return steps if schedule.max_steps < 0 else min(steps, schedule.max_steps)
-
-
-def batches_of(num_samples: int, batch_size: int, schedule: Schedule) -> int:
-    """Batches that a window is trained on, about."""
-    return steps_per_window(num_samples, batch_size, schedule) * schedule.accumulate
-
-
 def make_plan(
     session: Session,
     work: Workload,
@@ -141,6 +131,8 @@ def make_plan(
         blocks = {name: profile(layer, chain, batch_size, work.module) for name, layer in alike.items()}
     halves = _profiled_halves(windows, model, chain, batch_size, work.module)
     bytes_of_kind = _windows_bytes(blocks.values(), halves, single.memory, largest=largest, size=size, depth=depth)
+    if work.solves_first:
+        bytes_of_kind = _with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
     evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
@@ -154,7 +146,13 @@ def make_plan(
         masters *= 2 if chain.recompute else 1
         peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
         owned[name] = own + masters + max(training, at_once, evaluation)
-    again = _planned_global_fit(session, work, [blocks[repr(layer)] for layer in layers], batch_size)
+    again = plan_global_fit(
+        session,
+        [blocks[repr(layer)] for layer in layers],
+        work.retraining,
+        batch_size=batch_size,
+        head_bytes=_head_bytes(chain, work, has_loss=True)[1],
+    )
     after_walk = own - array_bytes.memory  # hidden states of all samples are gone
     for one in peaks:
         peaks[one] = max(peaks[one], after_walk + shared + again.own_bytes + again.mapped_bytes)
@@ -176,23 +174,6 @@ def make_plan(
         + again.disk_bytes
         + (single.disk if kind == WindowKind.MATRIX else 0),
         seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
-    )
-
-
-def _planned_global_fit(
-    session: Session, work: Workload, profiles: Sequence[LayerProfile], batch_size: int
-) -> GlobalFit:
-    """What the fit of all layers at once will take; nothing where there is none."""
-    if session.retrained is None or work.retraining is None:
-        return NONE
-    num_samples = session.chain.passes.batching.num_samples
-    return plan_global_fit(
-        session,
-        profiles,
-        batch_size=batch_size,
-        steps=steps_per_window(num_samples, batch_size, work.retraining),
-        batches=batches_of(num_samples, batch_size, work.retraining),
-        head_bytes=_head_bytes(session.chain, work, has_loss=True)[1],
     )
 
 
@@ -236,9 +217,7 @@ def describe_plan(
     if job.method.walk == "global":
         lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
     if session.retrained:
-        settings = job.method.retraining.describe()
-        lines["retrain"] = f"all layers at once, {plan.global_fit.steps} steps, {settings['retraining_loss']}, on the "
-        lines["retrain"] += f"same tokens, at {settings['retraining_rate']} of the learning rate"
+        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.retraining)
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
         lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""
@@ -342,6 +321,19 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
         aside = 12 * inputs * inputs if uses_gram else rows[name] * outputs + 4 * experts * outputs * inputs
         kept, captured = max(kept, mine + aside), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
+
+
+def _with_solutions(
+    bytes_of_kind: dict[str, tuple[int, int]], layers: Sequence[Window], chain: Chain, batch_size: int, largest: int
+) -> dict[str, tuple[int, int]]:
+    """The same where matrices are solved for: Gram matrices and solutions before training, and one more copy in it."""
+    sums, aside = gram_bytes(layers, chain, batch_size)
+    found = {}
+    for kind, (masters, training) in bytes_of_kind.items():
+        solving = masters + max(1, masters // (_FLOAT32 * largest)) * sums + aside
+        copies = masters * chain.passes.decoder.model.dtype.itemsize // _FLOAT32
+        found[kind] = masters, max(training + copies, solving)
+    return found
 
 
 def _profiled_halves(

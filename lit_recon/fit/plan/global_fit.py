@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lit_recon.fit.job import Schedule
 from lit_recon.fit.plan.layer_profile import LayerProfile
 from lit_recon.fit.session import Session
+from lit_recon.reconstruction.retraining import Retraining
 
 _FLOAT32 = 4
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
@@ -28,24 +30,39 @@ class GlobalFit(NamedTuple):
     steps: int
 
 
-NONE = GlobalFit(0, 0, 0, 0, 0)
+def steps_per_window(num_samples: int, batch_size: int, schedule: Schedule) -> int:
+    """Optimizer steps of each window."""
+    batches = -(-num_samples // batch_size)
+    steps = schedule.epochs * -(-batches // schedule.accumulate) if schedule.epochs > 0 else schedule.max_steps
+    return steps if schedule.max_steps < 0 else min(steps, schedule.max_steps)
+
+
+def batches_of(num_samples: int, batch_size: int, schedule: Schedule) -> int:
+    """Batches that a window is trained on, about."""
+    return steps_per_window(num_samples, batch_size, schedule) * schedule.accumulate
 
 
 def plan_global_fit(
-    session: Session, profiles: Sequence[LayerProfile], *, batch_size: int, steps: int, batches: int, head_bytes: int
+    session: Session,
+    profiles: Sequence[LayerProfile],
+    schedule: Schedule | None,
+    *,
+    batch_size: int,
+    head_bytes: int,
 ) -> GlobalFit:
-    """Estimate the fit of all layers at once, of a session that has one.
+    """Estimate the fit of all layers at once; nothing where there is none.
 
     Args:
         session: The model.
         profiles: What one batch of each layer showed.
+        schedule: How long they are trained.
         batch_size: Samples per batch.
-        steps: Of the optimizer.
-        batches: For which the gradient is computed.
         head_bytes: What a loss on the logits takes.
     """
     retrained, passes = session.retrained, session.chain.passes
-    assert retrained is not None
+    if retrained is None or schedule is None:
+        return GlobalFit(0, 0, 0, 0, 0)
+    num_samples = passes.batching.num_samples
     window, data = retrained.window, retrained.data
     parameters = [profile.parameters for profile in profiles]
     width = passes.decoder.model.config.get_text_config().hidden_size
@@ -65,6 +82,15 @@ def plan_global_fit(
         own_bytes=own,
         mapped_bytes=mapped if has_teacher else 0,
         disk_bytes=3 * 3 * _FLOAT32 * trained,
-        samples=batches * batch_size * forwards + measured,
-        steps=steps,
+        samples=batches_of(num_samples, batch_size, schedule) * batch_size * forwards + measured,
+        steps=steps_per_window(num_samples, batch_size, schedule),
+    )
+
+
+def describe_global_fit(planned: GlobalFit, settings: Retraining) -> str:
+    """What will be done, in the words of the settings."""
+    said = settings.describe()
+    return (
+        f"all layers at once, {planned.steps} steps, {said['retraining_loss']}, on the same tokens, at "
+        f"{said['retraining_rate']} of the learning rate, committed every {settings.commit_every} steps"
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +133,18 @@ def rows_per_matrix(layer: Window, chain: Chain, batch_size: int) -> tuple[set[s
         layer(inputs_BTD, chain.passes.batching.calls(rows_B))
     share = len(chain.passes.tokens_ST) / len(rows_B)
     return names, Counter({name: int(count * share) for name, count in rows.items()})
+
+
+def gram_bytes(layers: Sequence[Window], chain: Chain, batch_size: int) -> tuple[int, int]:
+    """Bytes of the Gram matrices of a layer's inputs in float32, and of those that are solved for, in float64."""
+    sums, widest = 0, 0
+    for layer in {repr(layer): layer for layer in layers}.values():
+        found = [matrix for matrix in layer.matrices() if matrix.input_dim is not None]
+        widths = {one.name: one.by_expert(one.weight).shape[2] for one in found}
+        leaders = rows_per_matrix(layer, chain, batch_size)[0]
+        sums = max(sums, sum(one.experts * widths[one.name] ** 2 for one in found if one.name in leaders))
+        widest = max(widest, *widths.values())
+    return 4 * sums, 4 * 12 * widest**2
 
 
 def _first_batch(chain: Chain, batch_size: int) -> Tensor:

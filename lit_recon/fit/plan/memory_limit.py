@@ -58,16 +58,18 @@ class Choice:
 def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
     """The plan of a run as it is, or with another batch size."""
     samples, method = job.samples, job.method
+    work = Workload(
+        method.schedule,
+        samples.evaluation_ST.numel(),
+        needs_gram=needs_gram(method.module),
+        module=_known(method.module),
+        solves_first=method.fitting.start != "none",
+        prunes_only=method.walk == "global",
+        retraining=method.retraining_schedule,
+    )
     return make_plan(
         session,
-        Workload(
-            method.schedule,
-            samples.evaluation_ST.numel(),
-            needs_gram(method.module),
-            _known(method.module),
-            prunes_only=method.walk == "global",
-            retraining=method.retraining_schedule,
-        ),
+        work,
         kind=method.windows.by,
         size=method.windows.blocks,
         batch_size=batch_size or job.execution.batch_size,

@@ -39,8 +39,8 @@ def test_each_matrix_is_given_its_rows_and_some_share_them(shape: str, per_token
 def test_windows_are_planned_by_the_largest_of_their_kind_also_where_the_first_layer_is_unlike_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def without_activations(window: Window, chain: Chain, batch_size: int) -> LayerProfile:
-        return replace(profile(window, chain, batch_size), saved_bytes=0)
+    def without_activations(window: Window, chain: Chain, batch_size: int, module: None) -> LayerProfile:
+        return replace(profile(window, chain, batch_size, module), saved_bytes=0)
 
     monkeypatch.setattr(estimate, "profile", without_activations)
     tokens_ST = torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,9 @@ def test_windows_are_planned_by_the_largest_of_their_kind_also_where_the_first_l
     pruner = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain)
     work = estimate.Workload(Schedule(epochs=1, max_steps=-1, accumulate=1), evaluation_tokens=24, needs_gram=False)
     sizes = {
-        kind: [sum(parameter.numel() for parameter in window.trained()) for window in layer_windows(model, by=kind)]
+        kind: [
+            sum(parameter.numel() for parameter in window.own_parameters()) for window in layer_windows(model, by=kind)
+        ]
         for kind in ("half", "block")
     }
     assert max(sizes["half"]) not in sizes["half"][:2] and max(sizes["block"]) != sizes["block"][0]
