@@ -40,7 +40,7 @@ from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
-from lit_recon.system.device import Compute
+from lit_recon.system.device import Compute, without_strategy
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,12 @@ class _Chosen:
             prune_by=self.call["prune_by"] if apart else "window",
             module=self.parts["module"],
             fitting=self.fitting,
-            trainer=self.compute.trainers(self.parts["trainer"]),
+            trainer=self.compute.trainers(_of_windows(self.parts["trainer"], self.call["walk"])),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
             walk=self.call["walk"],
             retraining=self.parts["retraining"],
+            retraining_trainer=self.compute.trainers(self.parts["trainer"]),
         )
 
     def execution(self, limit: int | None = None) -> Execution:
@@ -192,7 +193,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
         )
         if parts["trainer"]:
             about = f"{given_of('trainer')}: "
-            compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
+            made = _of_windows(parts["trainer"], call.get("walk", "local"))
+            compute = problems.check(Compute.choose, made, trainer["precision"], about=about)
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
 
@@ -214,6 +216,10 @@ def _join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems)
 def _has_loss_of_group(node: DictConfig) -> bool:
     """Whether a module's loss is that of the group `loss`, and no function that is given to the module itself."""
     return "loss" in node.keys() and OmegaConf.is_interpolation(node, "loss")
+
+
+def _of_windows(trainer: "partial[Trainer]", walk: str) -> "partial[Trainer]":
+    return trainer if walk == "local" else without_strategy(trainer)
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:

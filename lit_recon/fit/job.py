@@ -64,6 +64,7 @@ class Method:
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
         walk: One of WALKS: windows are reconstructed one by one, or all layers are trained at once, or both in turn.
         retraining: How all layers are trained at once.
+        retraining_trainer: Makes the Trainer of that, which may have a strategy; None: `trainer`.
     """
 
     criterion: Criterion
@@ -78,6 +79,7 @@ class Method:
     allow_unscored: bool
     walk: str = "local"
     retraining: Retraining = Retraining()
+    retraining_trainer: Callable[..., Trainer] | None = None
 
     @property
     def retraining_schedule(self) -> Schedule:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,6 +84,7 @@ def _fit_two_steps(
     windows = method.windows
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
     with TemporaryDirectory(prefix="lit_recon.") as scratch:
+        stopping = partial(_stopping, scratch=scratch, batches=-(-counts[0] // execution.batch_size))
         method = replace(
             method,
             criterion=_copy(method.criterion),
@@ -90,7 +92,8 @@ def _fit_two_steps(
             module=_copy(method.module),
             windows=windows,
             fitting=replace(method.fitting, retry_rates=()),
-            trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
+            trainer=stopping(method.trainer),
+            retraining_trainer=stopping(method.retraining_trainer or method.trainer),
         )
         execution = replace(execution, stop_after=None)
         most = [min(count, MOST * execution.batch_size) for count in counts]

@@ -185,7 +185,7 @@ def reconstruct(
         return results
     session.chain.forget()
     module, search = partial(method.module, loss=method.retraining.loss), _search(method, [session.retrained.window])
-    scale = method.retraining.rate
+    scale, settings["trainer"] = method.retraining.rate, method.retraining_trainer or method.trainer
     return retrain(
         session.retrained,
         masks,
