@@ -93,7 +93,7 @@ class _Chosen:
             prune_by=self.call["prune_by"] if apart else "window",
             module=self.parts["module"],
             fitting=self.fitting,
-            trainer=self.compute.trainers(_of_windows(self.parts["trainer"], self.call["walk"])),
+            trainer=self.compute.trainers(without_strategy(self.parts["trainer"])),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
             walk=self.call["walk"],
@@ -193,7 +193,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
         )
         if parts["trainer"]:
             about = f"{given_of('trainer')}: "
-            made = _of_windows(parts["trainer"], call.get("walk", "local"))
+            made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
             compute = problems.check(Compute.choose, made, trainer["precision"], about=about)
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
@@ -216,10 +216,6 @@ def _join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems)
 def _has_loss_of_group(node: DictConfig) -> bool:
     """Whether a module's loss is that of the group `loss`, and no function that is given to the module itself."""
     return "loss" in node.keys() and OmegaConf.is_interpolation(node, "loss")
-
-
-def _of_windows(trainer: "partial[Trainer]", walk: str) -> "partial[Trainer]":
-    return trainer if walk == "local" else without_strategy(trainer)
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
