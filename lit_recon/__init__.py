@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lit_recon.model.partition import Partition as Partition
     from lit_recon.model.windows import Window as Window
     from lit_recon.modules.least_squares import LeastSquares as LeastSquares
+    from lit_recon.modules.losses import huber as huber
     from lit_recon.modules.losses import mean_squared as mean_squared
     from lit_recon.modules.mask_lora import MaskLora as MaskLora
     from lit_recon.modules.masked_weights import MaskedWeights as MaskedWeights
@@ -63,7 +64,7 @@ _MODULES = {
     "model.partition": ("Partition",),
     "model.windows": ("Window",),
     "modules.least_squares": ("LeastSquares",),
-    "modules.losses": ("mean_squared",),
+    "modules.losses": ("huber", "mean_squared"),
     "modules.mask_lora": ("MaskLora",),
     "modules.masked_weights": ("MaskedWeights",),
     "modules.norms_biases": ("NormsBiases",),

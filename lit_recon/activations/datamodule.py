@@ -67,8 +67,8 @@ class Errors(NamedTuple):
     typical: float
 
     def is_better(self, other: "Errors") -> bool:
-        """Whether both are smaller than those of another."""
-        return self.mean < other.mean and self.typical < other.typical
+        """Whether both are smaller than those of another; a typical error of 0 cannot be, and must stay."""
+        return self.mean < other.mean and (self.typical < other.typical or self.typical == other.typical == 0)
 
     @classmethod
     def from_tokens(cls, errors_N: Tensor) -> "Errors":

@@ -19,7 +19,7 @@ from lit_recon.activations.datamodule import Activations, Errors, unit_of
 from lit_recon.model.windows import AnyWindow, MatrixWindow
 
 SAMPLED = 1024  # rows of a matrix that are kept
-_AT_ONCE = 64  # of those that come at once: a sample of all batches, not of the first
+_AT_ONCE = 64  # of those that come at once: a sample of many batches, not of the first
 
 
 @dataclass

@@ -35,6 +35,7 @@ from lit_recon.fit.settings import check_call, expand_home, given, given_of, pla
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
@@ -135,6 +136,7 @@ def prepare(cfg: DictConfig) -> Job:
         skeleton = model.skeleton()
         check_model(skeleton, method)
     with concerning(given_of("module")):
+        prepare_model(skeleton, method.module)
         check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     if call["resume"] is None:  # that run was rehearsed when it began; what has changed since is refused
         _rehearse(chosen, skeleton)

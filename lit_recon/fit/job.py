@@ -23,7 +23,7 @@ from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.device import Compute
 
-USUAL = {"loss": "mean_squared", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
+USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
 PRUNE_BY = ("window", "half", "block", "model")
 
 

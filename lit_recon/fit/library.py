@@ -33,6 +33,7 @@ from lit_recon.model.loading import HubModel, LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.masks import Masks
@@ -198,6 +199,7 @@ _Asked = tuple[dict[str, Any], dict[str, Any], StoreSettings, int, int]  # the a
 def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: bool) -> Reconstruction:
     """Open a session and walk over it."""
     method, execution = _checked(*asked)
+    prepare_model(model, method.module)
     check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
     _rehearse(model, samples, asked)

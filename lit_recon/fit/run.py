@@ -42,6 +42,7 @@ from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
 from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
+from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowResult
@@ -149,6 +150,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
 def load(job: Job, activations: Path, clock: Clock) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
     model = job.model.load()
+    prepare_model(model, job.method.module)
     if said := job.model.describe_left_out():
         log.info("%s; the checkpoint holds them as they are", said)
     found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)

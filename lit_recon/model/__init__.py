@@ -4,7 +4,7 @@ decoder.py        layers and their recorded calls; head.py: logits and their div
 layerwise.py      a forward with one layer at a time on the device
 verify.py         replayed layers are the model
 matrices.py       prunable matrices, routers; products.py: what they are multiplied by, observed
-vectors.py        norms and biases of a window
+vectors.py        norms and biases of a window; biases.py: biases where a model has none
 windows.py        Window, HalfWindow, MatrixWindow (with the drawing); halves.py: how layers split
 partition.py      cuts a model into windows
 loading.py        models of the Hub or a folder; wheels.py and gguf.py: of pinned wheels

@@ -8,5 +8,6 @@ untrained.py            nothing: pruning only
 least_squares.py        the exact minimiser for one matrix
 conjugate_gradients.py  its solver
 losses.py               losses between outputs and targets
+rates.py                learning rates relative to the weights
 schedules.py            the learning rate over a window's steps
 """

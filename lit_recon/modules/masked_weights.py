@@ -22,12 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import mean_squared, with_head
+from lit_recon.modules.losses import huber, with_head
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
-# conf/optimizer/adamw.yaml
+# conf/optimizer/adamw.yaml, conf/loss/huber.yaml
 ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
+HUBER = partial(huber, delta=1.0)
 
 
 class MaskedWeights(LightningModule):
@@ -67,7 +68,7 @@ class MaskedWeights(LightningModule):
         optimizer: Callable[..., Optimizer] = ADAMW,
         scheduler: Callable[..., LRScheduler] | None = linear_with_warmup,
         warmup: float = 0.1,
-        loss: Callable[..., Tensor] = mean_squared,
+        loss: Callable[..., Tensor] = HUBER,
         token_weights: Callable[[Batch], Tensor] | None = None,
         anchor: float = 0.0,
         train_norms: bool = True,

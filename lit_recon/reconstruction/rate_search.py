@@ -15,6 +15,7 @@ from lit_recon.activations.datamodule import Errors
 
 STEP = 2.0  # between rates that are probed
 FURTHEST = 1 / 256  # the smallest factor that is probed; of a kind whose rate is known, two steps below that
+HIGHEST = 8.0  # the largest
 FEW = 12  # windows of a kind, of which no rate is looked for beyond one that is accepted
 FAR_BELOW = 1 / 4  # of the usual gain: a window that gains less is compared with its neighbours in rate
 
@@ -118,7 +119,7 @@ class ProbedRates:
         if best.rate == lowest or not any(one.accepted for one in tries):
             furthest = self._rate[kind] / STEP**2 if kind in self._rate else FURTHEST
             return lowest / STEP if lowest / STEP >= furthest else None
-        return highest * STEP if best.rate == highest else None
+        return highest * STEP if best.rate == highest < HIGHEST else None
 
     def learn(self, kind: str, rate: float, left: float) -> None:
         """Carry the rate to the next windows of its kind."""

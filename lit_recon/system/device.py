@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -82,8 +83,7 @@ class Compute:
         Raises:
             ValueError: A callback that cannot be copied.
         """
-        given = trainer.keywords.get("callbacks") or []
-        own = [given] if isinstance(given, Callback) else given
+        own = _callbacks(trainer)
         try:
             deepcopy(own)
         except Exception as error:  # the user's own objects may raise anything
@@ -124,14 +124,26 @@ def without_strategy(trainer: "partial[Trainer]") -> "partial[Trainer]":
     return partial(trainer.func, *trainer.args, **settings)
 
 
+def _callbacks(trainer: "partial[Trainer]") -> list[Any]:
+    """The callbacks that a Trainer is given."""
+    given = trainer.keywords.get("callbacks") or []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
 def one_process(trainer: "partial[Trainer]") -> "partial[Trainer]":
     """A Trainer that is one process, whatever the environment says of others, and that writes no pickles.
 
     Lightning takes RANK, LOCAL_RANK, SLURM_NTASKS, ... of a job for those of a run that is spread over its processes.
 
     Raises:
-        ValueError: `enable_checkpointing`, or arguments of the Trainer in the environment.
+        ValueError: `enable_checkpointing`, a callback that writes checkpoints, or arguments of the Trainer in the
+            environment.
     """
+    if writers := [type(callback).__name__ for callback in _callbacks(trainer) if isinstance(callback, Checkpoint)]:
+        raise ValueError(
+            f"of its callbacks, {', '.join(writers)} writes checkpoints of Lightning, which are pickles; a run has its "
+            "own resume points and writes none; leave it out."
+        )
     if trainer.keywords.get("enable_checkpointing") not in (None, False):
         raise ValueError(
             f"trainer.enable_checkpointing={trainer.keywords['enable_checkpointing']}: a run has its own resume points "

@@ -102,7 +102,7 @@ def test_the_optimizer_makes_as_many_steps_as_configured_and_the_schedule_spans_
     data, window, masks = pruned_window(tiny_model("llama"), more_ST[:8], num_samples=6)  # three batches of two
     make = module(optimizer=partial(Counting, lr=1e-2), warmup=0.0)
     result = fitter(tmp_path, make, **settings).fit(window, masks, data)
-    (optimizer,) = Counting.made
+    optimizer = Counting.made[0]  # of the first try
     assert len(optimizer.rates) == result.steps == expected
     assert optimizer.rates == pytest.approx([1e-2 * (expected - step) / expected for step in range(expected)])
 

@@ -64,7 +64,7 @@ def test_retries_go_through_the_rates_until_one_is_accepted() -> None:
         (1 / 2, [1, 1 / 2, 1 / 4]),
         (1 / 16, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]),
         (2, [1, 1 / 2, 2, 4]),
-        (8, [1, 1 / 2, 2, 4, 8, 16]),
+        (8, [1, 1 / 2, 2, 4, 8]),  # the largest
     ],
 )
 def test_a_probe_goes_down_until_it_is_worse_or_up_where_the_half_is_worse(best: float, expected: list[float]) -> None:

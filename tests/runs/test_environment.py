@@ -64,8 +64,14 @@ def test_arguments_of_the_trainer_in_the_environment_are_refused_since_no_config
     [
         ("trainer.enable_checkpointing=true", "trainer.enable_checkpointing=True: "),
         ("trainer.enable_checkpointing=abc", "trainer.enable_checkpointing=abc: "),
-        ("+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.ModelCheckpoint}]", "ModelCheckpoint"),
-        ("+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.OnExceptionCheckpoint,dirpath:.}]", "Checkpoint"),
+        (
+            "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.ModelCheckpoint}]",
+            ": of its callbacks, ModelCheckpoint writes",
+        ),
+        (
+            "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.OnExceptionCheckpoint,dirpath:.}]",
+            ": of its callbacks, OnExceptionCheckpoint writes",
+        ),
     ],
 )
 def test_no_pickle_is_ever_written(tiny_run: Callable[..., Ended], given: str, message: str) -> None:

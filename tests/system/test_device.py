@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -43,6 +44,17 @@ def test_a_callback_that_cannot_be_copied_is_refused(thing: object) -> None:
     held.thing = thing
     with pytest.raises(ValueError, match=r"trainer\.callbacks: each window gets a copy"):
         Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, callbacks=held))
+
+
+def test_callbacks_that_write_lightnings_checkpoints_are_refused_before_any_work() -> None:
+    class Mine(ModelCheckpoint):
+        pass
+
+    for given in (Mine(), [Counter(), Mine()]):
+        with pytest.raises(
+            ValueError, match=r"^of its callbacks, Mine writes checkpoints of Lightning.*leave it out\.$"
+        ):
+            Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, callbacks=given))
 
 
 @pytest.mark.parametrize("given", [Counter(), [Counter()]], ids=["single", "list"])
