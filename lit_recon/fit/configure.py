@@ -194,9 +194,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             retraining=parts["retraining"],
         )
         if parts["trainer"]:
-            about = f"{given_of('trainer')}: "
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
-            compute = problems.check(Compute.choose, made, trainer["precision"], about=about)
+            compute = problems.check(Compute.choose, made, trainer["precision"], about=f"{given_of('trainer')}: ")
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
 

@@ -14,13 +14,18 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
-from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
-from lit_recon.fit.plan.global_fit import GlobalFit, batches_of, describe_global_fit, plan_global_fit, steps_per_window
+from lit_recon.fit.plan.global_fit import (
+    GlobalFit,
+    batches_of,
+    describe_global_fit,
+    head_bytes,
+    plan_global_fit,
+    steps_per_window,
+)
 from lit_recon.fit.plan.layer_profile import LayerProfile, gram_bytes, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
-from lit_recon.model.head import SLICE
 from lit_recon.model.matrices import find_matrices, routers
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
@@ -135,7 +140,7 @@ def make_plan(
         bytes_of_kind = _with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
-    evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
+    evaluation, ends = head_bytes(chain, work.evaluation_tokens, has_loss=windows[-1].head is not None)
     own, shared = _resident(chain, array_bytes)
     mapped_layer = mapped_bytes and largest * model.dtype.itemsize
     peaks, owned = {}, {}
@@ -151,7 +156,7 @@ def make_plan(
         [blocks[repr(layer)] for layer in layers],
         work.retraining,
         batch_size=batch_size,
-        head_bytes=_head_bytes(chain, work, has_loss=True)[1],
+        on_logits=head_bytes(chain, work.evaluation_tokens, has_loss=True)[1],
     )
     after_walk = own - array_bytes.memory  # hidden states of all samples are gone
     for one in peaks:
@@ -242,15 +247,6 @@ def _counts(session: Session) -> dict[str, int]:
         "unscored": sum(matrix.input_dim is None for matrix in found),
         "routers": sum(len(routers(layer)) for layer in session.chain.passes.decoder.layers),
     }
-
-
-def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, int]:
-    """What an evaluation takes, and a loss on the logits where there is one."""
-    weight = chain.passes.decoder.model.get_output_embeddings().weight
-    copied = 2 * weight.numel()  # by autocast, in 16 bits
-    states = chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    evaluation = 4 * LOGITS_BYTES + copied + states  # logits, their softmax and two copies on the way
-    return evaluation, (copied + 8 * SLICE * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients
 
 
 def _windows_bytes(

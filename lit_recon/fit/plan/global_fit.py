@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lit_recon.activations.chain import Chain
+from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Schedule
 from lit_recon.fit.plan.layer_profile import LayerProfile
 from lit_recon.fit.session import Session
+from lit_recon.model.head import SLICE
 from lit_recon.reconstruction.retraining import Retraining
 
 _FLOAT32 = 4
@@ -48,7 +51,7 @@ def plan_global_fit(
     schedule: Schedule | None,
     *,
     batch_size: int,
-    head_bytes: int,
+    on_logits: int,
 ) -> GlobalFit:
     """Estimate the fit of all layers at once; nothing where there is none.
 
@@ -57,7 +60,7 @@ def plan_global_fit(
         profiles: What one batch of each layer showed.
         schedule: How long they are trained.
         batch_size: Samples per batch.
-        head_bytes: What a loss on the logits takes.
+        on_logits: What a loss on the logits takes.
     """
     retrained, passes = session.retrained, session.chain.passes
     if retrained is None or schedule is None:
@@ -70,7 +73,7 @@ def plan_global_fit(
     saved = [profile.saved_bytes for profile in profiles]
     own = _FLOAT32 * sum(parameters) + sum(profile.training_bytes for profile in profiles)
     own += states + max(saved) if window.checkpoint_layers else sum(saved)
-    own += head_bytes if window.head else 0
+    own += on_logits if window.head else 0
     own += 4 * states if data.targets == "all states" else 0  # outputs, targets, their difference and its square
     has_teacher = data.targets != "tokens"
     own += _FLOAT32 * max(parameters) if has_teacher and profiles[0].weight_bytes < _FLOAT32 else 0  # one layer
@@ -94,3 +97,12 @@ def describe_global_fit(planned: GlobalFit, settings: Retraining) -> str:
         f"all layers at once, {planned.steps} steps, {said['retraining_loss']}, on the same tokens, at "
         f"{said['retraining_rate']} of the learning rate, committed every {settings.commit_every} steps"
     )
+
+
+def head_bytes(chain: Chain, evaluation_tokens: int, *, has_loss: bool) -> tuple[int, int]:
+    """What an evaluation takes, and a loss on the logits where there is one."""
+    weight = chain.passes.decoder.model.get_output_embeddings().weight
+    copied = 2 * weight.numel()  # by autocast, in 16 bits
+    states = chain.inputs_STD[0, 0].numel() * evaluation_tokens * _FLOAT32
+    evaluation = 4 * LOGITS_BYTES + copied + states  # logits, their softmax and two copies on the way
+    return evaluation, (copied + 8 * SLICE * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients
