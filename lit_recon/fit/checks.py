@@ -30,6 +30,7 @@ from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
 from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems
 
@@ -46,8 +47,11 @@ def check_settings(
     prune_by: str,
     fitting: FitSettings | None,
     trainer: dict[str, Any],
+    walk: str = "local",
+    retraining: Retraining | None = None,
 ) -> None:
     """Add what is wrong with settings, alone and together; None for a part that could not be made."""
+    _check_walk(problems, walk, windows, module, retraining)
     if isinstance(windows, Partition):
         if module and needs_gram(module) and windows.by != WindowKind.MATRIX:
             problems.add(
@@ -91,6 +95,54 @@ def _is(module: Callable[..., Any] | None, kind: type) -> bool:
     """Whether a module, or the class of a partial call, is of a kind."""
     made = getattr(module, "func", module)
     return inspect.isclass(made) and issubclass(made, kind)
+
+
+def _check_walk(
+    problems: Problems,
+    walk: str,
+    windows: Partition | None,
+    module: Callable[..., Any] | None,
+    retraining: Retraining | None,
+) -> None:
+    """Add what does not fit a walk, and what has a meaning in another one only."""
+    if walk not in WALKS:
+        problems.add(f"walk={walk}: expected one of {', '.join(WALKS)}.")
+        return
+    own = getattr(module, "keywords", {}).get("loss")
+    if walk != "global" and own and is_of_model(own):
+        problems.add(
+            f"loss={callable_name(own)} with walk={walk}: it is of the whole model, which walk=global trains at once; "
+            + ("for that after the windows give loss@retraining.loss=..." if walk != "local" else "give walk=global, ")
+            + ("" if walk != "local" else "or windows.head=true for the divergence of the last window's logits.")
+        )
+    if walk == "local":
+        return
+    if module and needs_gram(module):
+        problems.add(
+            f"walk={walk} with {callable_name(module)} (module=least_squares), which solves for single matrices: use "
+            "module=masked_weights, or walk=local."
+        )
+    elif module and getattr(module, "func", module) is Untrained:
+        problems.add(f"walk={walk} with module=none, which trains nothing: leave walk out, or choose another module.")
+    elif module and retraining and not _takes(module, "loss"):
+        problems.add(f"walk={walk}: {callable_name(module)} takes no loss, by which all layers are trained at once.")
+    if walk == "global" and isinstance(windows, Partition) and (windows.by == WindowKind.MATRIX or windows.head):
+        given = "windows.head=true" if windows.head else "windows=matrix"
+        problems.add(
+            f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has no "
+            "meaning; leave it out, or use walk=local_then_global."
+        )
+
+
+def _takes(make: Callable[..., Any], name: str) -> bool:
+    """Whether a class or function, or a partial call of it, has an argument of a name."""
+    while isinstance(make, partial):
+        make = make.func
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # a builtin that does not say what it takes
+        return False
+    return name in parameters or any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def prunes_apart(prune_by: str, propagation: Propagation) -> bool:

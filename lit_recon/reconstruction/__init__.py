@@ -1,6 +1,7 @@
 """The method: the walk over the windows, and the fit of each.
 
 driver.py             the walk, one screen
+retraining.py         all layers at once, after the walk; fit_state.py: resumed within their fit
 fit_settings.py       settings of every window's fit
 window_fit.py         fit a window; accept it or keep its pruned weights
 fitted_weights.py     weights that a fit changes: copied, rounded, put back

@@ -25,6 +25,7 @@ from lit_recon.activations.window_grams import WindowGrams
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.trained import attached, changed_by, trained_by
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
@@ -106,6 +107,8 @@ class WindowFitter:
         search: Says at which learning rates a window is tried; None: at those of `fitting`.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
+        scale: Share of the module's learning rate that all rates of the search are of.
+        commits: Commits the fit of a window every so many steps; None: each window is short.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class WindowFitter:
         search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
+        scale: float = 1.0,
+        commits: FitCommits | None = None,
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
@@ -127,6 +132,7 @@ class WindowFitter:
         self.search = search or RetryRates(self.fitting.retry_rates)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
+        self.scale, self.commits = scale, commits
 
     @property
     def needs_gram(self) -> bool:
@@ -194,15 +200,13 @@ class WindowFitter:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
-        measure = "relative error" if window.head is None else "KL divergence"
-        kind = kind_of(window.name, measure)
+        kind = kind_of(window.name, window.measure)
         module = self.module(window, masks, unit)
         weights = _fitted(module, window, dtypes, start)
         solved = begin(window, start, weights, data, unit, before[1]) if start else None
         origin = solved if solved and solved.accepted else None
-        tries: list[Try] = []
-        best: Try | None = None
-        best_weights: Sequence[Tensor] = weights.start
+        tries, best_weights = self.commits.begin(weights) if self.commits else ([], weights.start)
+        best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
         while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
@@ -211,6 +215,8 @@ class WindowFitter:
                 del module
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
                 module = self.module(window, masks, unit)
+            if self.commits:
+                self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
             errors = origin.held_out if origin else before[1]
             tries.append(self._try(module, window, data, weights, unit, errors, rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
@@ -223,7 +229,7 @@ class WindowFitter:
         if self.logger:
             self.logger.end_window()
         note = note_on(tries, best, weights.names_of_dtypes(), solved)
-        return replace(_result(window, before, tries, best, origin), note=note, measure=measure, unit=unit)
+        return replace(_result(window, before, tries, best, origin), note=note, measure=window.measure, unit=unit)
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""
@@ -265,12 +271,13 @@ class WindowFitter:
         self, module: LightningModule, window: AnyWindow, data: TrainingData, weights: FittedWeights, rate: float
     ) -> tuple[int, KeptState]:
         """Fit once; how many steps the optimizer made, and which state was kept."""
-        kept = KeptState(self.fitting, weights.by_id())
+        kept, seed = KeptState(self.fitting, weights.by_id()), self.seed + window.indices.start
         if self.logger:
             self.logger.start_window(window.name)
+        commits = [self.commits.callback(seed, data)] if self.commits else []
         trainer = self.trainer(
             logger=self.logger or False,
-            callbacks=[LearningRate(rate), FirstHeldOut(), kept, *self.callbacks],
+            callbacks=[LearningRate(rate * self.scale), FirstHeldOut(), kept, *self.callbacks, *commits],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
@@ -278,7 +285,7 @@ class WindowFitter:
             with _interruptible(), attached(module):
                 for parameter in trained_by(module, window):
                     parameter.requires_grad_(True)
-                trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
+                trainer.fit(module, datamodule=data.data_module(seed))
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)

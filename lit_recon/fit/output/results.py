@@ -23,6 +23,13 @@ from lit_recon.system.units import duration, in_gb
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
+HOW = {  # of a walk: how a model is made, for its card
+    "local": "reconstructed one window at a time to match the dense model's activations",
+    "global": "retrained, all layers at once",
+    "local_then_global": "reconstructed one window at a time to match the dense model's activations and retrained, all "
+    "layers at once",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -160,15 +167,15 @@ def model_card(
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     left = plan.windows - len(windows)
     unfinished = f"| unfinished | {len(windows)} of {plan.windows} windows done, the rest is dense |\n" if left else ""
+    made = HOW[recipe.get("walk", "local")]
     return f"""---
 library_name: transformers
 tags: [pruning, sparse, local-reconstruction]
 ---
 # {model}, pruned and reconstructed
 
-Made with lit_recon {__version__}: pruned, then reconstructed one window at a time to match the dense model's
-activations (Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are
-exact zeros.
+Made with lit_recon {__version__}: pruned, then {made}
+(Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are exact zeros.
 
 | | |
 |---|---|
