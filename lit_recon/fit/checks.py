@@ -25,13 +25,12 @@ from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.modules.rates import make_optimizer
-from lit_recon.modules.trained import trained_by
+from lit_recon.modules.trained import needs_gram, trained_by
 from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
-from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems
 
 log = logging.getLogger(__name__)

@@ -36,11 +36,11 @@ from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
-from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
 

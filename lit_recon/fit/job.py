@@ -16,11 +16,11 @@ from lit_recon.data.source import Samples, TextSource
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
+from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
-from lit_recon.reconstruction.window_fit import needs_gram
 from lit_recon.system.device import Compute
 
 USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe

@@ -33,7 +33,7 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 
 LENGTH = 8  # tokens of a sample
 MOST = 32  # batches

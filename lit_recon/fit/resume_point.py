@@ -25,7 +25,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_state import FitState
 from lit_recon.reconstruction.rate_search import Try
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.commits import Commit, CommitError, Commits
 
 ERRORS = ("before", "held_out", "calibration")  # of a Try

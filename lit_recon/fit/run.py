@@ -45,7 +45,7 @@ from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal, as_argument

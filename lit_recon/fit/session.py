@@ -35,7 +35,8 @@ from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.rate_search import ProbedRates, RateSearch
 from lit_recon.reconstruction.retraining import Retrained, open_retraining, retrain
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.clock import Clock
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from lit_recon.model.windows import DecoderWindow
 from lit_recon.modules.losses import TARGETS, kl_divergence, targets_of, with_head
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.signals import protected
 
 WALKS = ("local", "global", "local_then_global")

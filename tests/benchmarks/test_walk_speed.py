@@ -29,7 +29,7 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quiet
 

@@ -23,7 +23,8 @@ from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import walk
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.start import solutions
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 
 MANY_ST = torch.randint(3, 64, (36, 24), generator=torch.Generator().manual_seed(1))
 

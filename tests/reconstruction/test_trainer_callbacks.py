@@ -11,7 +11,8 @@ from lit_recon.activations.datamodule import Batch
 from lit_recon.model.architectures import tiny_model
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 
 
 class Scripted(MaskedWeights):

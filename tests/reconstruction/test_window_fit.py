@@ -29,7 +29,8 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 
 
 def same(window: Window, before: dict[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from lit_recon import __version__
 from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 

@@ -29,7 +29,7 @@ from lit_recon.model.decoder import examining
 from lit_recon.model.matrices import find_matrices, routers
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.modules.trained import needs_gram
 from lit_recon.system.units import duration, in_gb
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one

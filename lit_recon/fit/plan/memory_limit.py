@@ -19,7 +19,7 @@ from lit_recon.fit.job import Job, num_arrays
 from lit_recon.fit.plan.estimate import Plan, Workload, make_plan, name_of
 from lit_recon.fit.session import Session
 from lit_recon.model.windows import AnyWindow, WindowKind
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.modules.trained import needs_gram
 from lit_recon.system.atomic_files import can_link
 from lit_recon.system.units import in_gb
 
