@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from lit_recon.pruning.patterns import Pattern as Pattern
     from lit_recon.pruning.patterns import Unstructured as Unstructured
     from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
-    from lit_recon.reconstruction.window_fit import WindowResult as WindowResult
+    from lit_recon.reconstruction.retraining import Retraining as Retraining
+    from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
 __version__ = "0.4.0"
 
@@ -74,7 +75,8 @@ _MODULES = {
     "pruning.masks": ("Masks",),
     "pruning.patterns": ("NM", "Pattern", "Unstructured"),
     "reconstruction.fit_settings": ("FitSettings",),
-    "reconstruction.window_fit": ("WindowResult",),
+    "reconstruction.retraining": ("Retraining",),
+    "reconstruction.window_result": ("WindowResult",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604  # names only

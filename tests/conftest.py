@@ -362,7 +362,7 @@ def tiny_run(
         chosen = {override.partition("=")[0] for override in overrides}
         own = {"data": f"data.paths=[{text_file}]", "model": f"model.name={model_folder}"}  # of one member only
         dropped = {setting for group, setting in own.items() if group in chosen}
-        if "module=least_squares" in overrides:
+        if {"module=least_squares", "module=none"} & set(overrides):
             dropped.add("module.optimizer.lr=1e-2")
         return command(*(setting for setting in settings if setting not in dropped), *overrides)
 

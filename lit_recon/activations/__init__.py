@@ -5,6 +5,7 @@ chain.py          inputs and targets of the current window, and how they advance
 boundary.py       hidden states at a window boundary
 propagation.py    dense or sparse inputs, targets, statistics, and what each costs
 teacher.py        targets recomputed for each batch
+token_samples.py  tokens, embedded for each batch, on which all layers are trained at once
 datamodule.py     Activations, Batch, and the LightningDataModule over them
 matrix_inputs.py  the same for single matrices; gram.py: only their Gram matrices, for least squares
 window_grams.py   Gram matrices of all matrices of a window, which is solved for before it is trained

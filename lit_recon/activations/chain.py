@@ -100,6 +100,11 @@ class Chain:
             aside_STD = arrays.get(f"{name}_aside")
             boundary.aside_STD = None if aside_STD is None else self.passes.copy(aside_STD)
 
+    def forget(self) -> None:
+        """Let go of all hidden states: the walk is over."""
+        self.dense = self.sparse = self.teacher = self.energies_ST = None
+        self._outputs_STD = self._own_targets_STD = self._targets_STD = self._mixed_STD = None
+
     @timed("teacher")
     def dense_pass(self, window: Window, observers: Sequence[Observer] = ()) -> None:
         """Run the window, before it is pruned, over all samples: targets, the dense chain's next value, statistics.

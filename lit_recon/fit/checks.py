@@ -25,12 +25,12 @@ from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.modules.rates import make_optimizer
-from lit_recon.modules.trained import trained_by
+from lit_recon.modules.trained import needs_gram, trained_by
 from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.pruner import check_nested
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
 from lit_recon.system.command_line import Problems
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,11 @@ def check_settings(
     prune_by: str,
     fitting: FitSettings | None,
     trainer: dict[str, Any],
+    walk: str = "local",
+    retraining: Retraining | None = None,
 ) -> None:
     """Add what is wrong with settings, alone and together; None for a part that could not be made."""
+    _check_walk(problems, walk, windows, module, retraining)
     if isinstance(windows, Partition):
         if module and needs_gram(module) and windows.by != WindowKind.MATRIX:
             problems.add(
@@ -91,6 +94,54 @@ def _is(module: Callable[..., Any] | None, kind: type) -> bool:
     """Whether a module, or the class of a partial call, is of a kind."""
     made = getattr(module, "func", module)
     return inspect.isclass(made) and issubclass(made, kind)
+
+
+def _check_walk(
+    problems: Problems,
+    walk: str,
+    windows: Partition | None,
+    module: Callable[..., Any] | None,
+    retraining: Retraining | None,
+) -> None:
+    """Add what does not fit a walk, and what has a meaning in another one only."""
+    if walk not in WALKS:
+        problems.add(f"walk={walk}: expected one of {', '.join(WALKS)}.")
+        return
+    own = getattr(module, "keywords", {}).get("loss")
+    if walk != "global" and own and is_of_model(own):
+        problems.add(
+            f"loss={callable_name(own)} with walk={walk}: it is of the whole model, which walk=global trains at once; "
+            + ("for that after the windows give loss@retraining.loss=..." if walk != "local" else "give walk=global, ")
+            + ("" if walk != "local" else "or windows.head=true for the divergence of the last window's logits.")
+        )
+    if walk == "local":
+        return
+    if module and needs_gram(module):
+        problems.add(
+            f"walk={walk} with {callable_name(module)} (module=least_squares), which solves for single matrices: use "
+            "module=masked_weights, or walk=local."
+        )
+    elif module and getattr(module, "func", module) is Untrained:
+        problems.add(f"walk={walk} with module=none, which trains nothing: leave walk out, or choose another module.")
+    elif module and retraining and not _takes(module, "loss"):
+        problems.add(f"walk={walk}: {callable_name(module)} takes no loss, by which all layers are trained at once.")
+    if walk == "global" and isinstance(windows, Partition) and (windows.by == WindowKind.MATRIX or windows.head):
+        given = "windows.head=true" if windows.head else "windows=matrix"
+        problems.add(
+            f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has no "
+            "meaning; leave it out, or use walk=local_then_global."
+        )
+
+
+def _takes(make: Callable[..., Any], name: str) -> bool:
+    """Whether a class or function, or a partial call of it, has an argument of a name."""
+    while isinstance(make, partial):
+        make = make.func
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # a builtin that does not say what it takes
+        return False
+    return name in parameters or any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def prunes_apart(prune_by: str, propagation: Propagation) -> bool:
@@ -204,7 +255,7 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
-    layers = list({repr(layer): layer for layer in layer_windows(model)}.values())  # one of each kind
+    layers = list({repr(layer): layer for layer in reversed(layer_windows(model))}.values())  # the first of each kind
     windows = [MatrixWindow(layer.matrices()[0], layer) if single else layer for layer in layers]
     window, masks = windows[0], _ones(windows[0])
     function = getattr(module, "func", module)  # of a class, its constructor's signature, which names what is wrong

@@ -36,11 +36,13 @@ from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
-from lit_recon.system.device import Compute
+from lit_recon.system.device import Compute, without_strategy
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "chain": Propagation,
     "store": StoreSettings,
     "windows": Partition,
+    "retraining": Retraining,
 }
 MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
@@ -92,9 +95,12 @@ class _Chosen:
             prune_by=self.call["prune_by"] if apart else "window",
             module=self.parts["module"],
             fitting=self.fitting,
-            trainer=self.compute.trainers(self.parts["trainer"]),
+            trainer=self.compute.trainers(without_strategy(self.parts["trainer"])),
             schedule=Schedule.from_trainer(self.trainer),
             allow_unscored=self.call["allow_unscored"],
+            walk=self.call["walk"],
+            retraining=self.parts["retraining"],
+            retraining_trainer=self.compute.trainers(self.parts["trainer"]),
         )
 
     def execution(self, limit: int | None = None) -> Execution:
@@ -174,6 +180,9 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
     own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
     fitting = problems.check(FitSettings, **own)
+    looks_back = fitting and (fitting.keep, fitting.patience) != ("last", None)
+    if parts["module"] and needs_gram(parts["module"]) and looks_back:
+        problems.add(f"keep and patience: {callable_name(parts['module'])} is solved in one step; leave them out.")
     compute = None
     if trainer and "prune_by" in call:
         check_settings(
@@ -185,10 +194,12 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             prune_by=call["prune_by"],
             fitting=fitting,
             trainer=trainer,
+            walk=call.get("walk", "local"),
+            retraining=parts["retraining"],
         )
         if parts["trainer"]:
-            about = f"{given_of('trainer')}: "
-            compute = problems.check(Compute.choose, parts["trainer"], trainer["precision"], about=about)
+            made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
+            compute = problems.check(Compute.choose, made, trainer["precision"], about=f"{given_of('trainer')}: ")
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
 

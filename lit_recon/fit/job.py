@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from lit_recon.data.source import Samples, TextSource
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
+from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.device import Compute
 
 USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
@@ -61,6 +62,9 @@ class Method:
         trainer: Makes a window's Trainer from `callbacks` and `logger`.
         schedule: How long it trains.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
+        walk: One of WALKS: windows are reconstructed one by one, or all layers are trained at once, or both in turn.
+        retraining: How all layers are trained at once.
+        retraining_trainer: Makes the Trainer of that, which may have a strategy; None: `trainer`.
     """
 
     criterion: Criterion
@@ -73,6 +77,15 @@ class Method:
     trainer: Callable[..., Trainer]
     schedule: Schedule
     allow_unscored: bool
+    walk: str = "local"
+    retraining: Retraining = Retraining()
+    retraining_trainer: Callable[..., Trainer] | None = None
+
+    @property
+    def retraining_schedule(self) -> Schedule:
+        """How long all layers are trained at once."""
+        epochs = self.retraining.max_epochs
+        return self.schedule if epochs is None else replace(self.schedule, epochs=epochs)
 
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""
@@ -87,6 +100,8 @@ class Method:
             "batch_size": f"{batch_size}{accumulated}",
         }
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
+        if self.walk != "local":
+            found |= {"walk": self.walk, **self.retraining.describe()}
         for name, usual in USUAL.items():
             chosen = _argument(self.module, name)
             found |= {} if chosen is None or callable_name(chosen) == usual else {name: callable_name(chosen)}
@@ -103,7 +118,7 @@ class Execution:
         store: Where hidden states are kept.
         batch_size: Samples per batch.
         memory_limit: Bytes; None for no limit.
-        stop_after: Stop after so many windows; None for all.
+        stop_after: Stop after so many windows, of which a fit of all layers at once is the last; None for all.
         seed: Of everything that is drawn.
     """
 

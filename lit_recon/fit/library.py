@@ -40,7 +40,8 @@ from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
@@ -119,6 +120,8 @@ def prune_and_reconstruct(
     prune_by: str = "window",
     module: Callable[..., LightningModule] = MaskedWeights,
     fitting: FitSettings | None = None,
+    walk: str = "local",
+    retraining: Retraining | None = None,
     trainer: Mapping[str, Any] | None = None,
     store: StoreSettings | None = None,
     batch_size: int = 2,
@@ -142,6 +145,9 @@ def prune_and_reconstruct(
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
             its settings.
         fitting: How windows are tried, and what is kept; FitSettings().
+        walk: "local": windows are reconstructed; "global": they are pruned only, and all layers are trained at once;
+            "local_then_global".
+        retraining: How all layers are trained at once; Retraining(), by the divergence of the logits.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
         batch_size: Samples per batch.
@@ -162,8 +168,9 @@ def prune_and_reconstruct(
         "windows": windows,
         "propagation": propagation,
         "fitting": fitting,
+        "retraining": retraining,
     }
-    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored}
+    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     with _prepared(model), quietly(), stoppable():
         settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
@@ -180,6 +187,8 @@ def _parts() -> dict[str, Any]:
         "prune_by": "window",
         "module": MaskedWeights,
         "fitting": FitSettings(),
+        "walk": "local",
+        "retraining": Retraining(),
         "allow_unscored": False,
     }
 
@@ -197,10 +206,12 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:
         session = open_session(model, samples, method, execution, activations=Path(activations))
-        bar = ProgressBar(Console(), len(session.windows), shown=shown)
+        bar = ProgressBar(Console(), session.num_fits, shown=shown)
         try:
             with session.chain.passes.store, bar:
-                results = reconstruct(session, method, execution, callbacks=[bar, masks], trainer_callbacks=[bar])
+                results = reconstruct(
+                    session, method, execution, masks.masks, callbacks=[masks, bar], trainer_callbacks=[bar]
+                )
         finally:
             session.weights.discard()
     return Reconstruction(results, masks.masks, session.pruner.labels())
@@ -269,7 +280,9 @@ def _checked(
         ValueError: They do not fit each other.
     """
     problems, make = Problems(), partial(Trainer, **settings)
-    related = {name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting")}
+    related = {
+        name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
+    }
     check_settings(problems, **related, store=store, trainer=settings)
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,8 +31,9 @@ from lit_recon.fit.job import Execution, Method
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
+from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 
 LENGTH = 8  # tokens of a sample
 MOST = 32  # batches
@@ -82,6 +84,7 @@ def _fit_two_steps(
     windows = method.windows
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
     with TemporaryDirectory(prefix="lit_recon.") as scratch:
+        stopping = partial(_stopping, scratch=scratch, batches=-(-counts[0] // execution.batch_size))
         method = replace(
             method,
             criterion=_copy(method.criterion),
@@ -89,15 +92,17 @@ def _fit_two_steps(
             module=_copy(method.module),
             windows=windows,
             fitting=replace(method.fitting, retry_rates=()),
-            trainer=_stopping(method.trainer, scratch, -(-counts[0] // execution.batch_size)),
+            trainer=stopping(method.trainer),
+            retraining_trainer=stopping(method.retraining_trainer or method.trainer),
         )
         execution = replace(execution, stop_after=None)
         most = [min(count, MOST * execution.batch_size) for count in counts]
         samples = _samples(model.config.get_text_config().vocab_size, *most, padded=padded)
         session = open_session(model, samples, method, execution, activations=Path(scratch, "activations"))
         with session.chain.passes.store, contextlib.suppress(_Enough):
-            callbacks = () if windows.head else [_FirstFit()]  # with a head, the last window is trained otherwise
-            reconstruct(session, method, execution, callbacks=callbacks, logger=DummyLogger())  # type: ignore[arg-type]
+            # With a head the last window is trained otherwise, and so are all layers at once.
+            callbacks = () if windows.head or method.walk != "local" else [_FirstFit()]
+            reconstruct(session, method, execution, Masks(), callbacks=callbacks, logger=DummyLogger())  # type: ignore[arg-type]
 
 
 class _Enough(Exception):

@@ -46,7 +46,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
         )
     changed = [
         f"{where} is {old!r} there and {new!r} here"
-        for key in sorted({key.split("/")[0] for key in words} - {*OF_THE_CALL})
+        for key in sorted({key.split("/")[0].rpartition("@")[2] for key in words} - {*OF_THE_CALL})
         for where, old, new in differences(plain(OmegaConf.select(before, key)), plain(OmegaConf.select(cfg, key)), key)
     ]
     if changed:

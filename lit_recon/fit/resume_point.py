@@ -4,6 +4,7 @@
     masks.00007         masks of window 7, bit-packed                                  (one per window)
     chain.00007         hidden states at the boundary after window 7                   (the newest)
     unit.<name>         masks of the pruning window, larger than the windows, in which the walk is
+    fit.00031           weights and optimizer within the fit of all layers at once, which has no hidden states
 
 and, as JSON, the results so far, the step of the curves, seconds per phase and what the caller adds. Nothing random is
 in it: what is drawn for a window follows from the seed and the window's index alone.
@@ -16,13 +17,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_recon.activations.datamodule import Errors
 from lit_recon.fit.session import Session
 from lit_recon.model.windows import Window
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
+from lit_recon.reconstruction.fit_state import FitState
+from lit_recon.reconstruction.rate_search import Try
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.commits import Commit, CommitError, Commits
+
+ERRORS = ("before", "held_out", "calibration")  # of a Try
 
 
 class ResumePoint(WalkCallback):
@@ -37,6 +43,7 @@ class ResumePoint(WalkCallback):
     Attributes:
         done: The results of all windows that are committed.
         masks: Their masks.
+        fit_state: Where the fit of all layers at once is, of a run that is resumed in it.
     """
 
     def __init__(self, commits: Commits, session: Session, logger: RunLogger, facts: Mapping[str, Any]) -> None:
@@ -46,36 +53,65 @@ class ResumePoint(WalkCallback):
         self._layers: dict[int, str] = {}
         self._mask_files: list[str] = []
         self._unit: str | None = None
+        self._number = 0  # of the newest commit
+        self.fit_state: FitState | None = None
 
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         """Write what has changed with a window, and make it the point from which a run is resumed."""
-        session, number = self.session, len(results)
-        if changed := session.weights.files.changed() if session.weights.files else []:
-            raise CommitError(
-                f"{'; '.join(changed)} while the run had the dense model mapped from there: window {window.name} is "
-                f"not kept. Restore the model and resume with resume={self.commits.folder.parent}"
-            )
+        session, number = self.session, max(len(results), self._number + 1)
+        self._check_model(f"window {window.name}")
         with session.clock.phase("commit"):
             self._write_layers(window, number)
             self._write_masks(masks, number)
-            chain = f"chain.{number:05}"
-            self.commits.write(chain, session.chain.state())
-            unit = self._write_unit()
-            state = {
-                **self.facts,
-                "windows": [asdict(result) for result in results],
-                "layers": {str(index): name for index, name in self._layers.items()},
-                "masks": self._mask_files,
-                "chain": chain,
-                "unit": unit,
-                "by_magnitude": session.pruner.by_magnitude,
-                "step": self.logger.last_step,
-                "seconds": session.clock.seconds,
-                "elapsed": session.clock.total(),
-            }
-            files = [*self._layers.values(), *self._mask_files, chain, *([unit] if unit else [])]
-            self.commits.commit(number, state, files)
-            self.done = list(results)
+            chain, states = f"chain.{number:05}", session.chain.state()
+            if states:
+                self.commits.write(chain, states)
+            self._commit(number, results, chain=chain if states else None, unit=self._write_unit())
+
+    def on_steps(self, fit: FitState) -> None:
+        """Make the point that the fit of all layers at once has reached the one from which a run is resumed."""
+        self._check_model(f"step {fit.step}")
+        number = self._number + 1
+        state: dict[str, Any] = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
+        state |= {"file": f"fit.{number:05}", "first_step": self.logger.first_step}
+        self.commits.write(state["file"], fit.tensors)
+        self._commit(number, self.done, fit=state)
+
+    def _check_model(self, what: str) -> None:
+        """Raise a CommitError where the files have changed that the dense model is mapped from."""
+        if changed := self.session.weights.files.changed() if self.session.weights.files else []:
+            raise CommitError(
+                f"{'; '.join(changed)} while the run had the dense model mapped from there: {what} is "
+                f"not kept. Restore the model and resume with resume={self.commits.folder.parent}"
+            )
+
+    def _commit(
+        self,
+        number: int,
+        results: Sequence[WindowResult],
+        *,
+        chain: str | None = None,
+        unit: str | None = None,
+        fit: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a commit of what has been written, the current one."""
+        session = self.session
+        state = {
+            **self.facts,
+            "windows": [asdict(result) for result in results],
+            "layers": {str(index): name for index, name in self._layers.items()},
+            "masks": self._mask_files,
+            "chain": chain,
+            "unit": unit,
+            "fit": fit,
+            "by_magnitude": session.pruner.by_magnitude,
+            "step": self.logger.last_step,
+            "seconds": session.clock.seconds,
+            "elapsed": session.clock.total(),
+        }
+        own = [name for name in (chain, unit, fit and fit["file"]) if name]
+        self.commits.commit(number, state, [*self._layers.values(), *self._mask_files, *own])
+        self._number, self.done = number, list(results)
 
     def restore(self, commit: Commit) -> None:
         """Return everything to what it was after a commit."""
@@ -86,12 +122,22 @@ class ResumePoint(WalkCallback):
             session.weights.restore_layer(index, path)
         for name in self._mask_files:
             self.masks.update(Masks.load(self.commits.path(name)))
-        session.chain.restore(commit.read(state["chain"]))
+        self._number = commit.number
+        if state["chain"] is None:
+            session.chain.forget()
+        else:
+            session.chain.restore(commit.read(state["chain"]))
         pending = None
         if self._unit is not None:
             pending = self._unit.removeprefix("unit."), Masks.load(commit.path(self._unit)).unpack()
         session.pruner.resume(pending, state["by_magnitude"])
         self.logger.last_step = state["step"]
+        if fit := state["fit"]:
+            self.logger.last_step = fit["first_step"] - 1  # its curves go on where they began
+            tries = [Try(**one | {name: Errors(*one[name]) for name in ERRORS}) for one in fit["tries"]]
+            self.fit_state = FitState(
+                step=fit["step"], tries=tries, values=fit["values"], tensors=commit.read(fit["file"])
+            )
         session.clock.resume(state["seconds"], state["elapsed"])
         self.done = [WindowResult(**result) for result in state["windows"]]
 

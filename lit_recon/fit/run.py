@@ -43,8 +43,9 @@ from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WALK, Clock
 from lit_recon.system.command_line import Refusal, as_argument
@@ -138,7 +139,8 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     except ValueError as error:
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
-    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done).items():
+    steps = commit.state["fit"]["step"] if commit and commit.state["fit"] else 0
+    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done, steps=steps).items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
     facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"
@@ -211,7 +213,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     reset_peak_memory(device)
     resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
-    if len(resume_point.done) < len(session.windows):
+    if len(resume_point.done) < session.num_fits:
         console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
     logits_BTV = evaluator.logits(session.model)
@@ -239,10 +241,11 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
+    fit_commits = FitCommits(job.method.retraining.commit_every, resume_point.on_steps, resume_point.fit_state)
     companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
     checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
     together = job.method.windows.by == WindowKind.MATRIX
-    progress = ProgressBar(console, len(session.windows), done=resume_point.done, together=together)
+    progress = ProgressBar(console, session.num_fits, done=resume_point.done, together=together)
     with session.clock.phase("commit"):
         checkpoint.open()
     try:
@@ -251,10 +254,12 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
                 session,
                 job.method,
                 job.execution,
+                resume_point.masks,
                 callbacks=[resume_point, checkpoint, progress],
                 trainer_callbacks=[progress],
                 logger=logger,
                 done=resume_point.done,
+                commits=fit_commits,
             )
     except KeyboardInterrupt as stop:
         session.weights.discard()
@@ -276,7 +281,12 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
     done, session = resume_point.done, resume_point.session
     if not done:
         return f"no window was done yet; start again with {as_argument('resume', folder)}"
-    total = len(session.windows)
+    total = session.num_fits
+    if len(done) == len(session.windows):
+        return (
+            f"all {len(done)} windows are done, and all layers are not yet trained at once; {folder}/checkpoint holds "
+            f"the windows as they are. Resume with: python -m lit_recon.fit {as_argument('resume', folder)}"
+        )
     seconds = sum(session.clock.seconds[name] for name in WALK) / len(done) * (total - len(done))
     return (
         f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {folder}/checkpoint holds "

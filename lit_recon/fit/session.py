@@ -4,9 +4,11 @@ The command and the library open one in the same way, and `reconstruct` walks ov
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback
@@ -25,11 +27,16 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
+from lit_recon.modules.untrained import Untrained
+from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
-from lit_recon.reconstruction.rate_search import ProbedRates
+from lit_recon.reconstruction.fit_state import FitCommits
+from lit_recon.reconstruction.rate_search import ProbedRates, RateSearch
+from lit_recon.reconstruction.retraining import Retrained, open_retraining, retrain
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -47,6 +54,7 @@ class Session:
         pruner: Makes the masks.
         weights: Moves the weights of one window at a time.
         clock: Takes the seconds.
+        retrained: All layers, where they are trained at once after the walk.
     """
 
     model: PreTrainedModel
@@ -56,6 +64,12 @@ class Session:
     pruner: Pruner
     weights: WeightOffloader
     clock: Clock
+    retrained: Retrained | None = None
+
+    @property
+    def num_fits(self) -> int:
+        """Windows, and the fit of all layers at once where there is one."""
+        return len(self.windows) + (self.retrained is not None)
 
 
 def open_session(
@@ -112,54 +126,81 @@ def open_session(
         seed=execution.seed,
         clock=clock,
     )
-    return Session(model, matrices, windows, chain, pruner, weights, clock)
+    retrained = None
+    if method.walk != "local":
+        retrained = open_retraining(method.retraining, passes, matrices, weights)
+    return Session(model, matrices, windows, chain, pruner, weights, clock, retrained)
 
 
 def reconstruct(
     session: Session,
     method: Method,
     execution: Execution,
+    masks: Masks,
     *,
     callbacks: Sequence[WalkCallback] = (),
     trainer_callbacks: Sequence[Callback] = (),
     logger: RunLogger | None = None,
     done: Sequence[WindowResult] = (),
+    commits: FitCommits | None = None,
 ) -> list[WindowResult]:
-    """Walk over the windows of a session that are not done, up to `execution.stop_after`.
+    """Walk over the windows of a session that are not done, then train all layers at once, up to `stop_after`.
 
     Args:
         session: The session.
         method: What is done.
         execution: How.
+        masks: Masks of the windows that are done, to which the callbacks add those of each window.
         callbacks: Of the walk.
         trainer_callbacks: Of every window's Trainer.
         logger: The run's log; None for no curves.
         done: The results of the windows that are done.
+        commits: Of the fit of all layers at once; None: none within it.
 
     Returns:
         The results of all windows that are done.
     """
-    probes = is_probed(method.module) and method.fitting.retry_rates
-    fitter = WindowFitter(
-        method.module,
-        method.trainer,
-        device=execution.compute.device,
-        seed=execution.seed,
-        logger=logger,
-        fitting=method.fitting,
-        search=ProbedRates(window.name for window in session.windows) if probes else None,
-        callbacks=trainer_callbacks,
-        clock=session.clock,
-    )
-    return walk(
-        windows_left(session.windows, len(done), execution.stop_after),
-        chain=session.chain,
-        pruner=session.pruner,
-        fitter=fitter,
+    settings: dict[str, Any] = {
+        "trainer": method.trainer,
+        "device": execution.compute.device,
+        "seed": execution.seed,
+        "logger": logger,
+        "fitting": method.fitting,
+        "callbacks": trainer_callbacks,
+        "clock": session.clock,
+    }
+    results = list(done)
+    if len(done) < len(session.windows):
+        reconstructs: Any = Untrained if method.walk == "global" else method.module
+        results = walk(
+            windows_left(session.windows, len(done), execution.stop_after),
+            chain=session.chain,
+            pruner=session.pruner,
+            fitter=WindowFitter(reconstructs, **settings, search=_search(method, session.windows)),
+            weights=session.weights,
+            callbacks=callbacks,
+            done=done,
+        )
+    stops = execution.stop_after is not None and execution.stop_after < session.num_fits
+    if session.retrained is None or len(results) != len(session.windows) or stops:
+        return results
+    session.chain.forget()
+    module, search = partial(method.module, loss=method.retraining.loss), _search(method, [session.retrained.window])
+    scale, settings["trainer"] = method.retraining.rate, method.retraining_trainer or method.trainer
+    return retrain(
+        session.retrained,
+        masks,
+        fitter=WindowFitter(module, **settings, search=search, scale=scale, commits=commits),
         weights=session.weights,
         callbacks=callbacks,
-        done=done,
+        done=results,
     )
+
+
+def _search(method: Method, windows: Iterable[AnyWindow]) -> RateSearch | None:
+    """Says at which rates some windows are tried; None: as their settings do."""
+    probes = is_probed(method.module) and method.fitting.retry_rates
+    return ProbedRates(window.name for window in windows) if probes else None
 
 
 def windows_left(windows: Sequence[AnyWindow], done: int, stop_after: int | None) -> Sequence[AnyWindow]:

@@ -26,6 +26,7 @@ CALL: dict[str, Any] = {
     "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
+    "walk": str,
     "keep": str,
     "patience": int | None,
     "start": str,

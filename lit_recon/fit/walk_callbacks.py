@@ -17,7 +17,7 @@ from lit_recon.fit.output.checkpoint import Companions, ShardedFolder, save_whol
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.model.windows import Window
 from lit_recon.reconstruction.driver import WalkCallback
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import sync_folder
 from lit_recon.system.units import duration
 

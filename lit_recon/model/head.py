@@ -1,4 +1,4 @@
-"""The head of a decoder: logits of the last layer's hidden states, and their divergence from the dense model's.
+"""The head of a decoder: logits of the last layer's hidden states, their divergence from the dense model's, likelihood.
 
 Shapes: B samples, T tokens, D hidden size, V vocabulary, N tokens of a slice.
 """
@@ -74,5 +74,25 @@ def kl_divergences(outputs_ND: Tensor, targets_ND: Tensor, *, head: Callable[[Te
         logits_NV = head(outputs_ND[None])[0].float().log_softmax(-1)
         return functional.kl_div(logits_NV, expected_NV, reduction="none", log_target=True).sum(-1)
 
-    pairs = zip(outputs_ND.split(SLICE), targets_ND.split(SLICE), strict=True)
-    return torch.cat([checkpoint(divergences, *pair, use_reentrant=False) for pair in pairs])
+    return _in_slices(divergences, outputs_ND, targets_ND)
+
+
+def cross_entropies(outputs_ND: Tensor, next_N: Tensor, *, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Negative log-likelihoods (N) of next tokens in nats, a slice of tokens at a time like the divergences.
+
+    Args:
+        outputs_ND: Hidden states after the last layer.
+        next_N: The token that follows each.
+        head: Makes logits (1, N, V) of hidden states (1, N, D).
+    """
+
+    def likelihoods(outputs_ND: Tensor, next_N: Tensor) -> Tensor:
+        return functional.cross_entropy(head(outputs_ND[None])[0].float(), next_N, reduction="none")
+
+    return _in_slices(likelihoods, outputs_ND, next_N)
+
+
+def _in_slices(measure: Callable[[Tensor, Tensor], Tensor], *by_token: Tensor) -> Tensor:
+    """A measure of some tokens at a time, computed again by backward."""
+    pairs = zip(*(one.split(SLICE) for one in by_token), strict=True)
+    return torch.cat([checkpoint(measure, *pair, use_reentrant=False) for pair in pairs])

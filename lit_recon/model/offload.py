@@ -102,6 +102,16 @@ class WeightOffloader:
             self._window.to("cpu")
             self._window, self._homes = None, []
 
+    def dense_layer(self, index: int) -> dict[str, Tensor]:
+        """The dense tensors of a layer by their names in it: mapped from the files, or copies of those it has now."""
+        prefix = f"{self.prefix}.{index}"
+        state = layer_state(self.layers[index], prefix)
+        if self.files is not None:
+            found = self.files.tensors(state)
+        else:
+            found = {name: tensor.detach().clone() for name, tensor in state.items()}
+        return {name.removeprefix(f"{prefix}."): tensor for name, tensor in found.items()}
+
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of a layer by their names in the model."""
         return layer_state(self.layers[index], f"{self.prefix}.{index}")

@@ -85,7 +85,7 @@ class Partition:
                     "windows.head=true with windows=half: the halves of these layers stand side by side, and none has "
                     "the model's logits; use block, blocks or model."
                 )
-            windows[-1].head = Head(Decoder(model, torch.device("cpu")))
+            windows[-1].head, windows[-1].measure = Head(Decoder(model, torch.device("cpu"))), "KL divergence"
         if self.by != WindowKind.MATRIX:
             return list(windows)
         found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]

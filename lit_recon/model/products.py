@@ -34,6 +34,9 @@ _PRODUCTS = {
     "_grouped_mm": (0, -2),
     "grouped_mm_fallback": (0, -2),
 }
+# Curves that a layer bends a parameter by before it uses it (rates of decay, gates): no matrix is used so.
+_CURVES = {"exp", "exp_", "expm1", "log", "sigmoid", "softplus", "tanh"}
+_CASTS = {"float", "to", "type", "double", "half", "bfloat16"}
 # Products, and other ways to use a weight, whose operands are not read.
 _OTHER_USES = {"einsum", "tensordot", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "inner", "outer"}
 
@@ -72,6 +75,7 @@ class _ProductMode(TorchFunctionMode):
         matrices: The matrices.
         note: Is called with each product.
         note_other: Is called with a matrix that is used in a way of which the inputs are not known.
+        note_curve: Is called with a parameter that is bent by a curve, itself or in another dtype.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class _ProductMode(TorchFunctionMode):
         matrices: Sequence[Matrix],
         note: Callable[[Product], None],
         note_other: Callable[[Matrix], None] | None = None,
+        note_curve: Callable[[Matrix], None] | None = None,
     ) -> None:
         super().__init__()
         # By address and not by storage: the weights of a mapped checkpoint file share one storage.
@@ -87,7 +92,8 @@ class _ProductMode(TorchFunctionMode):
             for matrix in matrices
             for expert in range(matrix.experts)
         }
-        self.note, self.note_other = note, note_other
+        self.note, self.note_other, self.note_curve = note, note_other, note_curve
+        self._cast: list[tuple[Tensor, Matrix]] = []  # copies in other dtypes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -103,7 +109,15 @@ class _ProductMode(TorchFunctionMode):
             for used in tree_leaves((args, kwargs)):
                 if isinstance(used, Tensor) and used.data_ptr() in self.slices:
                     self.note_other(self.slices[used.data_ptr()][0])
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.note_curve and name in _CASTS | _CURVES and args and isinstance(args[0], Tensor):
+            cast = next((matrix for copy, matrix in self._cast if copy is args[0]), None)
+            matrix = cast or self.slices.get(args[0].data_ptr(), (None, 0))[0]
+            if matrix is not None and name in _CURVES:
+                self.note_curve(matrix)
+            elif matrix is not None:
+                self._cast = [*self._cast[-_REMEMBERED:], (result, matrix)]
+        return result
 
 
 def _products(
@@ -171,28 +185,36 @@ def learn_input_dims(matrices: LayerMatrices, run: Callable[[], Any]) -> LayerMa
     """The matrices with what a pass shows of how each is used; without parameters that it shows to be none.
 
     What no product uses is no matrix in this model if it is no larger than a vector (weights of a norm for each head, a
-    bias for each expert), is a depthwise convolution, or is the weight of an ordinary module (attention to an encoder
-    that is not there), but not of an expert, which may have seen no token. How anything else is used is not known.
+    bias for each expert), is a depthwise convolution, is bent by a curve (rates of decay, such as exp(A_log)), or is
+    the weight of an ordinary module (attention to an encoder that is not there), but not of an expert, which may have
+    seen no token. How anything else is used is not known.
 
     Args:
         matrices: As their modules' kinds tell, by layer.
         run: Makes a pass in which the matrices are used.
     """
     seen: dict[str, int] = {}
-
     used_otherwise: set[str] = set()
+    bent: set[str] = set()
 
     def note(product: Product) -> None:
         seen[product.matrix.name] = product.input_dim
 
     found = [matrix for layer in matrices for matrix in layer]
-    with _ProductMode(found, note, lambda matrix: used_otherwise.add(matrix.name)):
+    with _ProductMode(
+        found,
+        note,
+        lambda matrix: used_otherwise.add(matrix.name),
+        lambda matrix: bent.add(matrix.name),
+    ):
         run()
     lists = {_ENTRY.sub(r"\1.*", name) for name in seen}  # of experts, of which some were given tokens
 
     def is_matrix(matrix: Matrix, vector: int) -> bool:
         if _ENTRY.sub(r"\1.*", matrix.name) in lists:
             return True
+        if matrix.name in bent:
+            return False
         if matrix.weight.dim() > 2 and 1 in matrix.weight.shape[1:]:  # depthwise: a few numbers for each channel
             return False
         is_plain = matrix.weight.dim() == 2 and matrix.input_dim is not None  # its product would have been seen

@@ -14,6 +14,7 @@ of a parallel layer (halves.py) start both from its input. Matrices have inputs 
 their layer, still dense, runs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -21,6 +22,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lit_recon.model.decoder import LayerCall, call_layer
 from lit_recon.model.halves import SIDES, Split, run_half
@@ -58,7 +60,10 @@ class Window(nn.Module):
             too.
         parallel_half: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
         head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
+        measure: What its errors are.
     """
+
+    measure = "relative error"
 
     def __init__(
         self,
@@ -125,6 +130,46 @@ class Window(nn.Module):
     def enclosing(self) -> "Window":
         """The window between whose ends the chain steps."""
         return self
+
+
+class DecoderWindow(Window):
+    """All layers of a model, trained at once from its embeddings.
+
+    Args:
+        layers: The layers.
+        matrices: Their matrices.
+        checkpoint_layers: Whether backward computes each layer again, so that activations of one are there at once.
+
+    Attributes:
+        units: Where the outputs are the states after all layers side by side: the unit of each layer's error, over
+            whose root its states are handed out; None where they are the states after the last layer.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, matrices: Sequence[Matrix], checkpoint_layers: bool) -> None:
+        super().__init__("global", layers, first=0, matrices=matrices)
+        self.checkpoint_layers = checkpoint_layers
+        self.units: list[float] | None = None
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall], layers: slice = slice(None)) -> Tensor:
+        """Hidden states after the last layer (B, T, D), or after all layers side by side (B, T, L D)."""
+        states = []
+        for layer, call in list(zip(self.layers, calls, strict=True))[layers]:
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                hidden_BTD = checkpoint(call_layer, layer, hidden_BTD, call, use_reentrant=False)
+            else:
+                hidden_BTD = call_layer(layer, hidden_BTD, call)
+            if self.units is not None:
+                states.append(hidden_BTD)
+        return hidden_BTD if self.units is None else side_by_side(states, self.units)
+
+
+def side_by_side(states: Sequence[Tensor], units: Sequence[float]) -> Tensor:
+    """States after L layers (B, T, D) side by side, (B, T, L D), each over the root of its layer's unit.
+
+    A mean over the features of their squared error is a mean over layers of errors in each layer's own unit.
+    """
+    scaled = [state_BTD.float() / math.sqrt(unit) for state_BTD, unit in zip(states, units, strict=True)]
+    return torch.cat(scaled, dim=-1)
 
 
 class HalfWindow(Window):
@@ -207,6 +252,7 @@ class MatrixWindow(nn.Module):
     """
 
     head: Head | None = None
+    measure = "relative error"
 
     def __init__(self, matrix: Matrix, layer: Window) -> None:
         super().__init__()

@@ -7,17 +7,22 @@ its product), `energies_N` that energy of each token. In this unit curves of win
 learning rate or clipping threshold means the same everywhere: 1 is the error of leaving the window out, at a typical
 token. The divergence of logits is in nats.
 
+Those of TARGETS are for all layers at once (walk=global): they say what the model is to be compared with.
+
 Shapes: B samples, T tokens of each, N tokens without padding, D features, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lit_recon.activations.datamodule import Batch
-from lit_recon.model.head import kl_divergences
+from lit_recon.model.head import cross_entropies, kl_divergences
 
 _LEAST = 1e-6  # of the unit: energies that are divided by are not taken for smaller
 
@@ -73,6 +78,50 @@ def kl_divergence(
         head: Makes logits (1, N, V) of hidden states (1, N, D).
     """
     return kl_divergences(outputs_ND, targets_ND, head=head)
+
+
+def cross_entropy(
+    outputs_ND: Tensor, targets_N: Tensor, *, energies_N: Tensor, unit: float, head: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Negative log-likelihood of each next token, in nats; `energies_N` and `unit` are not used.
+
+    Args:
+        outputs_ND: Hidden states after the last layer, of tokens that have a next one.
+        targets_N: The next tokens.
+        energies_N: Not used; the other losses' weights.
+        unit: Not used; theirs too.
+        head: Makes logits (1, N, V) of hidden states (1, N, D).
+    """
+    return cross_entropies(outputs_ND, targets_N, head=head)
+
+
+def hidden_states(outputs_ND: Tensor, targets_ND: Tensor, *, energies_N: Tensor, unit: float) -> Tensor:
+    """Squared error of the hidden states after every layer, each in the unit of its layer, a mean over layers.
+
+    The features are those of all layers side by side, over the roots of their units (DecoderWindow.units).
+    """
+    return mean_squared(outputs_ND, targets_ND, energies_N=energies_N, unit=unit)
+
+
+TARGETS: dict[Callable[..., Tensor], str] = {  # of losses of the whole model: what the outputs are compared with
+    cross_entropy: "tokens",
+    kl_divergence: "logits",
+    hidden_states: "all states",
+}
+
+
+def targets_of(loss: Callable[..., Any]) -> str:
+    """What a loss compares the outputs with: one of TARGETS, or "states", the hidden states at the window's end."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    return TARGETS.get(loss, "states")
+
+
+def with_head(loss: Callable[..., Tensor], head: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor]:
+    """A loss on the logits of a window's outputs, where it has a head: the divergence, unless it takes one itself."""
+    if head is None:
+        return loss
+    return partial(loss if "head" in inspect.signature(loss).parameters else kl_divergence, head=head)
 
 
 def after_first(batch: Batch, *, positions: int = 1) -> Tensor:

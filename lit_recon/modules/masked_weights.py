@@ -9,9 +9,11 @@ as AdamW then never moves them (nor does its weight decay), which costs less tha
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,7 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.losses import huber, kl_divergence
+from lit_recon.modules.losses import huber, with_head
+from lit_recon.modules.optimizers import ELEMENTWISE
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
 
@@ -48,8 +51,8 @@ class MaskedWeights(LightningModule):
         warmup: Share of the steps in which the learning rate rises.
         train_norms: Whether norms are trained too.
         train_biases: Whether biases are trained too.
-        loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); the
-            divergence of the logits where the window has a head.
+        loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
+            the window has a head, one that takes it, else the divergence of the logits.
         token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
             mean is taken; None: 1 for all.
         anchor: Strength a of the pull towards the weights that the fit starts from: a sum (w - w0)^2 / sum w0^2 over
@@ -81,7 +84,7 @@ class MaskedWeights(LightningModule):
             raise ValueError(f"module.anchor={anchor}: expected a number, 0 (no pull) or more.")
         self.window = window
         self.unit = unit
-        self.loss = loss if window.head is None else partial(kl_divergence, head=window.head)
+        self.loss = with_head(loss, window.head)
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._token_weights, self._anchor = token_weights, anchor
         self._start: list[Tensor] = []  # of what is trained, where that is pulled there
@@ -151,6 +154,20 @@ class MaskedWeights(LightningModule):
         for index, matrix in enumerate(self._pruned):
             if matrix.weight.grad is not None:
                 matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """A step; of an optimizer that moves pruned weights, with zeros put back."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if type(getattr(optimizer, "optimizer", optimizer)) not in ELEMENTWISE:
+            with torch.no_grad():
+                for index, matrix in enumerate(self._pruned):
+                    matrix.weight.mul_(self.get_buffer(f"mask_{index}"))
 
     def configure_gradient_clipping(
         self,

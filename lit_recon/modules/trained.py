@@ -7,7 +7,7 @@
 A module has these methods or not. `trained` is asked within `attached`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from lightning import LightningModule
@@ -29,3 +29,8 @@ def changed_by(module: LightningModule, window: AnyWindow) -> Sequence[nn.Parame
 def attached(module: LightningModule) -> AbstractContextManager:
     """A context in which the window computes with what the module trains."""
     return getattr(module, "attached", nullcontext)()
+
+
+def needs_gram(module: Callable[..., LightningModule]) -> bool:
+    """Whether a module, or a partial call of its class, is trained on normal equations, not on activations."""
+    return getattr(getattr(module, "func", module), "needs_gram", False)

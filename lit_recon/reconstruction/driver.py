@@ -24,7 +24,8 @@ from lit_recon.activations.steps import steps
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.pruning.pruner import Pruner, prune
-from lit_recon.reconstruction.window_fit import WindowFitter, WindowResult, kept_pruned
+from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult, kept_pruned
 from lit_recon.system.finite import NotFinite, first_not_finite
 from lit_recon.system.signals import protected
 

@@ -27,6 +27,10 @@ class FittedWeights:
         """Copies of the weights as they are now."""
         return [_copy(parameter) for parameter in self.parameters]
 
+    def by_id(self) -> dict[int, Tensor]:
+        """The copies of the start, by `id` of the weight."""
+        return {id(parameter): copy for parameter, copy in zip(self.parameters, self.start, strict=True)}
+
     @torch.no_grad()
     def restore(self, copies: Sequence[Tensor]) -> None:
         """Put copies back."""

@@ -32,7 +32,10 @@ class Try:
         diverged: Whether a loss or an error was not finite.
         steps: Steps of the optimizer.
         lost: Share of the gain that rounding to the model's dtype took.
-        remark: The module's remark.
+        remark: The module's remark, and what was unusual.
+        kept_step: After how many steps the weights were what is kept of it.
+        stopped_early: Whether it ended for want of patience.
+        halved: Whether the rate was halved within it, as the loss was not finite.
     """
 
     rate: float
@@ -43,6 +46,9 @@ class Try:
     steps: int
     lost: float
     remark: str = ""
+    kept_step: int = 0
+    stopped_early: bool = False
+    halved: bool = False
 
     @property
     def accepted(self) -> bool:

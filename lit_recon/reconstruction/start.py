@@ -18,6 +18,8 @@ from lit_recon.modules.conjugate_gradients import solve_damped
 from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.rate_search import Try
 
+_LIMITS = {"tolerance": 1e-3, "max_iterations": 200}  # conf/module/least_squares.yaml
+
 
 @torch.no_grad()
 def solutions(window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams) -> dict[str, Tensor]:
@@ -41,7 +43,7 @@ def solutions(window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams
 def _solved(weight_OI: Tensor, mask_OI: Tensor, gram_II: Tensor) -> Tensor:
     """The solution of one matrix; its pruned weights where its Gram matrix has none."""
     try:
-        return solve_damped(weight_OI, mask_OI, gram_II, weight_OI.double() @ gram_II)[0]
+        return solve_damped(weight_OI, mask_OI, gram_II, weight_OI.double() @ gram_II, **_LIMITS)[0]
     except torch.linalg.LinAlgError:
         return weight_OI * mask_OI
 

@@ -43,6 +43,11 @@ class RunLogger(TensorBoardLogger):
         self.last_step = -1 if last_step is None else last_step
 
     @property
+    def first_step(self) -> int:
+        """The first step of the current window."""
+        return self._offset
+
+    @property
     def log_dir(self) -> str:
         """The folder of the event files; without a version of its own."""
         return self.root_dir

@@ -1,9 +1,16 @@
-"""Callbacks of a window's Trainer: its learning rate, the start of its curves, the guard against divergence."""
+"""Callbacks of a window's Trainer: its learning rate, the start of its curves, which state is kept."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_recon.reconstruction.fit_settings import FitSettings
+
+HELD_OUT = "loss/held_out"
 
 
 class LearningRate(Callback):
@@ -18,15 +25,8 @@ class LearningRate(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the rate of every parameter group, and what the schedulers start from."""
-        if self.factor == 1.0:
-            return
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for rate in {"lr", "initial_lr", "max_lr", "min_lr"} & set(group):  # the last two: OneCycleLR
-                    group[rate] *= self.factor
-        for config in trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
+        if self.factor != 1.0:
+            scale_rates(trainer, self.factor)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate with which this batch will be used."""
@@ -43,11 +43,50 @@ class FirstHeldOut(Callback):
             trainer.logger.log_metrics({name: float(value) for name, value in trainer.callback_metrics.items()}, 0)
 
 
-class FiniteLoss(Callback):
-    """Ends a fit whose loss is not finite; `diverged` says so to the WindowFitter."""
+class KeptState(Callback):
+    """Keeps the best state of what is trained, ends a fit that improves no more, and returns from a loss not finite.
 
-    def __init__(self) -> None:
-        self.diverged = False
+    From such a loss a fit returns once to the state that is kept, the start of the fit or the best so far, and goes on
+    at half the rate, with an optimizer that remembers nothing; the second one ends it.
+
+    Args:
+        fitting: What is kept, and the patience.
+        start: By `id` of a parameter, its value at the start, where there is a copy already.
+
+    Attributes:
+        kept_step: After how many steps what is kept was reached.
+        stopped_early: Whether the patience was at its end.
+        halved: Whether the rate was halved.
+        diverged: Whether the loss was not finite once more.
+    """
+
+    def __init__(self, fitting: FitSettings, start: Mapping[int, Tensor]) -> None:
+        self.best, self.patience, self._start = fitting.keep == "best", fitting.patience, start
+        self.kept_step, self.stopped_early, self.halved, self.diverged = 0, False, False, False
+        self._least, self._worse, self._seen, self._halved_at = math.inf, 0, False, -1
+        self._state: list[tuple[Tensor, Tensor]] = []
+        self._notes: list[str] = []
+
+    @property
+    def note(self) -> str:
+        """What is unusual of these, in words; nothing of a fit that came to nothing."""
+        return "" if self.diverged else "; ".join(self._notes)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the state at the start."""
+        for one in (parameter for parameter in pl_module.parameters() if parameter.requires_grad):
+            known = None if self.best else self._start.get(id(one))
+            self._state.append((one, one.detach().clone() if known is None else known))
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the loss on held-out samples before the first step."""
+        self._look(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the loss on held-out samples."""
+        if not trainer.sanity_checking:
+            self._seen = True
+            self._look(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,4 +95,59 @@ class FiniteLoss(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # a step may have none
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if loss is not None and batch_idx % every == 0 and not math.isfinite(float(loss)):
+            self._return(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the best state; to none where there was no look after the start."""
+        self.diverged |= self._halved_at == trainer.global_step  # no step was left
+        if self.best and self._seen and not self.diverged and self.kept_step != trainer.global_step:
+            self._restore()
+            self._notes.append(f"kept the best state, that after {self.kept_step} of {trainer.global_step} steps")
+        else:
+            self.kept_step = trainer.global_step
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        found = trainer.callback_metrics.get(HELD_OUT)
+        if found is None:
+            if self.best or self.patience:
+                raise ValueError(f"keep=best and patience need {HELD_OUT}, which {type(module).__name__} does not log")
+        elif not math.isfinite(float(found)):
+            self._return(trainer)
+        elif float(found) < self._least:
+            self._least, self._worse, self.kept_step = float(found), 0, trainer.global_step
+            if self.best:
+                for parameter, state in self._state:
+                    state.copy_(parameter.detach())
+        else:
+            self._worse += 1
+            if self._worse == self.patience:
+                self.stopped_early = trainer.should_stop = True
+                self._notes.append(f"stopped after {trainer.global_step} steps: {HELD_OUT} had become no smaller")
+
+    def _return(self, trainer: Trainer) -> None:
+        if self.halved or not trainer.optimizers:
             self.diverged = trainer.should_stop = True
+            return
+        self.halved, self._halved_at = True, trainer.global_step
+        self._notes.append(f"the loss was not finite within {trainer.global_step} steps: went on at half the rate")
+        self._restore()
+        scale_rates(trainer, 1 / 2)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+            optimizer.zero_grad()  # what a step would still be accumulated on
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for parameter, state in self._state:
+            parameter.copy_(state)
+
+
+def scale_rates(trainer: Trainer, factor: float) -> None:
+    """Scale the rate of every parameter group, and what the schedulers start from."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for rate in {"lr", "initial_lr", "max_lr", "min_lr"} & set(group):  # the last two: OneCycleLR
+                group[rate] *= factor
+    for config in trainer.lr_scheduler_configs:
+        if hasattr(config.scheduler, "base_lrs"):
+            config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]

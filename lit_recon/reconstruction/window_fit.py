@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
@@ -23,70 +23,21 @@ from lit_recon.activations.steps import TrainingData
 from lit_recon.activations.window_grams import WindowGrams
 from lit_recon.model.errors import Errors
 from lit_recon.model.windows import AnyWindow
-from lit_recon.modules.trained import attached, changed_by, trained_by
+from lit_recon.modules.trained import attached, changed_by, needs_gram, trained_by
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.start import begin, solutions
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.trainer_callbacks import FiniteLoss, FirstHeldOut, LearningRate
+from lit_recon.reconstruction.trainer_callbacks import FirstHeldOut, KeptState, LearningRate
+from lit_recon.reconstruction.window_result import WindowResult, kept_pruned
 from lit_recon.system.clock import Clock, timed
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import release_memory
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowResult:
-    """Errors of one window before and after its fit, and whether the fit was accepted.
-
-    Errors are mean squared errors in units of the median energy of the window's dense update, on calibration and on
-    held-out samples; `typical` ones are medians over held-out tokens. Those of a window whose loss is on the logits are
-    Kullback-Leibler divergences, in nats per token, as `measure` says. Those after are of the weights that were kept;
-    what a try reached that was not accepted is in the note. `unit` is that energy, `rate` the factor of the learning
-    rate that was kept, `tries` all that were tried with the held-out error that each reached. `lost_by_rounding` is the
-    share of what training gained on held-out samples that went as weights were rounded to the model's dtype.
-    """
-
-    name: str
-    relative_error_before: float
-    relative_error_after: float
-    held_out_before: float
-    held_out_after: float
-    accepted: bool
-    steps: int
-    seconds: float
-    note: str = ""
-    measure: str = "relative error"
-    lost_by_rounding: float = 0.0
-    typical_before: float = 0.0
-    typical_after: float = 0.0
-    unit: float = 0.0
-    rate: float = 1.0
-    tries: Sequence[Sequence[float]] = ()
-
-
-def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
-    """The result of a window that cannot be trained or needs no training, and so has no error."""
-    note = f"{reason}: kept its pruned weights"
-    return WindowResult(
-        name=window.name,
-        relative_error_before=0.0,
-        relative_error_after=0.0,
-        held_out_before=0.0,
-        held_out_after=0.0,
-        accepted=False,
-        steps=0,
-        seconds=0.0,
-        note=note,
-    )
-
-
-def needs_gram(module: Callable[..., LightningModule]) -> bool:
-    """Whether a module, or a partial call of its class, is trained on normal equations, not on activations."""
-    return getattr(getattr(module, "func", module), "needs_gram", False)
 
 
 class WindowFitter:
@@ -102,6 +53,8 @@ class WindowFitter:
         search: Says at which learning rates a window is tried; None: at those of `fitting`.
         callbacks: Callbacks of every Trainer, for example a progress display.
         clock: Takes the seconds.
+        scale: Share of the module's learning rate that all rates of the search are of.
+        commits: Commits the fit of a window every so many steps; None: each window is short.
     """
 
     def __init__(
@@ -116,6 +69,8 @@ class WindowFitter:
         search: RateSearch | None = None,
         callbacks: Sequence[Callback] = (),
         clock: Clock | None = None,
+        scale: float = 1.0,
+        commits: FitCommits | None = None,
     ) -> None:
         self.module, self.trainer = module, trainer
         self.device, self.seed, self.logger = device, seed, logger
@@ -123,6 +78,7 @@ class WindowFitter:
         self.search = search or RetryRates(self.fitting.retry_rates)
         self.callbacks = list(callbacks)
         self.clock = clock or Clock()
+        self.scale, self.commits = scale, commits
 
     @property
     def needs_gram(self) -> bool:
@@ -190,15 +146,13 @@ class WindowFitter:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
         before = data.errors(window, unit)
         _check_errors(window, *before)
-        measure = "relative error" if window.head is None else "KL divergence"
-        kind = kind_of(window.name, measure)
+        kind = kind_of(window.name, window.measure)
         module = self.module(window, masks, unit)
         weights = _fitted(module, window, dtypes, start)
         solved = begin(window, start, weights, data, unit, before[1]) if start else None
         origin = solved if solved and solved.accepted else None
-        tries: list[Try] = []
-        best: Try | None = None
-        best_weights: Sequence[Tensor] = weights.start
+        tries, best_weights = self.commits.begin(weights) if self.commits else ([], weights.start)
+        best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
         while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
             if tries:
                 if tries[-1] is best:
@@ -207,6 +161,8 @@ class WindowFitter:
                 del module
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
                 module = self.module(window, masks, unit)
+            if self.commits:
+                self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
             errors = origin.held_out if origin else before[1]
             tries.append(self._try(module, window, data, weights, unit, errors, rate))
             if tries[-1].accepted and (best is None or tries[-1].left < best.left):
@@ -219,7 +175,7 @@ class WindowFitter:
         if self.logger:
             self.logger.end_window()
         note = note_on(tries, best, weights.names_of_dtypes(), solved)
-        return replace(_result(window, before, tries, best, origin), note=note, measure=measure, unit=unit)
+        return replace(_result(window, before, tries, best, origin), note=note, measure=window.measure, unit=unit)
 
     def resume(self, results: Sequence[WindowResult]) -> None:
         """Let the search learn from windows that were done before."""
@@ -241,27 +197,33 @@ class WindowFitter:
         rate: float,
     ) -> Try:
         """Train once, from the pruned weights, and measure what will be stored."""
-        steps, diverged = self._train(module, window, data, rate)
+        steps, kept = self._train(module, window, data, weights, rate)
         (calibration, held_out), lost = _measured(window, data, unit, weights, before.mean)
         return Try(
             rate=rate,
             before=before,
             held_out=held_out,
             calibration=calibration,
-            diverged=diverged or not all(map(math.isfinite, (*calibration, *held_out))),
+            diverged=kept.diverged or not all(map(math.isfinite, (*calibration, *held_out))),
             steps=steps,
             lost=lost,
-            remark=getattr(module, "note", ""),
+            remark="; ".join(filter(None, [getattr(module, "note", ""), kept.note])),
+            kept_step=kept.kept_step,
+            stopped_early=kept.stopped_early,
+            halved=kept.halved,
         )
 
-    def _train(self, module: LightningModule, window: AnyWindow, data: TrainingData, rate: float) -> tuple[int, bool]:
-        """Fit once; how many steps the optimizer made, and whether the loss diverged."""
-        guard = FiniteLoss()
+    def _train(
+        self, module: LightningModule, window: AnyWindow, data: TrainingData, weights: FittedWeights, rate: float
+    ) -> tuple[int, KeptState]:
+        """Fit once; how many steps the optimizer made, and which state was kept."""
+        kept, seed = KeptState(self.fitting, weights.by_id()), self.seed + window.indices.start
         if self.logger:
             self.logger.start_window(window.name)
+        commits = [self.commits.callback(seed, data)] if self.commits else []
         trainer = self.trainer(
             logger=self.logger or False,
-            callbacks=[LearningRate(rate), FirstHeldOut(), guard, *self.callbacks],
+            callbacks=[LearningRate(rate * self.scale), FirstHeldOut(), kept, *self.callbacks, *commits],
             **data.trainer_settings,
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
@@ -269,7 +231,7 @@ class WindowFitter:
             with _interruptible(), attached(module):
                 for parameter in trained_by(module, window):
                     parameter.requires_grad_(True)
-                trainer.fit(module, datamodule=data.data_module(self.seed + window.indices.start))
+                trainer.fit(module, datamodule=data.data_module(seed))
         finally:
             window.requires_grad_(False)
             window.zero_grad(set_to_none=True)
@@ -280,7 +242,7 @@ class WindowFitter:
             if parameter.data.device != master.device:
                 parameter.data = master.copy_(parameter.data)
         window.to(self.device)  # buffers
-        return trainer.global_step, guard.diverged
+        return trainer.global_step, kept
 
 
 @contextmanager
@@ -329,6 +291,9 @@ def _result(
         held_out_after=held_out.mean,
         accepted=kept is not None,
         steps=0 if shown is None or shown.diverged else shown.steps,
+        kept_step=best.kept_step if best else 0,
+        stopped_early=shown is not None and shown.stopped_early,
+        halved=shown is not None and shown.halved,
         seconds=0.0,
         lost_by_rounding=shown.lost if shown else 0.0,
         typical_before=before[1].typical,

@@ -118,6 +118,12 @@ class _NoCheckpoints(CheckpointIO):
         """Nothing: there are none."""
 
 
+def without_strategy(trainer: "partial[Trainer]") -> "partial[Trainer]":
+    """A Trainer without its strategy, which is for the fit of all layers at once: a window needs none."""
+    settings = {name: value for name, value in trainer.keywords.items() if name != "strategy"}
+    return partial(trainer.func, *trainer.args, **settings)
+
+
 def _callbacks(trainer: "partial[Trainer]") -> list[Any]:
     """The callbacks that a Trainer is given."""
     given = trainer.keywords.get("callbacks") or []

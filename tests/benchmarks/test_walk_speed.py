@@ -24,11 +24,12 @@ from lit_recon.modules.losses import mean_squared
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quiet
 
@@ -150,7 +151,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     session = open_session(source.load(), samples, method, execution, activations=tmp_path / "activations")
     plain = Decoder(source.load(), compute.device)
     race = Race(plain, session.chain.inputs_STD.clone(), tokens_ST, compute)
-    reconstruct(session, method, execution, callbacks=[race], logger=RunLogger(tmp_path))
+    reconstruct(session, method, execution, Masks(), callbacks=[race], logger=RunLogger(tmp_path))
     ratios = race.ratios
     print("walk / plain loop per window:", " ".join(f"{ratio:.2f}" for ratio in ratios))  # noqa: T201
     assert statistics.median(ratios[1:]) <= 1 / 0.9

@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, EVERY_SHAPE, model_of
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_recon.fit.checks import check_scored
@@ -205,6 +205,36 @@ def test_what_no_product_uses_is_no_matrix_if_it_is_a_vector_or_of_an_ordinary_m
     layer.kernel = nn.Parameter(torch.randn(6, 4))  # larger than any vector: used in a way that was not seen
     run = lambda: layer.used(x).view(5, 3, 4) * layer.scale * layer.decay[0, 0]  # noqa: E731
     assert learnt_dims(layer, run) == {"kernel": None, "used.weight": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_bent_by_a_curve_is_no_matrix_whatever_its_size(dtype: torch.dtype) -> None:
+    layer, x = nn.Module(), torch.randn(5, 4)
+    layer.used = nn.Linear(4, 4)
+    layer.rates, layer.gates, layer.kernel = (nn.Parameter(torch.randn(6, 4, dtype=dtype)) for _ in range(3))
+    layer.norm = nn.Parameter(torch.randn(6, 4, dtype=dtype))  # a copy in another dtype is no curve
+
+    def run() -> None:
+        -torch.exp(layer.rates.float()) * functional.softplus(layer.gates) * layer.kernel.float()
+        layer.norm.float().mul(2), layer.used(x)
+
+    assert learnt_dims(layer, run) == {"kernel": None, "norm": None, "used.weight": 1}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_rates_of_decay_of_state_space_models_are_no_matrices(kind: str, tokens_BT: Tensor) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_offset": 1, "attn_layer_period": 2}
+    experts = {"num_experts": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False}
+    config = AutoConfig.for_model(kind, **sizes, **(more | experts if kind == "jamba" else {}))
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    before = [matrix.name for layer in find_matrices(model) for matrix in layer]
+    found = [matrix for layer in verify(model, tokens_BT) for matrix in layer]
+    assert any(name.endswith("A_log") for name in before)
+    assert {name.rpartition(".")[2] for name in before} - {matrix.name.rpartition(".")[2] for matrix in found} == {
+        "A_log"
+    }
+    check_scored(found, allow_unscored=False)
 
 
 def test_a_weight_of_an_operation_that_is_not_read_stays_unknown_unless_it_is_depthwise() -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +20,25 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
 from lit_recon.modules.least_squares import LeastSquares
 from lit_recon.modules.masked_weights import MaskedWeights
-from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.modules.schedules import constant_with_warmup, cosine_with_warmup, linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.fit_settings import RETRY_RATES
 
 
-def rates(num_warmup_steps: int, num_training_steps: int) -> list[float]:
+def rates(num_warmup_steps: int, num_training_steps: int, schedule: Callable = linear_with_warmup) -> list[float]:
     """The learning rate of each training step, for an optimizer with rate 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = linear_with_warmup(optimizer, num_warmup_steps, num_training_steps)
+    scheduler = schedule(optimizer, num_warmup_steps, num_training_steps)
     used = []
     for _ in range(num_training_steps):
         used.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == 0, "nothing is left of the rate after the last step"
+    assert optimizer.param_groups[0]["lr"] == (schedule is constant_with_warmup), (
+        "nothing is left of the rate after the last step"
+    )
     return used
 
 
@@ -51,9 +54,17 @@ def test_the_rate_rises_to_its_peak_and_falls_along_straight_lines(warmup: int, 
     assert rates(warmup, 6) == pytest.approx(expected)
 
 
+def test_the_rate_falls_along_half_a_cosine_or_stays() -> None:
+    root = sqrt(2)
+    expected = [1 / 2, 1, (2 + root) / 4, 1 / 2, (2 - root) / 4]
+    assert rates(1, 5, cosine_with_warmup) == pytest.approx(expected)
+    assert rates(2, 5, constant_with_warmup) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+
+
+@pytest.mark.parametrize("schedule", [linear_with_warmup, cosine_with_warmup, constant_with_warmup])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 2), (2, 16), (20, 200)])
-def test_no_step_has_rate_zero_and_one_has_the_full_rate(warmup: int, steps: int) -> None:
-    used = rates(warmup, steps)
+def test_no_step_has_rate_zero_and_one_has_the_full_rate(schedule: Callable, warmup: int, steps: int) -> None:
+    used = rates(warmup, steps, schedule)
     assert min(used) > 0 and max(used) == 1 and used.index(1) == warmup
 
 
@@ -92,6 +103,11 @@ def no_earlier_optimizers() -> None:
         ({"max_epochs": 3, "max_steps": 4}, 4),
         ({"max_epochs": -1, "max_steps": 5}, 5),
         ({"max_epochs": -1, "max_steps": 3, "accumulate_grad_batches": 2}, 3),
+        ({"max_epochs": 1, "accumulate_grad_batches": 3}, 1),
+        ({"max_epochs": 1, "accumulate_grad_batches": 5}, 1),  # more than there are
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 6),  # each epoch ends with a step
+        ({"max_epochs": 2, "max_steps": 3, "accumulate_grad_batches": 2}, 3),
+        ({"max_epochs": 2, "max_steps": 9}, 6),
     ],
     ids=str,
 )

@@ -16,12 +16,19 @@ from lit_recon import __version__
 from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
 from lit_recon.system.units import duration, in_gb
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
+
+HOW = {  # of a walk: how a model is made, for its card
+    "local": "reconstructed one window at a time to match the dense model's activations",
+    "global": "retrained, all layers at once",
+    "local_then_global": "reconstructed one window at a time to match the dense model's activations and retrained, all "
+    "layers at once",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +170,15 @@ def model_card(
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     left = plan.windows - len(windows)
     unfinished = f"| unfinished | {len(windows)} of {plan.windows} windows done, the rest is dense |\n" if left else ""
+    made = HOW[recipe.get("walk", "local")]
     return f"""---
 library_name: transformers
 tags: [pruning, sparse, local-reconstruction]
 ---
 # {model}, pruned and reconstructed
 
-Made with lit_recon {__version__}: pruned, then reconstructed one window at a time to match the dense model's
-activations (Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are
-exact zeros.
+Made with lit_recon {__version__}: pruned, then {made}
+(Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are exact zeros.
 
 | | |
 |---|---|

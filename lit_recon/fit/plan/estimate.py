@@ -14,16 +14,22 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.store import Needed
-from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Job, Schedule
+from lit_recon.fit.plan.global_fit import (
+    GlobalFit,
+    batches_of,
+    describe_global_fit,
+    head_bytes,
+    plan_global_fit,
+    steps_per_window,
+)
 from lit_recon.fit.plan.layer_profile import LayerProfile, gram_bytes, profile, rows_per_matrix
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
-from lit_recon.model.head import SLICE
 from lit_recon.model.matrices import find_matrices, routers
 from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.modules.trained import needs_gram
 from lit_recon.system.units import duration, in_gb
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
@@ -41,6 +47,8 @@ class Workload:
         needs_gram: Whether single matrices are solved for from normal equations.
         module: Makes the LightningModule that says what is trained; None: all of a window.
         solves_first: Whether matrices are solved for before windows are trained.
+        prunes_only: Whether windows are pruned only.
+        retraining: How long all layers are trained at once; None: not at all.
     """
 
     schedule: Schedule
@@ -48,6 +56,8 @@ class Workload:
     needs_gram: bool = False
     module: Callable[..., LightningModule] | None = None
     solves_first: bool = False
+    prunes_only: bool = False
+    retraining: Schedule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,7 @@ class Plan:
         walk_peak_bytes: The same of the walk alone.
         peaks_by_kind: The same for each kind of window.
         own_by_kind: Of the run, without what is mapped, which goes when memory is short.
+        global_fit: What the fit of all layers at once takes, which is among these.
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
@@ -82,6 +93,7 @@ class Plan:
     walk_peak_bytes: int
     peaks_by_kind: dict[str, int]
     own_by_kind: dict[str, int]
+    global_fit: GlobalFit
     mapped_bytes: int
     disk_bytes: int
     seconds: float
@@ -90,13 +102,6 @@ class Plan:
 def name_of(kind: str, size: int) -> str:
     """A kind of window as the plan names it."""
     return f"blocks of {size}" if kind == "blocks" else kind
-
-
-def steps_per_window(num_samples: int, batch_size: int, schedule: Schedule) -> int:
-    """Optimizer steps of each window."""
-    batches = -(-num_samples // batch_size)
-    steps = schedule.epochs * -(-batches // schedule.accumulate) if schedule.epochs > 0 else schedule.max_steps
-    return steps if schedule.max_steps < 0 else min(steps, schedule.max_steps)
 
 
 def make_plan(
@@ -135,7 +140,7 @@ def make_plan(
         bytes_of_kind = _with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     pruned_at_once = [sum(one.numel() for one in window.parameters()) for window in session.pruner.pruning_windows]
     scored = max(pruned_at_once, default=0) * _FLOAT32
-    evaluation, ends = _head_bytes(chain, work, has_loss=windows[-1].head is not None)
+    evaluation, ends = head_bytes(chain, work.evaluation_tokens, has_loss=windows[-1].head is not None)
     own, shared = _resident(chain, array_bytes)
     mapped_layer = mapped_bytes and largest * model.dtype.itemsize
     peaks, owned = {}, {}
@@ -146,24 +151,40 @@ def make_plan(
         masters *= 2 if chain.recompute else 1
         peaks[name] = own + shared + masters + max(training, at_once) + mapped_layer * max(1, count)
         owned[name] = own + masters + max(training, at_once, evaluation)
+    again = plan_global_fit(
+        session,
+        [blocks[repr(layer)] for layer in layers],
+        work.retraining,
+        batch_size=batch_size,
+        on_logits=head_bytes(chain, work.evaluation_tokens, has_loss=True)[1],
+    )
+    after_walk = own - array_bytes.memory  # hidden states of all samples are gone
+    for one in peaks:
+        peaks[one] = max(peaks[one], after_walk + shared + again.own_bytes + again.mapped_bytes)
+        owned[one] = max(owned[one], after_walk + again.own_bytes)
     name = name_of(kind, size)
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     forward = sum(blocks[repr(layer)].seconds for layer in layers)
     return Plan(
-        windows=len(windows),
+        windows=session.num_fits,
         **_counts(session),
         steps=steps_per_window(chain.passes.batching.num_samples, batch_size, work.schedule),
+        global_fit=again,
         peak_bytes=max(peaks[name], evaluated),
         walk_peak_bytes=peaks[name],
         peaks_by_kind=peaks,
         own_by_kind=owned,
         mapped_bytes=mapped_bytes,
-        disk_bytes=_disk_bytes(session, array_bytes, linked=linked) + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind),
+        disk_bytes=_disk_bytes(session, array_bytes, linked=linked)
+        + again.disk_bytes
+        + (single.disk if kind == WindowKind.MATRIX else 0),
+        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
     )
 
 
-def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done: int) -> dict[str, str]:
+def describe_plan(
+    job: Job, plan: Plan, session: Session, protocol: str, *, done: int, steps: int = 0
+) -> dict[str, str]:
     """What a run will do and what it takes, as lines by their names.
 
     Args:
@@ -172,6 +193,7 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         session: Its model, cut into windows.
         protocol: How perplexity is measured.
         done: Windows that are done, of a run that is resumed.
+        steps: Steps of the fit of all layers at once that are done.
     """
     samples, compute = job.samples, job.execution.compute
     halves = [window for window in session.windows if isinstance(window, HalfWindow)]
@@ -185,7 +207,7 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
         + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
-        "reconstruct": f"{plan.windows} windows ({job.recipe['windows']}), "
+        "reconstruct": f"{len(session.windows)} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
@@ -197,8 +219,13 @@ def describe_plan(job: Job, plan: Plan, session: Session, protocol: str, *, done
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output.folder),
     }
+    if job.method.walk == "global":
+        lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
+    if session.retrained:
+        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.retraining)
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
+        lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""
     return lines
 
 
@@ -220,15 +247,6 @@ def _counts(session: Session) -> dict[str, int]:
         "unscored": sum(matrix.input_dim is None for matrix in found),
         "routers": sum(len(routers(layer)) for layer in session.chain.passes.decoder.layers),
     }
-
-
-def _head_bytes(chain: Chain, work: Workload, *, has_loss: bool) -> tuple[int, int]:
-    """What an evaluation takes, and a loss on the logits where there is one."""
-    weight = chain.passes.decoder.model.get_output_embeddings().weight
-    copied = 2 * weight.numel()  # by autocast, in 16 bits
-    states = chain.inputs_STD[0, 0].numel() * work.evaluation_tokens * _FLOAT32
-    evaluation = 4 * LOGITS_BYTES + copied + states  # logits, their softmax and two copies on the way
-    return evaluation, (copied + 8 * SLICE * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients
 
 
 def _windows_bytes(
@@ -259,13 +277,8 @@ def _windows_bytes(
 
 
 def _training_bytes(profile: LayerProfile) -> int:
-    """Memory of a window besides its weights, and what the backward keeps of a batch.
-
-    In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the boolean
-    mask. Autocast's copies in 16 bits are among what the backward keeps.
-    """
-    masks = profile.masked * _FLOAT32 + profile.parameters
-    return profile.trained * 3 * _FLOAT32 + masks + profile.changed * profile.weight_bytes + profile.saved_bytes
+    """Memory of a window besides its weights, and what the backward keeps of a batch."""
+    return profile.training_bytes + profile.saved_bytes
 
 
 def _single_bytes(
@@ -350,12 +363,13 @@ def _seconds_of_run(
     batch_size: int,
     largest: int,
     kind: str,
+    trained_at_once: float,
 ) -> float:
     """Seconds of walk and evaluation, from those of all layers' forward on a batch."""
     passes = chain.passes
     head = passes.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
-    trained = steps_per_window(num_samples, batch_size, work.schedule) * work.schedule.accumulate * batch_size
+    trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
     over_all = chain.propagation.passes
     if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.one_source:
         over_all += not chain.propagation.independent
@@ -364,7 +378,7 @@ def _seconds_of_run(
         over_all += inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after.
     samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
-    evaluated = 3 * work.evaluation_tokens / passes.tokens_ST.shape[1]
+    evaluated = trained_at_once + 3 * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
 

@@ -17,6 +17,8 @@ from lit_recon.model.windows import Window
 from lit_recon.modules.trained import attached, changed_by, trained_by
 from lit_recon.system.device import Compute
 
+_FLOAT32 = 4
+
 
 @dataclass(frozen=True)
 class LayerProfile:
@@ -39,6 +41,16 @@ class LayerProfile:
     changed: int
     masked: int
     weight_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of training besides the weights and what the backward keeps of a batch.
+
+        In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the
+        boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
+        """
+        masks = self.masked * _FLOAT32 + self.parameters
+        return self.trained * 3 * _FLOAT32 + masks + self.changed * self.weight_bytes
 
 
 def profile(

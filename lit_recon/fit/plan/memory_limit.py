@@ -19,7 +19,7 @@ from lit_recon.fit.job import Job, num_arrays
 from lit_recon.fit.plan.estimate import Plan, Workload, make_plan, name_of
 from lit_recon.fit.session import Session
 from lit_recon.model.windows import AnyWindow, WindowKind
-from lit_recon.reconstruction.window_fit import needs_gram
+from lit_recon.modules.trained import needs_gram
 from lit_recon.system.atomic_files import can_link
 from lit_recon.system.units import in_gb
 
@@ -64,6 +64,8 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
         needs_gram=needs_gram(method.module),
         module=_known(method.module),
         solves_first=method.fitting.start != "none",
+        prunes_only=method.walk == "global",
+        retraining=method.retraining_schedule,
     )
     return make_plan(
         session,
@@ -130,9 +132,12 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
         method,
         windows=windows,
         trainer=partial(method.trainer, accumulate_grad_batches=accumulate),
+        retraining_trainer=partial(method.retraining_trainer or method.trainer, accumulate_grad_batches=accumulate),
         schedule=replace(method.schedule, accumulate=accumulate),
     )
     session.chain.passes.batching.batch_size = choice.batch_size
+    if session.retrained:
+        session.retrained.data.batching.batch_size = choice.batch_size
     job = replace(job, method=changed, execution=replace(execution, batch_size=choice.batch_size))
     return job, replace(session, windows=windows.cut(session.model, session.matrices))
 

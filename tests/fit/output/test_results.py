@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.output.results import Results, remarks, table
-from lit_recon.reconstruction.window_fit import WindowResult
+from lit_recon.reconstruction.window_result import WindowResult
 
 
 def results(seed: int = 0, **nats: float) -> Results:
