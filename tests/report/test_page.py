@@ -203,7 +203,7 @@ def test_the_page_shows_the_typical_token_and_the_rate_of_each_window(tmp_path: 
     assert (
         "in units of the median energy of its dense update (output minus input; of a single matrix its product)" in said
     )
-    assert "0.123 after reconstruction, 0.235 and 0.0988 at a typical token, in units of the median energy" in said
+    assert "0.123 after reconstruction (0.235 and 0.0988 at a typical token), in units of the median energy" in said
     assert "variance" not in said
     old = write_report(make_run(tmp_path / "old", results_of(1), curves=False)).read_text(encoding="utf-8")
     assert not {"typical before", "rate", "tries"} & set(rows_of(old)[0])
