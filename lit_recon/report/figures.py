@@ -164,7 +164,10 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     lower.set(ylim=(0, None), ylabel="error left\n(share of pruned)")
     _depth_axis(lower, windows)
-    _legend(upper, [*upper.lines, *_shade_refused(upper, windows)])
+    hollow: Any = {"color": MUTED, "markersize": size, "markerfacecolor": "white", "label": "typical token"}
+    both = [Line2D([], [], linestyle=":", linewidth=1, marker="o", **hollow)] if has_units(windows) else []
+    lines = [line for line in upper.lines if line.get_linestyle() == "-"]
+    _legend(upper, [*lines, *both, *_shade_refused(upper, windows)])
     _legend(lower, lower.lines)
     _shade_refused(lower, windows)
     return figure

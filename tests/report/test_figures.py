@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from finished_run import STEPS, in_units, make_run, results_of
+from finished_run import REFUSED, STEPS, in_units, make_run, results_of
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from lit_recon.report.figures import error_over_depth, learning_curves, write_figures
@@ -45,6 +46,18 @@ def test_the_depth_figure_shows_the_typical_token_beside_the_mean() -> None:
     left = {line.get_label(): list(line.get_ydata()) for line in lower.lines}
     assert left["held-out, typical token"] == pytest.approx([0.3] * 3) and left["held-out"] == pytest.approx([0.5] * 3)
     assert upper.get_ylabel() == "held-out relative error\n(median dense update = 1)"
+
+
+def test_the_legend_fits_also_where_a_window_was_refused() -> None:
+    windows = in_units(30)["windows"]
+    windows[3] |= REFUSED
+    figure = error_over_depth(windows)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is not None and legend.get_window_extent().x1 <= figure.bbox.x1
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["pruned", "reconstructed", "typical token", "not accepted, pruned weights kept"]
 
 
 @pytest.mark.parametrize(
