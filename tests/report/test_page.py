@@ -187,22 +187,13 @@ def rows_of(page: str) -> list[list[str]]:
 def test_the_page_shows_the_typical_token_and_the_rate_of_each_window(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "run", in_units(2), curves=False)).read_text(encoding="utf-8")
     header, first, second = rows_of(page)
-    assert (
-        dict(zip(header, first, strict=True)).items()
-        >= {
-            "held-out before": "0.0110",
-            "held-out after": "0.00550",
-            "typical before": "0.00900",
-            "typical after": "0.00270",
-            "rate": "0.5",
-            "tries": "2",
-        }.items()
-    )
+    found = dict(zip(header, first, strict=True))
+    assert (found["held-out before"], found["held-out after"]) == ("0.0110", "0.00550")
+    assert (found["typical before"], found["typical after"]) == ("0.00900", "0.00270")
+    assert (found["rate"], found["tries"]) == ("0.5", "2")
     assert dict(zip(header, second, strict=True))["tries"] == "1"
     said = " ".join(page.split())
-    assert (
-        "in units of the median energy of its dense update (output minus input; of a single matrix its product)" in said
-    )
+    assert "in units of the median energy of its dense update (output minus input; of a single matrix its" in said
     assert "0.123 after reconstruction (0.235 and 0.0988 at a typical token), in units of the median energy" in said
     assert "variance" not in said
     old = write_report(make_run(tmp_path / "old", results_of(1), curves=False)).read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
         assert set(errors) == {"pruned", "reconstructed"}
         assert 0 < errors["reconstructed"] < errors["pruned"]
     propagation = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
-    assert propagation == {"inputs": "dense", "targets": "dense", "statistics": "dense"}
+    assert propagation == {"inputs": "sparse", "targets": "dense", "statistics": "dense"}
     assert {"total", "prunable", "by_matrix", "by_magnitude"} == set(results["sparsity"])
     assert results["sparsity"]["by_magnitude"] == []
     assert len(results["sparsity"]["by_matrix"]) == 21
