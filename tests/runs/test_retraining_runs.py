@@ -131,5 +131,5 @@ def test_the_plan_of_a_global_fit_and_a_limit_below_it(tiny_run: Run) -> None:
     ended = tiny_run(*GLOBAL, "plan=true")
     assert ended.status == 0 and "retrain all layers at once, 8 steps" in said(ended.out), ended
     ended = tiny_run(*GLOBAL, "memory_limit=1MB")
-    assert ended.status == 2 and "memory_limit=0.00 GB" in said(ended.err), ended
+    assert ended.status == 2 and "memory_limit=1.00 MB" in said(ended.err), ended
     assert not Path("run").exists()

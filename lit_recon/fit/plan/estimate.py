@@ -75,8 +75,8 @@ class Plan:
         peak_bytes: Predicted peak memory of the run, what is mapped from files included.
         walk_peak_bytes: The same of the walk alone.
         peaks_by_kind: The same for each kind of window.
-        own_by_kind: Of the run, without what is mapped, which goes when memory is short.
-        global_fit: What the fit of all layers at once takes, which is among these.
+        own_by_kind: Of the walk, without what is mapped, which goes when memory is short.
+        global_fit: What the fit of all layers at once takes.
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
@@ -156,12 +156,10 @@ def make_plan(
         [blocks[repr(layer)] for layer in layers],
         work.retraining,
         batch_size=batch_size,
+        resident=own - array_bytes.memory,  # hidden states of all samples are gone
         on_logits=head_bytes(chain, work.evaluation_tokens, has_loss=True)[1],
     )
-    after_walk = own - array_bytes.memory  # hidden states of all samples are gone
-    for one in peaks:
-        peaks[one] = max(peaks[one], after_walk + shared + again.own_bytes + again.mapped_bytes)
-        owned[one] = max(owned[one], after_walk + again.own_bytes)
+    peaks = {one: max(peak, shared + again.own_bytes + again.mapped_bytes) for one, peak in peaks.items()}
     name = name_of(kind, size)
     evaluated = own + shared + evaluation + mapped_layer * depth  # what is not in layers is looked at already
     forward = sum(blocks[repr(layer)].seconds for layer in layers)

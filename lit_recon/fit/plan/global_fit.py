@@ -19,7 +19,7 @@ class GlobalFit(NamedTuple):
     """What the fit of all layers at once will take.
 
     Attributes:
-        own_bytes: Memory besides what the process has when the walk is over.
+        own_bytes: Memory of the process, without what is mapped.
         mapped_bytes: What the teacher looks at in the model's files.
         disk_bytes: The states that are committed within it, two at a time and a third that is written.
         samples: As many forwards of a sample through all layers take the same time.
@@ -51,6 +51,7 @@ def plan_global_fit(
     schedule: Schedule | None,
     *,
     batch_size: int,
+    resident: int,
     on_logits: int,
 ) -> GlobalFit:
     """Estimate the fit of all layers at once; nothing where there is none.
@@ -60,6 +61,7 @@ def plan_global_fit(
         profiles: What one batch of each layer showed.
         schedule: How long they are trained.
         batch_size: Samples per batch.
+        resident: Memory that the process has when the walk is over.
         on_logits: What a loss on the logits takes.
     """
     retrained, passes = session.retrained, session.chain.passes
@@ -71,7 +73,7 @@ def plan_global_fit(
     width = passes.decoder.model.config.get_text_config().hidden_size
     states = batch_size * passes.tokens_ST.shape[1] * width * _FLOAT32 * len(profiles)
     saved = [profile.saved_bytes for profile in profiles]
-    own = _FLOAT32 * sum(parameters) + sum(profile.training_bytes for profile in profiles)
+    own = resident + _FLOAT32 * sum(parameters) + sum(profile.training_bytes for profile in profiles)
     own += states + max(saved) if window.checkpoint_layers else sum(saved)
     own += on_logits if window.head else 0
     own += 4 * states if data.targets == "all states" else 0  # outputs, targets, their difference and its square

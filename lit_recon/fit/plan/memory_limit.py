@@ -8,6 +8,7 @@ files does not count: the system takes it back when it needs the room.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from accelerate.utils import convert_file_size_to_int
 from lightning import LightningModule
@@ -55,6 +56,23 @@ class Choice:
     batch_size: int
 
 
+class _Need(NamedTuple):
+    """Bytes that a choice needs.
+
+    Attributes:
+        walk: For the walk over its windows, and evaluation.
+        at_once: For training all layers at once; 0 where they are not.
+    """
+
+    walk: int
+    at_once: int
+
+    def of(self, choice: Choice) -> str:
+        """What needs the most of it."""
+        what = f"windows={choice.kind}" if self.walk >= self.at_once else "all layers, trained at once,"
+        return f"{what} with data.batch_size={choice.batch_size}"
+
+
 def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
     """The plan of a run as it is, or with another batch size."""
     samples, method = job.samples, job.method
@@ -94,14 +112,18 @@ def choose(job: Job, session: Session) -> Choice:
     assert limit is not None
     needs = {choice: need for choice, need in _needs(job, session)}
     for choice, need in needs.items():
-        if need <= limit:
+        if max(need) <= limit:
             return choice
-    smallest = min(needs, key=lambda choice: needs[choice])
+    smallest = min(needs, key=lambda choice: max(needs[choice]))
+    need = needs[smallest]
+    remedy = (
+        "shorter or fewer samples (data.length, data.num_samples), store=disk, or store.targets=recompute"
+        if need.walk >= need.at_once
+        else "shorter samples (data.length), or walk=local, which trains one window after the other"
+    )
     raise ValueError(
-        f"memory_limit={in_gb(limit)}: even windows={smallest.kind} with data.batch_size="
-        f"{smallest.batch_size} need {in_gb(needs[smallest])}, as asked for it would be "
-        f"{in_gb(needs[next(iter(needs))])}. Raise the limit, or use shorter or fewer samples (data.length, "
-        "data.num_samples), store=disk, or store.targets=recompute."
+        f"memory_limit={in_gb(limit)}: even {need.of(smallest)} need {in_gb(max(need))}, as asked for it would be "
+        f"{in_gb(max(needs[next(iter(needs))]))}. Raise the limit, or use {remedy}."
     )
 
 
@@ -113,11 +135,11 @@ def check_limit(plan: Plan, job: Job) -> None:
     """
     limit, windows = job.execution.memory_limit, job.method.windows
     assert limit is not None
-    need = plan.own_by_kind[name_of(windows.by, windows.blocks)]
-    if need > _SLACK * limit:
+    need = _Need(plan.own_by_kind[name_of(windows.by, windows.blocks)], plan.global_fit.own_bytes)
+    if max(need) > _SLACK * limit:
         raise ValueError(
-            f"memory_limit={in_gb(limit)}: windows={windows.by} with data.batch_size={job.execution.batch_size}, "
-            f"with which the run began, need {in_gb(need)}. Raise the limit, or start a new run."
+            f"memory_limit={in_gb(limit)}: {need.of(Choice(windows.by, job.execution.batch_size))}, with which the run "
+            f"began, need {in_gb(max(need))}. Raise the limit, or start a new run."
         )
 
 
@@ -142,7 +164,7 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
     return job, replace(session, windows=windows.cut(session.model, session.matrices))
 
 
-def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, int]]:
+def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
     """All choices in the order of preference, and the memory that each needs."""
     windows = job.method.windows
     kinds: list[str] = [*ORDER[ORDER.index(WindowKind(windows.by)) :]] if windows.by in ORDER else [windows.by]
@@ -164,7 +186,8 @@ def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, int]]:
                 arrays = _array_bytes(job, session, halves if kind == WindowKind.HALF else (), kind)
                 # On a GPU the arrays take none of its memory.
                 more = 0 if job.execution.compute.device.type == "cuda" else arrays.memory - asked.memory
-                yield Choice(str(kind), batch_size), plan.own_by_kind[name] + more
+                need = _Need(plan.own_by_kind[name] + more, plan.global_fit.own_bytes)
+                yield Choice(str(kind), batch_size), need
 
 
 def _batch_sizes(largest: int) -> Iterator[int]:

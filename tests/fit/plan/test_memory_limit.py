@@ -30,13 +30,14 @@ def test_what_is_no_size_is_refused_with_examples(limit: str) -> None:
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory of plans by hand: for each sample of a batch 1 GB per half, 2 per block, 6 for all."""
+    """Memory of plans by hand: for each sample of a batch 1 GB per half, 2 per block, 6 for all; at once 10, and 5."""
     real = memory_limit.make_plan
 
     def plan(*arguments: object, **settings: object) -> Plan:
         made, batch = real(*arguments, **settings), settings["batch_size"]
         own = {"matrix": GB, "half": batch * GB, "block": 2 * batch * GB, "model": 6 * batch * GB}
-        return Plan(**{**made.__dict__, "own_by_kind": own})
+        at_once = made.global_fit._replace(own_bytes=(10 + 5 * batch) * GB if made.global_fit.steps else 0)
+        return Plan(**{**made.__dict__, "own_by_kind": own, "global_fit": at_once})
 
     monkeypatch.setattr(memory_limit, "make_plan", plan)
 
@@ -78,6 +79,20 @@ def test_what_never_fits_is_refused_with_numbers_and_without_a_trace(
     assert ended.status == 2
     assert "0.90 GB" in ended.err and "windows=half" in ended.err and "1.00 GB" in ended.err and "8.00 GB" in ended.err
     assert not Path("run").exists()
+
+
+def test_all_layers_at_once_take_a_smaller_batch_and_are_named_where_they_never_fit(
+    tiny_run: Callable[..., Ended], planned: None
+) -> None:
+    settings = ("walk=local_then_global", "data.batch_size=4")
+    ended = tiny_run(*settings, "memory_limit=14GB")
+    assert ended.status == 2 and not Path("run").exists()
+    said = "even all layers, trained at once, with data.batch_size=1 need 15.00 GB, as asked for it would be 30.00 GB"
+    assert said in " ".join(ended.err.split()) and "or walk=local" in ended.err, ended
+    ended = tiny_run(*settings, "memory_limit=16GB")
+    assert ended.status == 0, ended
+    recipe = json.loads(Path("run/results.json").read_text())["recipe"]
+    assert recipe["windows"] == "block" and recipe["batch_size"] == "1, 4 per step"
 
 
 def test_a_limit_is_kept_when_a_run_is_resumed(
