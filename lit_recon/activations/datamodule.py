@@ -20,6 +20,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Batching
 from lit_recon.activations.store import on_device
 from lit_recon.model.decoder import LayerCall
+from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.head import kl_divergences
 from lit_recon.model.windows import AnyWindow
 
@@ -53,35 +54,6 @@ class Batch(NamedTuple):
     def text(self, by_token: Tensor) -> Tensor:
         """What this batch has for each token, (B, T, ...), without padding: (N, ...)."""
         return by_token.flatten(0, 1) if self.valid_BT is None else by_token[self.valid_BT]
-
-
-class Errors(NamedTuple):
-    """Errors of a window on some samples, of each token in units of the window's dense update, or in nats.
-
-    Attributes:
-        mean: Mean over tokens, which a few massive activations may decide.
-        typical: Median over tokens.
-    """
-
-    mean: float
-    typical: float
-
-    def is_better(self, other: "Errors") -> bool:
-        """Whether both are smaller than those of another; a typical error of 0 cannot be, and must stay."""
-        return self.mean < other.mean and (self.typical < other.typical or self.typical == other.typical == 0)
-
-    @classmethod
-    def from_tokens(cls, errors_N: Tensor) -> "Errors":
-        """Those of tokens with these errors."""
-        return cls(errors_N.mean(dtype=torch.float64).item(), errors_N.median().item())
-
-
-def unit_of(energies_N: Tensor) -> float:
-    """Unit of a window's errors, given the energies of its dense updates: their median; their mean where that is 0.
-
-    Not the variance of targets: of hidden states, one token in 256 may hold 99% of that (a massive activation).
-    """
-    return energies_N.median().item() or energies_N.mean(dtype=torch.float64).item()
 
 
 @dataclass

@@ -15,7 +15,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_recon.activations.datamodule import Activations, Errors, unit_of
+from lit_recon.activations.datamodule import Activations
+from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.windows import AnyWindow, MatrixWindow
 
 SAMPLED = 1024  # rows of a matrix that are kept

@@ -14,11 +14,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from lit_recon.activations.datamodule import Activations, Batch, Errors, unit_of
+from lit_recon.activations.datamodule import Activations, Batch
 from lit_recon.activations.passes import Passes
 from lit_recon.activations.store import MemoryStore
 from lit_recon.activations.teacher import TeacherLayers
 from lit_recon.data.packing import PADDING
+from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.windows import DecoderWindow, side_by_side
 
 

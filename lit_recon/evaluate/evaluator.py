@@ -1,4 +1,4 @@
-"""The same measures for every state of a run: perplexity, and the error of the final hidden states.
+"""The same measures for every state of a run: perplexity, and the errors of the final hidden states.
 
 The pruned model is the dense one, with a context around each layer in which the layer is pruned.
 """
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_recon.data.source import Samples
-from lit_recon.evaluate.perplexity import negative_log_likelihoods, relative_error
+from lit_recon.evaluate.perplexity import negative_log_likelihoods, state_errors
 from lit_recon.model.decoder import Decoder
+from lit_recon.model.errors import Errors
 from lit_recon.model.layerwise import LayerContext, final_states, unchanged
 from lit_recon.system.clock import Clock
 from lit_recon.system.device import Compute
@@ -96,9 +97,9 @@ class Evaluator:
         """
         return -(-self.samples.held_out_ST.numel() // self.samples.evaluation_ST.shape[1])
 
-    def error(self, states_STD: Tensor, dense_STD: Tensor) -> float:
-        """Relative error of final hidden states."""
-        return relative_error(states_STD, dense_STD, self.samples.evaluation_ST[: self.num_compared])
+    def errors(self, states_STD: Tensor, dense_STD: Tensor) -> Errors:
+        """Errors of final hidden states, mean and typical, relative to the dense model's."""
+        return state_errors(states_STD, dense_STD, self.samples.evaluation_ST[: self.num_compared])
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.model.decoder import Decoder
+from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.head import Head
 from lit_recon.model.layerwise import LayerContext, final_states, unchanged
 from lit_recon.system.device import Compute
@@ -65,10 +66,17 @@ class EvaluationProtocol:
         )
 
 
-def relative_error(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> float:
-    """Mean squared error of hidden states over the variance of the dense model's, where samples hold text."""
-    states_ND, dense_ND = states_STD[tokens_ST != PADDING], dense_STD[tokens_ST != PADDING]
-    return ((states_ND - dense_ND).square().mean() / dense_ND.var(0, correction=0).mean()).item()
+def state_errors(states_STD: Tensor, dense_STD: Tensor, tokens_ST: Tensor) -> Errors:
+    """Squared errors of hidden states, where samples hold text, in units of the median energy of the dense model's.
+
+    Args:
+        states_STD: Hidden states, (S, T, D).
+        dense_STD: The dense model's.
+        tokens_ST: Token ids, PADDING where a sample holds no text.
+    """
+    text_ST = tokens_ST != PADDING
+    unit = unit_of(dense_STD.square().mean(-1)[text_ST])
+    return Errors.from_tokens((states_STD - dense_STD).square().mean(-1)[text_ST] / unit)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Errors
 from lit_recon.fit.session import Session
+from lit_recon.model.errors import Errors
 from lit_recon.model.windows import Window
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback

@@ -307,7 +307,8 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
     found = read_back(saved, job.model, _evaluator(job, clock))
     results = Results(
         nats={"dense": walked.dense_nats} | {state: found.nats[state] for state in PRUNED_STATES},
-        relative_error={state: found.errors[state] for state in PRUNED_STATES},
+        relative_error={state: found.errors[state].mean for state in PRUNED_STATES},
+        typical_error={state: found.errors[state].typical for state in PRUNED_STATES},
         protocol=_protocol(job),
         model={
             "name": job.model.describe(),

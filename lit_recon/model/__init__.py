@@ -4,6 +4,7 @@ decoder.py        layers and their recorded calls; head.py: logits and their div
 layerwise.py      a forward with one layer at a time on the device
 verify.py         replayed layers are the model
 matrices.py       prunable matrices, routers; products.py: what they are multiplied by, observed
+errors.py         errors of hidden states, mean and typical, and their unit
 vectors.py        norms and biases of a window; biases.py: biases where a model has none
 windows.py        Window, HalfWindow, MatrixWindow (with the drawing); halves.py: how layers split
 partition.py      cuts a model into windows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from lit_recon.activations.datamodule import Errors
+from lit_recon.model.errors import Errors
 
 STEP = 2.0  # between rates that are probed
 FURTHEST = 1 / 256  # the smallest factor that is probed; of a kind whose rate is known, two steps below that

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.activations.window_grams import WindowGrams
+from lit_recon.model.errors import Errors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.conjugate_gradients import solve_damped
 from lit_recon.reconstruction.fitted_weights import FittedWeights

@@ -94,7 +94,9 @@ class RunLogger(TensorBoardLogger):
             path.unlink()
         log = RunLogger(Path(self.save_dir), filename_suffix=_OF_RESULTS)
         for index, window in enumerate(results["windows"]):
-            names = ("relative_error_before", "relative_error_after", "held_out_before", "held_out_after")
+            names = [
+                f"{part}_{when}" for part in ("relative_error", "held_out", "typical") for when in ("before", "after")
+            ]
             log.log_metrics({f"depth/{name}": finite_or_nan(window[name]) for name in names}, index)
         finals = {f"perplexity/{state}": finite_or_nan(value) for state, value in results["perplexity"].items()}
         finals["gap_recovered"] = finite_or_nan(results["gap_recovered"])

@@ -19,9 +19,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Errors
 from lit_recon.activations.steps import TrainingData
 from lit_recon.activations.window_grams import WindowGrams
+from lit_recon.model.errors import Errors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.trained import attached, changed_by, needs_gram, trained_by
 from lit_recon.reconstruction.fit_settings import FitSettings

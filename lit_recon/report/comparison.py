@@ -55,6 +55,9 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
     sequences = f"{protocol['windows']} x {protocol['context']} tokens"
     sequences += f", each after {opening}" if opening != "none" else ""
     texts |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
+    if results.get("relative_error"):  # of two versions they do not compare: until 0.4 there was no typical error
+        unit = "median energy" if results.get("typical_error") else "variance"
+        texts["unit"] = f"error in units of the dense states' {unit}"
     return texts | {
         "model": results["model"]["name"],
         "calibration": f"{results['tokens']['calibration']:,} calibration tokens",

@@ -27,7 +27,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
-from lit_recon.report.run_files import Curve, finite_or_nan, measure, read_curves, read_results
+from lit_recon.report.run_files import Curve, finite_or_nan, has_units, measure, read_curves, read_results
 from lit_recon.system.atomic_files import make_folder, replaced
 from lit_recon.system.units import duration
 
@@ -54,6 +54,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 WIDTH, DPI = 10.0, 150  # inches, dots per inch
+IN_UNITS = (None, "mean_squared", "huber", "balanced")  # losses in the unit of the errors; None: the default
 
 
 def write_figures(run: Path) -> list[Path]:
@@ -70,7 +71,7 @@ def write_figures(run: Path) -> list[Path]:
         figures = {
             "perplexity": perplexity(results["perplexity"], results["gap_recovered"]),
             "error_over_depth": error_over_depth(results["windows"]),
-            "learning_curves": learning_curves(results["windows"], curves),
+            "learning_curves": learning_curves(results["windows"], curves, results["recipe"].get("loss")),
             "time": time_per_phase(results["seconds"]),
         }
         images = {name: _png(figure) for name, figure in figures.items() if figure is not None}
@@ -127,35 +128,54 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
 
 
 def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Errors over depth: each window of results.json before and after reconstruction, and the share that is left."""
+    """Errors over depth: each window of results.json before and after reconstruction, and the share that is left.
+
+    Lines are means over tokens, dots the typical (median) token's; runs until version 0.4 have none.
+    """
     figure = Figure((WIDTH, 4.9), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     depth = range(len(windows))
-    held_out, calibration = (
-        {when: [finite_or_nan(window[f"{part}_{when}"]) for window in windows] for when in ("before", "after")}
-        for part in ("held_out", "relative_error")
+    held_out, calibration, typical = (
+        {when: [finite_or_nan(window.get(f"{part}_{when}")) for window in windows] for when in ("before", "after")}
+        for part in ("held_out", "relative_error", "typical")
     )
     upper.vlines(depth, held_out["after"], held_out["before"], color="#c9d0d8", linewidth=1.2, zorder=1)
     size = 5.5 if len(windows) <= 40 else 3.5
     for when, color, label in (("before", PRUNED, "pruned"), ("after", RECONSTRUCTED, "reconstructed")):
         upper.plot(depth, held_out[when], "o-", color=color, linewidth=1, markersize=size, label=label)
+        if has_units(windows):
+            style: Any = {"color": color, "linewidth": 1, "markersize": size, "markerfacecolor": "white"}
+            upper.plot(depth, typical[when], "o:", label=f"{label}, typical token", **style)
     _make_logarithmic(upper.yaxis)
-    upper.set_ylabel(f"held-out {measure(windows)}")
+    in_units = has_units(windows) and measure(windows) == "relative error"
+    upper.set_ylabel(f"held-out {measure(windows)}" + ("\n(median dense update = 1)" if in_units else ""))
     lower.axhline(1, color=PRUNED, linewidth=1.2, label="pruned")
-    for errors, style, label in ((held_out, "o-", "held-out"), (calibration, "--", "calibration")):
+    shares: list[tuple[dict[str, list[float]], str, str, str]] = [
+        (held_out, "held-out", "o-", RECONSTRUCTED),
+        (typical, "held-out, typical token", "o:", RECONSTRUCTED),
+        (calibration, "calibration", "--", TRAINING),
+    ]
+    for errors, label, line, color in shares:
         left = [after / before if before else math.nan for before, after in zip(*errors.values(), strict=True)]
-        color = RECONSTRUCTED if errors is held_out else TRAINING
-        lower.plot(depth, left, style, color=color, linewidth=1.2, markersize=size, label=label)
+        if errors is not typical or has_units(windows):
+            face = "white" if errors is typical else color
+            style = {"color": color, "linewidth": 1.2, "markersize": size, "markerfacecolor": face}
+            lower.plot(depth, left, line, label=label, **style)
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     lower.set(ylim=(0, None), ylabel="error left\n(share of pruned)")
     _depth_axis(lower, windows)
-    _legend(upper, [*upper.lines, *_shade_refused(upper, windows)])
+    hollow: Any = {"color": MUTED, "markersize": size, "markerfacecolor": "white", "label": "typical token"}
+    both = [Line2D([], [], linestyle=":", linewidth=1, marker="o", **hollow)] if has_units(windows) else []
+    lines = [line for line in upper.lines if line.get_linestyle() == "-"]
+    _legend(upper, [*lines, *both, *_shade_refused(upper, windows)])
     _legend(lower, lower.lines)
     _shade_refused(lower, windows)
     return figure
 
 
-def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, Curve]) -> Figure | None:
+def learning_curves(
+    windows: Sequence[Mapping[str, Any]], curves: Mapping[str, Curve], loss: str | None = None
+) -> Figure | None:
     """Learning curves: training and held-out loss, a column per window, its optimizer steps from left to right.
 
     A shared logarithmic axis keeps windows comparable. A column ends with the last step of its window; a curve that
@@ -164,6 +184,7 @@ def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, C
     Args:
         windows: The entries of `windows` in results.json, in the order of depth.
         curves: All scalars of the run by tag.
+        loss: Name of the loss; None: the default.
 
     Returns:
         The figure, or None if no window has a curve.
@@ -185,7 +206,9 @@ def learning_curves(windows: Sequence[Mapping[str, Any]], curves: Mapping[str, C
             y = [finite_or_nan(value) for _, value in curve]
             axes.plot(x, y, color=color, linewidth=1.4, markersize=3.5, marker="o" if len(curve) <= crowd else "")
     _make_logarithmic(axes.yaxis)
-    axes.set_ylabel("loss (variance of the target = 1)" if measure(windows) == "relative error" else "loss")
+    unit = "median dense update" if has_units(windows) else "variance of the target"
+    in_units = measure(windows) == "relative error" and (loss in IN_UNITS or not has_units(windows))
+    axes.set_ylabel(f"loss ({unit} = 1)" if in_units else "loss")
     _depth_axis(axes, windows, "each column: its optimizer steps, left to right")
     lines = [
         Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),

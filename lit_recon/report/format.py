@@ -39,6 +39,11 @@ def as_error(value: float | None) -> str:
     return f"{value:#.3g}" if math.isfinite(value) else "not finite"
 
 
+def as_factor(value: float | None) -> str:
+    """Factor of a learning rate as it is, such as 0.25; a dash for None and 0, where nothing was trained."""
+    return f"{value:g}" if value else "–"
+
+
 def as_memory(num_bytes: float | None) -> str:
     """Bytes as gigabytes (10^9 bytes) with two decimals; a dash for None."""
     return "–" if num_bytes is None else f"{num_bytes / 1e9:.2f} GB"

@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_recon.report.figures import write_figures
-from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
-from lit_recon.report.run_files import LARGEST, finite_or_nan, measure, read_results
+from lit_recon.report.format import LABELS, as_error, as_factor, as_memory, as_perplexity, as_share
+from lit_recon.report.run_files import LARGEST, finite_or_nan, has_units, measure, read_results
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration
 
@@ -54,7 +54,7 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error}
+    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error, "factor": as_factor}
     templates.filters |= {"duration": duration, "memory": as_memory}
     page = templates.get_template("page.html.j2").render(
         results=results,
@@ -62,6 +62,8 @@ def write_report(run: Path) -> Path:
         verdict=verdict(results),
         depth=depth_summary(results["windows"]),
         measure=measure(results["windows"]),
+        has_units=has_units(results["windows"]),
+        tries=tries(results["windows"]),
         facts={title: facts(results, *keys) for title, keys in FACTS.items()},
         kinds=sparsity_by_kind(results["sparsity"]["by_matrix"]),
         **places(run),
@@ -109,6 +111,16 @@ def depth_summary(windows: Sequence[Mapping[str, Any]]) -> str:
     worst = max(after, key=lambda name: -1 if math.isnan(after[name]) else after[name])
     median = as_share(statistics.median(left))
     return f"The median window keeps {median} of its error; most is left in {worst} ({as_error(after[worst])})."
+
+
+def tries(windows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many times each window was trained; empty if all were once, at the learning rate that was asked for.
+
+    A start from a solution is among the tries of results.json, at rate 0.
+    """
+    numbers = [sum(bool(one and one[0]) for one in window.get("tries") or ()) for window in windows]
+    rates = {window.get("rate") for window in windows}
+    return numbers if max(numbers, default=0) > 1 or rates - {None, 0, 1} else []
 
 
 def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:

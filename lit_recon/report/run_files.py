@@ -27,6 +27,7 @@ RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be ab
             **{"name": TEXT, "accepted": FLAG, "steps": NUMBER, "seconds": NUMBER, "note?": TEXT, "measure?": TEXT},
             **{"held_out_before": MAYBE, "held_out_after": MAYBE},
             **{"relative_error_before": MAYBE, "relative_error_after": MAYBE},
+            **{"typical_before?": MAYBE, "typical_after?": MAYBE, "unit?": MAYBE, "rate?": MAYBE, "tries?": [[MAYBE]]},
         }
     ],
     "seconds": {"total": NUMBER, **dict.fromkeys(WALK, NUMBER), str: NUMBER},
@@ -35,6 +36,7 @@ RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be ab
     "versions": {str: TEXT},
     "seed": None,
     "relative_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
+    "typical_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
     "walk_peak_memory_bytes?": MAYBE,
     "predicted?": {"seconds": NUMBER, "peak_memory_bytes": MAYBE, "walk_peak_memory_bytes?": MAYBE},
 }
@@ -118,3 +120,11 @@ def measure(windows: Sequence[Mapping[str, Any]]) -> str:
     """Measure of the windows' errors: "relative error" or "KL divergence", and "error" if windows differ in it."""
     measures = {window.get("measure", "relative error") for window in windows}
     return measures.pop() if len(measures) == 1 else "error"
+
+
+def has_units(windows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether errors are in units of the median energy of a window's dense update.
+
+    Until version 0.4 they were in units of the variance of its target, and there was no typical error.
+    """
+    return all("unit" in window for window in windows)

@@ -17,7 +17,7 @@ from lit_recon.evaluate.perplexity import (
     NegativeLogLikelihood,
     perplexity,
     perplexity_of,
-    relative_error,
+    state_errors,
 )
 from lit_recon.model.architectures import tiny_model
 
@@ -112,12 +112,20 @@ def test_a_bf16_model_is_measured_with_its_layers_in_float32(tokens_ST: Tensor) 
     assert measured == pytest.approx(expected, rel=1e-2), "embeddings and head alone round to bf16"
 
 
-def test_the_relative_error_of_states_is_their_squared_error_over_the_dense_variance_where_there_is_text() -> None:
-    tokens_ST = torch.tensor([[5, 6], [7, PADDING]])
-    dense_STD = torch.tensor([[[0.0, 10.0], [2.0, 14.0]], [[4.0, 12.0], [1e6, 1e6]]])
-    states_STD = dense_STD + torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [-1e6, 5.0]]])
-    # Squared errors 1 + 4 + 1 of six numbers; each feature's variance is (4 + 0 + 4) / 3.
-    assert relative_error(states_STD, dense_STD, tokens_ST) == pytest.approx(1 / (8 / 3))
+def test_errors_of_states_are_in_units_of_the_median_energy_of_the_dense_ones_where_there_is_text() -> None:
+    tokens_ST = torch.tensor([[5, 6, 7], [8, 9, PADDING]])
+    dense_STD = torch.tensor([[[1e3, 0.0], [1.0, 3.0], [2.0, 2.0]], [[0.0, 4.0], [6.0, 2.0], [1e6, 1e6]]])
+    states_STD = dense_STD + torch.tensor([[[0.0, 2e2], [2.0, 0.0], [0.0, 4.0]], [[2.0, 2.0], [0.0, 0.0], [-1e6, 5.0]]])
+    # Energies of five tokens: 5e5 (a massive activation), 5, 4, 8, 20, the median is 8. Errors: 2e4, 2, 8, 4, 0.
+    assert state_errors(states_STD, dense_STD, tokens_ST) == pytest.approx(((2e4 + 14) / 5 / 8, 4 / 8))
+
+
+def test_a_massive_activation_does_not_decide_the_errors_of_states() -> None:
+    dense_STD = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0))
+    tokens_ST, states_STD = torch.zeros(2, 32, dtype=torch.long), 1.1 * dense_STD
+    usual = state_errors(states_STD, dense_STD, tokens_ST)
+    dense_STD[:, 0, 3] = states_STD[:, 0, 3] = 1e4  # which both models have
+    assert state_errors(states_STD, dense_STD, tokens_ST) == pytest.approx(usual, rel=0.1)
 
 
 def test_the_protocol_is_told_in_one_line_and_in_full() -> None:

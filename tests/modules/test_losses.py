@@ -10,10 +10,11 @@ import torch
 from conftest import CPU, chain_of, fitter, masks_of, module
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Activations, unit_of
+from lit_recon.activations.datamodule import Activations
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
+from lit_recon.model.errors import unit_of
 from lit_recon.model.head import SLICE
 from lit_recon.model.partition import partition
 from lit_recon.modules.losses import balanced, cosine, huber, kl_divergence, mean_squared, relative

@@ -11,10 +11,11 @@ from conftest import CPU, chain_of, fitter, module
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_recon.activations.datamodule import Activations, Errors
+from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.gram import GramSums
 from lit_recon.activations.matrix_inputs import MatrixInputs
 from lit_recon.model.architectures import tiny_model
+from lit_recon.model.errors import Errors
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window

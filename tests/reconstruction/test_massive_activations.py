@@ -10,8 +10,9 @@ from conftest import fitter, module, pruned_window, weights
 from lightning import LightningModule
 from torch import Tensor
 
-from lit_recon.activations.datamodule import Activations, Batch, Errors
+from lit_recon.activations.datamodule import Activations, Batch
 from lit_recon.model.architectures import tiny_model
+from lit_recon.model.errors import Errors
 from lit_recon.model.windows import Window
 
 SINK = 5  # a token at one position of every sample

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lit_recon.activations.datamodule import Errors
+from lit_recon.model.errors import Errors
 from lit_recon.reconstruction.rate_search import (
     FEW,
     FURTHEST,

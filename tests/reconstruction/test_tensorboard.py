@@ -30,7 +30,9 @@ def events(run_once: Callable[..., Ended]) -> EventAccumulator:
 
 def test_every_window_has_its_curves_under_its_name_and_nothing_else_is_logged(events: EventAccumulator) -> None:
     curves = {f"{name}/{curve}" for name in NAMES for curve in ("loss/train", "loss/held_out", "lr")}
-    depth = {f"depth/{name}_{when}" for name in ("relative_error", "held_out") for when in ("before", "after")}
+    depth = {
+        f"depth/{name}_{when}" for name in ("relative_error", "held_out", "typical") for when in ("before", "after")
+    }
     finals = {"perplexity/dense", "perplexity/pruned", "perplexity/reconstructed", "gap_recovered"}
     assert set(events.Tags()["scalars"]) == curves | depth | finals
 
@@ -110,7 +112,8 @@ def test_no_value_stands_twice_after_a_kill_within_a_window(
 
 def results_of(num_windows: int) -> dict:
     """Of results.json what is logged."""
-    errors = dict.fromkeys(("relative_error_before", "relative_error_after", "held_out_before", "held_out_after"), 0.5)
+    measures = ("relative_error", "held_out", "typical")
+    errors = {f"{name}_{when}": 0.5 for name in measures for when in ("before", "after")}
     return {
         "perplexity": {"dense": 14.9, "pruned": 22.3, "reconstructed": 17.3},
         "gap_recovered": 0.68,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from finished_run import NEW, make_run, results_of
+from finished_run import NEW, in_units, make_run, results_of
 
 from lit_recon.report import page
 from lit_recon.report.__main__ import main
@@ -124,3 +124,17 @@ def test_perplexities_after_other_openings_are_not_said_to_be_on_the_same_sequen
     main(folders)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("16 x 512 tokens") == 2 and "16 x 512 tokens, each after <s>" in said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_errors_of_two_versions_are_not_said_to_be_in_one_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"old": results_of(1) | NEW, "new": in_units(1), "newer": in_units(1)}
+    folders = {name: str(make_run(tmp_path / name, results, curves=False)) for name, results in runs.items()}
+    main(["--markdown", *folders.values()])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    units = [row.split(" | ")[1].removeprefix("block, error in units of the dense states' ") for row in rows]
+    assert units == ["variance", "median energy", "median energy"]
+    main(["--markdown", folders["new"], folders["newer"]])
+    assert "units" not in capsys.readouterr().out

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from finished_run import STEPS, make_run, results_of
+from finished_run import REFUSED, STEPS, in_units, make_run, results_of
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from lit_recon.report.figures import error_over_depth, learning_curves, write_figures
@@ -14,7 +15,7 @@ FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]
 
 @pytest.mark.parametrize("num_windows", [2, 30, 100])
 def test_every_figure_is_a_readable_png_with_content(tmp_path: Path, num_windows: int) -> None:
-    run = make_run(tmp_path / "run", results_of(num_windows))
+    run = make_run(tmp_path / "run", in_units(num_windows))
     paths = write_figures(run)
     assert paths == [run / "figures" / f"{name}.png" for name in FIGURES]
     for path in paths:
@@ -34,6 +35,44 @@ def test_the_depth_figure_shows_the_held_out_errors_before_and_after() -> None:
     left = {line.get_label(): list(line.get_ydata()) for line in lower.lines}
     assert left["held-out"] == pytest.approx([0.5] * 3) and left["calibration"] == pytest.approx([0.4] * 3)
     assert upper.get_yscale() == "log" and lower.get_ylim()[0] == 0
+
+
+def test_the_depth_figure_shows_the_typical_token_beside_the_mean() -> None:
+    upper, lower = error_over_depth(in_units(3)["windows"]).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in upper.lines}
+    assert lines["pruned"] == pytest.approx([0.011, 0.022, 0.033])
+    assert lines["pruned, typical token"] == pytest.approx([0.009, 0.018, 0.027])
+    assert lines["reconstructed, typical token"] == pytest.approx([0.0027, 0.0054, 0.0081])
+    left = {line.get_label(): list(line.get_ydata()) for line in lower.lines}
+    assert left["held-out, typical token"] == pytest.approx([0.3] * 3) and left["held-out"] == pytest.approx([0.5] * 3)
+    assert upper.get_ylabel() == "held-out relative error\n(median dense update = 1)"
+
+
+def test_the_legend_fits_also_where_a_window_was_refused() -> None:
+    windows = in_units(30)["windows"]
+    windows[3] |= REFUSED
+    figure = error_over_depth(windows)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is not None and legend.get_window_extent().x1 <= figure.bbox.x1
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["pruned", "reconstructed", "typical token", "not accepted, pruned weights kept"]
+
+
+@pytest.mark.parametrize(
+    ("results", "loss", "label"),
+    [
+        (results_of(2), None, "loss (variance of the target = 1)"),
+        (in_units(2), None, "loss (median dense update = 1)"),
+        (in_units(2), "mean_squared", "loss (median dense update = 1)"),
+        (in_units(2), "cosine", "loss"),
+    ],
+    ids=["until version 0.4", "default", "mse", "cosine"],
+)
+def test_the_unit_of_the_curves_is_that_of_the_run_and_of_its_loss(results: dict, loss: str | None, label: str) -> None:
+    figure = learning_curves(results["windows"], {"block_00/loss/held_out": [(0, 0.02)]}, loss)
+    assert figure is not None and figure.axes[0].get_ylabel() == label
 
 
 def test_each_window_has_its_own_column_in_the_learning_curves(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """The page of a run: every number and remark, nothing from elsewhere."""
 
 import base64
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from finished_run import NEW, REFUSED, make_run, results_of
+from finished_run import NEW, REFUSED, in_units, make_run, results_of
 
 from lit_recon.report.figures import error_over_depth
-from lit_recon.report.page import sparsity_by_kind, verdict, write_report
+from lit_recon.report.page import sparsity_by_kind, tries, verdict, write_report
 
 FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]
 
@@ -172,7 +173,48 @@ def test_the_page_has_what_newer_runs_measure(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "run", results_of(2) | NEW)).read_text(encoding="utf-8")
     page = " ".join(page.split())
     assert "Of the last layer's hidden states it is 0.346 after pruning and 0.123 after reconstruction." in page
+    assert "error of a window's output over the variance of its target, on samples" in page and "typical" not in page
     assert "at the peak, 0.99 GB while windows were reconstructed; predicted were 65.4 s and 1.40 GB." in page
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The table of every window, as text of its cells."""
+    table = page.partition("<h2>Every window</h2>")[2].partition("</table>")[0]
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row.replace("<br>", " ")) for row in rows]
+
+
+def test_the_page_shows_the_typical_token_and_the_rate_of_each_window(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run", in_units(2), curves=False)).read_text(encoding="utf-8")
+    header, first, second = rows_of(page)
+    found = dict(zip(header, first, strict=True))
+    assert (found["held-out before"], found["held-out after"]) == ("0.0110", "0.00550")
+    assert (found["typical before"], found["typical after"]) == ("0.00900", "0.00270")
+    assert (found["rate"], found["tries"]) == ("0.5", "2")
+    assert dict(zip(header, second, strict=True))["tries"] == "1"
+    said = " ".join(page.split())
+    assert "in units of the median energy of its dense update (output minus input; of a single matrix its" in said
+    assert "0.123 after reconstruction (0.235 and 0.0988 at a typical token), in units of the median energy" in said
+    assert "variance" not in said
+    old = write_report(make_run(tmp_path / "old", results_of(1), curves=False)).read_text(encoding="utf-8")
+    assert not {"typical before", "rate", "tries"} & set(rows_of(old)[0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "tried", "shown"),
+    [
+        (1.0, [[1.0, 0.5, 0.5]], []),
+        (0.0, [[0.0, 0.5, 0.5]], []),  # solved for, not trained
+        (1.0, [[0.0, 0.5, 0.5], [1.0, 0.4, 0.4]], []),
+        (2.0, [[2.0, 0.5, 0.5]], [1]),
+        (1.0, [[1.0, 0.4, 0.4], [0.5, None, 0.5]], [2]),
+    ],
+    ids=["once", "solved", "solved and trained", "once at another rate", "twice"],
+)
+def test_tries_are_shown_where_a_window_was_tried_again_or_at_another_rate(
+    rate: float, tried: list, shown: list[int]
+) -> None:
+    assert tries([{"rate": rate, "tries": tried}]) == shown
 
 
 def test_errors_that_are_no_relative_errors_are_not_called_so(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_run import NEW, make_run, results_of
+from finished_run import NEW, in_units, make_run, results_of
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_recon.report.run_files import read_curves, read_results
@@ -38,7 +38,12 @@ def changed(results: dict, place: tuple, other: object) -> dict:
 
 
 def test_what_a_version_without_newer_fields_has_left_is_read(tmp_path: Path) -> None:
-    for name, results in {"old": results_of(2), "new": results_of(2) | NEW, "none": results_of(0)}.items():
+    for name, results in {
+        "old": results_of(2),
+        "newer": results_of(2) | NEW,
+        "newest": in_units(2),
+        "none": results_of(0),
+    }.items():
         assert read_results(make_run(tmp_path / name, results, curves=False)) == results
 
 
@@ -52,11 +57,12 @@ def test_what_a_version_without_newer_fields_has_left_is_read(tmp_path: Path) ->
         (("seconds", "load"), math.inf, "seconds.load is 'inf' instead of a number"),
         (("sparsity", "by_matrix"), ABSENT, "without sparsity.by_matrix"),
         (("relative_error",), {"pruned": 1}, "without relative_error.reconstructed"),
+        (("windows", 0, "tries"), [0.5], "windows[0].tries[0] is no list"),
         (("tokens", "calibration"), True, "tokens.calibration is 'True' instead of a number"),
     ],
 )
 def test_what_is_no_result_of_lit_recon_is_named(tmp_path: Path, place: tuple, other: object, message: str) -> None:
-    run = make_run(tmp_path / "run", changed(results_of(2) | NEW, place, other), curves=False)
+    run = make_run(tmp_path / "run", changed(in_units(2), place, other), curves=False)
     with pytest.raises(ValueError) as raised:
         read_results(run)
     assert f"results.json: {message}; expected the folder of a finished run" in str(raised.value)
@@ -70,7 +76,7 @@ def test_results_are_refused_with_a_message_or_drawn(
     """Any one thing of another kind, also such as reports do not look at."""
     from lit_recon.report.__main__ import main
 
-    whole, draw, drawn = results_of(2) | NEW, random.Random(0), 0
+    whole, draw, drawn = in_units(2), random.Random(0), 0
     for number in range(count):
         place, other = draw.choice(list(places(whole))), draw.choice(OTHERS)
         run = make_run(tmp_path / str(number), changed(whole, place, other), curves=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_recon.evaluate.evaluator import Evaluator
+from lit_recon.model.errors import Errors
 from lit_recon.model.loading import HubModel, LanguageModel
 from lit_recon.pruning.masks import Masks
 
@@ -32,12 +33,12 @@ class Found:
 
     Attributes:
         nats: Mean negative log-likelihoods on the evaluation samples, by state ("pruned", "reconstructed").
-        errors: Relative errors of the final hidden states, by state.
+        errors: Errors of the final hidden states, relative to the dense model's, by state.
         zeros: Exact zeros of the checkpoint, by matrix.
     """
 
     nats: dict[str, float]
-    errors: dict[str, float]
+    errors: dict[str, Errors]
     zeros: dict[str, int]
 
 
@@ -60,6 +61,6 @@ def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found
     dense_STD = evaluator.final_states(model)
     return Found(
         nats={state: one.nats for state, one in measured.items()},
-        errors={state: evaluator.error(one.states_STD, dense_STD) for state, one in measured.items()},
+        errors={state: evaluator.errors(one.states_STD, dense_STD) for state, one in measured.items()},
         zeros=zeros,
     )

@@ -36,12 +36,14 @@ class Results:
     """Everything that a run found; the fields are those of results.json.
 
     `nats` are mean negative log-likelihoods per token, of which perplexity is the exponential. `relative_error` is that
-    of the last layer's hidden states on evaluation samples, the first ones, as many tokens as are held out; all kinds
-    of windows compare by it. Sparsity is that of the file, which was read back.
+    of the last layer's hidden states on evaluation samples, the first ones, as many tokens as are held out: the mean
+    over tokens, in units of the median energy of the dense model's states; all kinds of windows compare by it.
+    `typical_error` is the median over tokens. Sparsity is that of the file, which was read back.
     """
 
     nats: dict[str, float]
     relative_error: dict[str, float]
+    typical_error: dict[str, float]
     protocol: EvaluationProtocol
     model: dict[str, Any]
     recipe: dict[str, str]
@@ -120,10 +122,11 @@ def table(results: Results, run: Path) -> Table:
     gap, known = results.gap_recovered, all(map(math.isfinite, results.perplexity.values()))
     none = "none to recover" if known else "not known: a perplexity is not finite"
     shown.add_row("gap recovered", none if gap is None else f"{gap:.0%}")
-    errors = results.relative_error
-    shown.add_row(
-        "relative error", f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g} (final hidden states, evaluation)"
+    mean, typical = (
+        f"{errors['pruned']:.3g} -> {errors['reconstructed']:.3g}"
+        for errors in (results.relative_error, results.typical_error)
     )
+    shown.add_row("relative error", f"{mean}, typical token {typical} (final hidden states, evaluation)")
     sparsities = results.sparsity
     shown.add_row("sparsity", f"{sparsities['prunable']:.1%} of prunable, {sparsities['total']:.1%} of all parameters")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in results.seconds.items() if name != "total")

@@ -19,6 +19,7 @@ def results(seed: int = 0, **nats: float) -> Results:
     return Results(
         nats={"dense": math.log(10), "pruned": math.log(20), "reconstructed": math.log(14)} | nats,
         relative_error={"pruned": 0.3, "reconstructed": 0.1},
+        typical_error={"pruned": 0.2, "reconstructed": 0.05},
         protocol=EvaluationProtocol(
             dataset="d", split="evaluation", context=4, windows=1, tokens=3, precision="32-true"
         ),
