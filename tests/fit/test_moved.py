@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lit_recon.fit.configure import CONF, MOVED
+from lit_recon.fit.moved import MOVED
+from lit_recon.fit.parts import CONF
 
 SETTINGS = {  # by the part of the configuration that named it
     "ReconstructionModule": "module",
