@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from lit_recon.reconstruction.retraining import Retraining as Retraining
     from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _MODULES = {
     "activations.datamodule": ("Batch",),

@@ -32,7 +32,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.data.packing import PADDING
 from lit_recon.fit import __main__ as fit
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import partition

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
 MEMBERS = [
@@ -29,6 +29,9 @@ def test_every_member_of_every_group_instantiates(member: str) -> None:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("fit", overrides=[f"{group}={name}", *REQUIRED.get(member, [])])
     node = cfg.module[group] if group in ("optimizer", "scheduler") else cfg[group]
+    if group == "walk":
+        assert node == name
+        return
     made = instantiate(node, _convert_="all")
     assert (made.func if isinstance(made, partial) else type(made)) is get_object(node._target_)
 

@@ -1,7 +1,8 @@
 """The command `python -m lit_recon.fit`, and the library: a run from its settings to its results.
 
 __main__.py        Hydra in, exit status out
-configure.py       from the configuration to a Job; with the next two alone sees the configuration
+configure.py       from the configuration to a Job; with the next three alone sees the configuration
+parts.py           parts of a configuration as objects
 settings.py        settings of the run itself, and what a call gives
 resume_config.py   the configuration of a run that is resumed
 annotations.py     types of settings, by the annotations of what they are given to

@@ -30,9 +30,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lit_recon.fit.configure import CONF, prepare
+from lit_recon.fit.configure import prepare
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.folder import finish
+from lit_recon.fit.parts import CONF
 from lit_recon.fit.resume_config import resumed
 from lit_recon.fit.run import run
 from lit_recon.fit.settings import earlier_run, is_text

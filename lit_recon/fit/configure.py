@@ -1,68 +1,38 @@
 """From the configuration to a Job: every part as an object, every problem in one message.
 
-With resume_config.py the only file that sees the configuration.
+With parts.py, settings.py and resume_config.py the only file that sees the configuration.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lit_recon.activations.propagation import Propagation
-from lit_recon.activations.store import StoreSettings
-from lit_recon.data.source import TextSource
-from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
-from lit_recon.fit.moved import FOLDERS, MOVED
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
+from lit_recon.fit.parts import MADE_LATER, PARTS, join_groups, make_part, trainer_settings
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
-from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain, targets
-from lit_recon.model.loading import LanguageModel
-from lit_recon.model.partition import Partition
+from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.modules.trained import needs_gram
-from lit_recon.pruning.criteria import Criterion
-from lit_recon.pruning.patterns import Pattern
 from lit_recon.reconstruction.fit_settings import FitSettings
-from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
 
 log = logging.getLogger(__name__)
 
-PARTS: dict[str, type] = {  # what each is an object of
-    "model": LanguageModel,
-    "data": TextSource,
-    "criterion": Criterion,
-    "pattern": Pattern,
-    "chain": Propagation,
-    "store": StoreSettings,
-    "windows": Partition,
-    "retraining": Retraining,
-}
-MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
-SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
 NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
 COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
-PACKAGE = Path(__file__).parents[1]
-# In a wheel conf/ stands in the package; in a checkout next to it.
-CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +142,10 @@ def prepare(cfg: DictConfig) -> Job:
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
     call = check_call(cfg, problems)
-    parts = {name: _part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
-    trainer = _trainer_settings(cfg, problems)
+    parts = {name: make_part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
+    trainer = trainer_settings(cfg, problems)
     if parts["module"]:
-        _join_groups(cfg.module, parts, problems)
+        join_groups(cfg.module, parts, problems)
     rates = parts["module"].keywords.pop("retry_rates", None) if parts["module"] else None  # of the fit, not of it
     own: dict[str, Any] = {"retry_rates": () if rates is None else rates}  # a module that is solved exactly has none
     own |= {name: call[name] for name in ("keep", "patience", "start") if name in call}
@@ -201,26 +171,6 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
             compute = problems.check(Compute.choose, made, trainer["precision"], about=f"{given_of('trainer')}: ")
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
-
-
-def _join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
-    """Give a module the loss that was chosen; add what is wrong with groups that a module needs, or does not take."""
-    module = parts["module"]
-    if _has_loss_of_group(node) and parts["loss"] is not None:
-        module.keywords["loss"] = parts["loss"]
-    taken = inspect.signature(module.func).parameters
-    kinds = {parameter.kind for parameter in taken.values()}
-    for group in ("loss", "optimizer", "scheduler"):
-        if given_of(group) != group and group not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
-            problems.add(f"{given_of(group)}: {callable_name(module)} takes no {group}; leave that out.")
-        elif OmegaConf.is_missing(node, group):
-            members = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "none"))
-            problems.add(f"{given_of(group)}: {callable_name(module)} needs one; choose one of {members}.")
-
-
-def _has_loss_of_group(node: DictConfig) -> bool:
-    """Whether a module's loss is that of the group `loss`, and no function that is given to the module itself."""
-    return "loss" in node.keys() and OmegaConf.is_interpolation(node, "loss")
 
 
 def _rehearse(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
@@ -268,109 +218,6 @@ def _rehearse_once(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
         num_held_out=source.num_held_out,
         padded=source.packing != "fixed",
     )
-
-
-def _part(cfg: DictConfig, name: str, problems: Problems) -> Any:
-    """The object that a part of the configuration describes; None with what is wrong added to the problems.
-
-    That of a part that is made for each window is a partial call.
-    """
-    node = cfg.get(name)
-    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # also of no value
-        problems.add(
-            f"{given_of(name)}: a run needs a {name} with _target_=<file>.<class>; leave that out, or choose a member "
-            f"of the group ({', '.join(sorted(path.stem for path in (CONF / name).glob('*.yaml'))) or 'none here'})."
-        )
-        return None
-    before = len(problems.found)
-    for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
-        if old in MOVED:
-            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
-    if name == "module" and _has_loss_of_group(node):  # a part of its own
-        node = node.copy()
-        with open_dict(node):
-            node.pop("loss")
-    make = None if problems.found[before:] else _instantiated(node, name, problems)
-    if make is None:
-        return None
-    made = None
-    if name not in MADE_LATER:
-        try:
-            made = make()
-        except Exception as error:
-            _add_failure(error, name, str(node["_target_"]), problems)
-    leave_out = SCHEDULE if name == "trainer" else ()  # asked for by rules of their own
-    if made is not None or name in MADE_LATER or not problems.found[before:]:
-        for problem in wrong_types(make, name, leave_out=leave_out):
-            problems.add(problem)
-    if problems.found[before:]:
-        return None
-    if name in MADE_LATER:
-        return _made_later(make, name, node, problems)
-    if not isinstance(made, PARTS[name]):
-        kind = PARTS[name]
-        needed = f"an object like {kind.__module__}.{kind.__name__}"
-        problems.add(f"{name}._target_={node['_target_']}: expected {needed}.")
-        return None
-    return made
-
-
-def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Problems) -> Any:
-    """A partial call of what is made for each window, or None with a problem."""
-    if name == "trainer" and not (isinstance(make.func, type) and issubclass(make.func, Trainer)):
-        problems.add(f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it.")
-        return None
-    if name == "loss" and not node.get("_partial_"):  # of a class
-        return problems.check(make, about=f"{given_of(name)}: ")
-    return make
-
-
-def _instantiated(node: DictConfig, name: str, problems: Problems) -> "partial[Any] | None":
-    """A partial call of a part's target with what its settings describe."""
-    target = str(OmegaConf.to_container(node, resolve=False).get("_target_"))  # type: ignore[union-attr]
-    try:
-        make = instantiate(node, _partial_=True, _convert_="all")
-        assert isinstance(make, partial)
-        return make
-    except Exception as error:
-        _add_failure(error, name, target, problems)
-        return None
-
-
-def _add_failure(error: Exception, name: str, target: str, problems: Problems) -> None:
-    """Add what is wrong with a part that cannot be made."""
-    cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
-    if isinstance(cause, MissingMandatoryValue):
-        missing = cause.full_key or name
-        problems.add(f"{missing} has no value; give {missing}=<value>.", error)
-    elif isinstance(cause, ImportError):
-        reason = " ".join(str(cause).split())
-        moved = [f"lit_recon.{a} is lit_recon.{b} now. " for a, b in FOLDERS.items() if f"'lit_recon.{a}'" in reason]
-        problems.add(
-            f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
-            "where the file is in the working directory or the package is installed.",
-            error,
-        )
-    elif cause is error and type(cause) is ValueError and target.startswith("lit_recon."):
-        problems.add(str(cause), error)  # names its setting
-    else:
-        kind = PARTS.get(name)
-        needed = f"; expected an object like {kind.__module__}.{kind.__name__}" if kind else ""
-        problems.add(f"{given_of(name)}: {in_words(cause)}{needed}", error)
-
-
-def _trainer_settings(cfg: DictConfig, problems: Problems) -> dict[str, Any]:
-    """The settings of the Trainer, or none with a problem."""
-    try:
-        settings = plain(cfg.get("trainer"))
-    except OmegaConfBaseException:
-        return {}  # told of with the part
-    if not isinstance(settings, dict):
-        return {}
-    if missing := [name for name in SCHEDULE if name not in settings]:
-        problems.add(f"trainer.{missing[0]}: a run needs it; leave ~trainer.{missing[0]} out.")
-        return {}
-    return settings
 
 
 def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, Any], problems: Problems) -> int | None:

@@ -24,8 +24,8 @@ from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
-from lit_recon.fit.configure import CONF
 from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.parts import CONF
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
@@ -162,19 +162,13 @@ def prune_and_reconstruct(
         ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
             not finite, such as a hidden state; windows before it are done then.
     """
-    given = {
-        "criterion": criterion,
-        "pattern": pattern,
-        "windows": windows,
-        "propagation": propagation,
-        "fitting": fitting,
-        "retraining": retraining,
-    }
+    given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
+    given |= {"fitting": fitting, "retraining": retraining}
     others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
+    asked = (parts, TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto"), batch_size, seed)
     with _prepared(model), quietly(), stoppable():
-        settings, kept = TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto")
-        return _walk(model, samples, (parts, settings, kept, batch_size, seed), shown=progress)
+        return _walk(model, samples, asked, shown=progress)
 
 
 def _parts() -> dict[str, Any]:

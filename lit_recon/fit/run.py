@@ -32,7 +32,8 @@ from lit_recon.fit.output.folder import (
 )
 from lit_recon.fit.output.read_back import Saved, read_back
 from lit_recon.fit.output.results import Results, model_card, sparsity, table
-from lit_recon.fit.plan.estimate import Plan, describe_plan
+from lit_recon.fit.plan.description import describe_plan
+from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
 from lit_recon.fit.resume_config import mend_config
 from lit_recon.fit.resume_point import ResumePoint

@@ -161,7 +161,6 @@ def reconstruct(
         The results of all windows that are done.
     """
     settings: dict[str, Any] = {
-        "trainer": method.trainer,
         "device": execution.compute.device,
         "seed": execution.seed,
         "logger": logger,
@@ -171,12 +170,11 @@ def reconstruct(
     }
     results = list(done)
     if len(done) < len(session.windows):
-        reconstructs: Any = Untrained if method.walk == "global" else method.module
         results = walk(
             windows_left(session.windows, len(done), execution.stop_after),
             chain=session.chain,
             pruner=session.pruner,
-            fitter=WindowFitter(reconstructs, **settings, search=_search(method, session.windows)),
+            fitter=_window_fitter(session, method, settings),
             weights=session.weights,
             callbacks=callbacks,
             done=done,
@@ -185,15 +183,33 @@ def reconstruct(
     if session.retrained is None or len(results) != len(session.windows) or stops:
         return results
     session.chain.forget()
-    module, search = partial(method.module, loss=method.retraining.loss), _search(method, [session.retrained.window])
-    scale, settings["trainer"] = method.retraining.rate, method.retraining_trainer or method.trainer
     return retrain(
         session.retrained,
         masks,
-        fitter=WindowFitter(module, **settings, search=search, scale=scale, commits=commits),
+        fitter=_global_fitter(session.retrained, method, settings, commits),
         weights=session.weights,
         callbacks=callbacks,
         done=results,
+    )
+
+
+def _window_fitter(session: Session, method: Method, settings: Mapping[str, Any]) -> WindowFitter:
+    """Fits the windows of the walk; with walk=global it only measures them."""
+    module: Any = Untrained if method.walk == "global" else method.module
+    return WindowFitter(module, method.trainer, **settings, search=_search(method, session.windows))
+
+
+def _global_fitter(
+    retrained: Retrained, method: Method, settings: Mapping[str, Any], commits: FitCommits | None
+) -> WindowFitter:
+    """Fits all layers at once, by the loss, at the rate and with the Trainer of that."""
+    return WindowFitter(
+        partial(method.module, loss=method.retraining.loss),
+        method.retraining_trainer or method.trainer,
+        **settings,
+        search=_search(method, [retrained.window]),
+        scale=method.retraining.rate,
+        commits=commits,
     )
 
 

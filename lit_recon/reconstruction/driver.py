@@ -88,7 +88,7 @@ def walk(
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
                     start = fitter.start(window, masks, step.grams())  # of dense weights
-                    if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain):
+                    if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain, results):
                         results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
                     else:
                         results.append(kept_pruned(window, NOTHING_PRUNED))
@@ -105,9 +105,10 @@ def walk(
     return results
 
 
-def _matches_itself(window: Window, chain: Chain) -> bool:
-    """Whether targets are what the dense window makes of its inputs: those of a window that is dense have no error."""
-    return chain.propagation.one_source and not window.has_shared_norms
+def _matches_itself(window: Window, chain: Chain, results: Sequence[WindowResult]) -> bool:
+    """Whether a window that is dense outputs its targets: they are of its own inputs, or nothing has changed so far."""
+    of_its_inputs = chain.propagation.one_source and not window.has_shared_norms
+    return of_its_inputs or all(one.note.startswith(NOTHING_PRUNED) for one in results)
 
 
 @contextmanager

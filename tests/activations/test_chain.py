@@ -38,6 +38,7 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.products import observing_products
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import Window
+from lit_recon.modules.losses import mean_squared
 
 
 @pytest.fixture
@@ -322,7 +323,7 @@ def test_padding_counts_neither_in_unit_nor_in_error_nor_in_loss(shape: str, pad
     for errors, expected in zip(data.errors(window, unit), (squares[:2], squares[CALIBRATION:]), strict=True):
         of_tokens_N = torch.cat(expected) / unit
         assert errors == pytest.approx((of_tokens_N.mean().item(), of_tokens_N.median().item()), rel=1e-4)
-    trained = module()(window, {}, unit)
+    trained = module(loss=mean_squared)(window, {}, unit)
     trained.log = lambda *_, **__: None
     for rows in ([0, 1], [1, 2], [0, 2], [0]):
         batch = data.batch(torch.tensor(rows), CPU.device)
@@ -340,7 +341,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_text(shape: str, padded_ST
     change(window.own_parameters(), seed=1)
     data = Activations.from_chain(chain)
     window.requires_grad_(True)
-    trained = module()(window, {}, 1.0)
+    trained = module(loss=mean_squared)(window, {}, 1.0)
     trained.log = lambda *_, **__: None
     batch = data.batch(torch.tensor([1, 2]), CPU.device)
     loss = trained.training_step(batch, 0) / batch.weight

@@ -223,5 +223,5 @@ def test_experts_that_see_no_token_of_a_batch_are_no_obstacle_on_disk(
     tiny_model("llama4", num_hidden_layers=2).save_pretrained(tmp_path / "llama4")
     letter_tokenizer().save_pretrained(tmp_path / "llama4")
     settings = ("windows=matrix", "data.batch_size=1", "data.length=4", "+trainer.limit_train_batches=1")
-    ended = tiny_run(f"model.name={tmp_path / 'llama4'}", "store=disk", *settings)
+    ended = tiny_run(f"model.name={tmp_path / 'llama4'}", "store=disk", "chain.inputs=dense", *settings)
     assert ended.status == 0, ended

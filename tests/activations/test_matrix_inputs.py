@@ -438,7 +438,7 @@ def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inpu
     ):
         check_experts(mixture, Propagation(inputs=inputs))
     check_experts(mixture, Propagation(inputs=inputs, targets="local"))
-    check_experts(mixture, Propagation(statistics="sparse"))
+    check_experts(mixture, Propagation(inputs="dense", statistics="sparse"))
     check_experts(plain, Propagation(inputs=inputs))
 
 

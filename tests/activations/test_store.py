@@ -33,7 +33,7 @@ from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import MemoryStore, StoreSettings, check_targets, count_arrays
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.magnitude import Magnitude

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lit_recon.fit.configure import CONF, MOVED
+from lit_recon.fit.moved import MOVED
+from lit_recon.fit.parts import CONF
 
 SETTINGS = {  # by the part of the configuration that named it
     "ReconstructionModule": "module",
@@ -72,5 +73,5 @@ def test_what_has_moved_is_at_its_new_path(new: str) -> None:
 def test_the_module_can_be_chosen_by_its_name_from_before() -> None:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         before, now = (compose("fit", overrides=[f"module={name}"]) for name in ("reconstruction", "masked_weights"))
-    assert now.module.optimizer.lr == 2e-3
+    assert now.module.optimizer.lr == "probe"
     assert OmegaConf.to_container(before) == OmegaConf.to_container(now)

@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lit_recon.fit.annotations import annotations
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 from lit_recon.fit.settings import CALL, TEXTS, expand_home, is_text
 
 CHOICES = {"packing", "dtype", "bos", "attention"}  # words of a few, none of which is a number

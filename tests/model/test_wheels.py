@@ -16,7 +16,7 @@ from packaging.version import Version
 from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 from lit_recon.model import gguf as gguf_files  # whose `transformers` may be another object: it reloads itself
 from lit_recon.model import wheels as of_wheels
 from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined

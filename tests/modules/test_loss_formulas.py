@@ -139,7 +139,7 @@ def test_an_anchor_moves_the_optimum_to_where_the_normal_equations_say(anchor: f
     start_OI = weight_OI * mask_OI
     window.weight.data = start_OI.clone()
     batch = Batch(inputs_NI[None], targets_NO[None], [], torch.ones(1, 64, dtype=torch.float64))
-    module = MaskedWeights(window, {window.matrix.name: mask_OI}, unit, anchor=anchor)
+    module = MaskedWeights(window, {window.matrix.name: mask_OI}, unit, anchor=anchor, loss=mean_squared)
     module.on_train_start()
     share, pull = 1 / (targets_NO.numel() * unit), anchor / start_OI.square().sum()
     for row, kept in enumerate(mask_OI):

@@ -9,7 +9,7 @@ from conftest import configuration, fitter, module, pruned_window, weights
 from hydra.utils import instantiate
 from torch import Tensor
 
-from lit_recon.fit.configure import CONF
+from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.modules import optimizers
 from lit_recon.modules.optimizers import Muon

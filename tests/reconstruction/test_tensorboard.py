@@ -21,7 +21,7 @@ NAMES = ["block_00", "block_01", "block_02"]
 @pytest.fixture
 def events(run_once: Callable[..., Ended]) -> EventAccumulator:
     """The log of a run: three windows, eight steps each, every step logged."""
-    run_once("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "module.optimizer.lr=1e-2")
+    run_once("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "module.optimizer.lr=1e-2", "loss=mse")
     assert len(list(Path("run/tensorboard").iterdir())) == 2  # of the walk, and of the results
     accumulator = EventAccumulator("run/tensorboard", size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()

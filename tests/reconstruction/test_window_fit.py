@@ -21,6 +21,7 @@ from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import Window
 from lit_recon.modules.least_squares import LeastSquares
+from lit_recon.modules.losses import mean_squared
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.schedules import linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
@@ -236,11 +237,26 @@ class Shifting(torch.optim.SGD):
         return loss
 
 
-def test_an_optimizer_that_moves_pruned_weights_is_refused_with_the_matrix_named(
-    tokens_ST: Tensor, tmp_path: Path
-) -> None:
+def test_pruned_weights_that_an_optimizer_moves_are_put_back_to_zero(tokens_ST: Tensor, tmp_path: Path) -> None:
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
-    made = fitter(tmp_path, module(optimizer=partial(Shifting, lr=1e-2)))
+    assert (
+        fitter(tmp_path, module(optimizer=partial(Shifting, lr=1e-1), loss=mean_squared))
+        .fit(window, masks, data)
+        .accepted
+    )
+    assert not any(matrix.weight[~masks[matrix.name]].any() for matrix in window.matrices())
+
+
+class Reviving(MaskedWeights):
+    """Moves every weight after the last step."""
+
+    def on_train_end(self) -> None:
+        torch._foreach_add_([parameter.data for parameter in self.window.parameters()], 1e-9)
+
+
+def test_a_module_that_moves_pruned_weights_is_refused_with_the_matrix_named(tokens_ST: Tensor, tmp_path: Path) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    made = fitter(tmp_path, module(cls=Reviving))
     with pytest.raises(RuntimeError, match=r"moved pruned weights of model\.layers\.0\.self_attn\.q_proj\.weight"):
         made.fit(window, masks, data)
 

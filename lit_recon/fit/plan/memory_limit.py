@@ -17,7 +17,8 @@ from lit_recon.activations.disk_store import nearest
 from lit_recon.activations.store import Needed
 from lit_recon.activations.teacher import check_halves
 from lit_recon.fit.job import Job, num_arrays
-from lit_recon.fit.plan.estimate import Plan, Workload, make_plan, name_of
+from lit_recon.fit.plan.estimate import Plan, Workload, make_plan
+from lit_recon.fit.plan.peak_memory import name_of
 from lit_recon.fit.session import Session
 from lit_recon.model.windows import AnyWindow, WindowKind
 from lit_recon.modules.trained import needs_gram
