@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Ended
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_know_their_number(tiny_run: Callable[..., Ended]) -> None:
     ended = tiny_run("seed=1,2", "output_dir=run_${hydra:job.num}", "stop_after=1", "-m")
     assert ended.status == 0, ended.err
