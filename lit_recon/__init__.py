@@ -29,12 +29,8 @@ if TYPE_CHECKING:
     from lit_recon.model.partition import Partition as Partition
     from lit_recon.model.windows import Window as Window
     from lit_recon.modules.least_squares import LeastSquares as LeastSquares
-    from lit_recon.modules.losses import huber as huber
     from lit_recon.modules.losses import mean_squared as mean_squared
-    from lit_recon.modules.mask_lora import MaskLora as MaskLora
     from lit_recon.modules.masked_weights import MaskedWeights as MaskedWeights
-    from lit_recon.modules.norms_biases import NormsBiases as NormsBiases
-    from lit_recon.modules.untrained import Untrained as Untrained
     from lit_recon.pruning.criteria import Criterion as Criterion
     from lit_recon.pruning.criteria.magnitude import Magnitude as Magnitude
     from lit_recon.pruning.criteria.wanda import Wanda as Wanda
@@ -43,7 +39,6 @@ if TYPE_CHECKING:
     from lit_recon.pruning.patterns import Pattern as Pattern
     from lit_recon.pruning.patterns import Unstructured as Unstructured
     from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
-    from lit_recon.reconstruction.retraining import Retraining as Retraining
     from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
 __version__ = "0.5.0"
@@ -64,18 +59,14 @@ _MODULES = {
     "model.partition": ("Partition",),
     "model.windows": ("Window",),
     "modules.least_squares": ("LeastSquares",),
-    "modules.losses": ("huber", "mean_squared"),
-    "modules.mask_lora": ("MaskLora",),
+    "modules.losses": ("mean_squared",),
     "modules.masked_weights": ("MaskedWeights",),
-    "modules.norms_biases": ("NormsBiases",),
-    "modules.untrained": ("Untrained",),
     "pruning.criteria": ("Criterion",),
     "pruning.criteria.magnitude": ("Magnitude",),
     "pruning.criteria.wanda": ("Wanda",),
     "pruning.masks": ("Masks",),
     "pruning.patterns": ("NM", "Pattern", "Unstructured"),
     "reconstruction.fit_settings": ("FitSettings",),
-    "reconstruction.retraining": ("Retraining",),
     "reconstruction.window_result": ("WindowResult",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -120,12 +120,15 @@ class Activations:
         for batch in self.batches(first, last):
             with self.batching.compute.autocast():
                 outputs_BTD = window(batch.inputs_BTD, batch.calls)
-            outputs_ND, targets_ND = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
-            if window.head is None:
-                found.append((outputs_ND - targets_ND).square().mean(-1) / unit)
-            else:
-                found.append(kl_divergences(outputs_ND, targets_ND, head=window.head))
+            found.append(self._by_token(window, batch, batch.text(outputs_BTD).float(), unit))
         return Errors.from_tokens(torch.cat(found))
+
+    def _by_token(self, window: AnyWindow, batch: Batch, outputs_ND: Tensor, unit: float) -> Tensor:
+        """Error of each token of a batch, (N)."""
+        targets_ND = batch.text(batch.targets_BTD)
+        if window.head is None:
+            return (outputs_ND - targets_ND).square().mean(-1) / unit
+        return kl_divergences(outputs_ND, targets_ND, head=window.head)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The samples from `first` up to `last` in order, on the device."""

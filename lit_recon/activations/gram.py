@@ -7,6 +7,8 @@ Medians over rows come from a sample of the rows, which is kept.
 Shapes: N rows, E experts, O outputs, I inputs.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader
 
 from lit_recon.activations.datamodule import Activations
 from lit_recon.model.errors import Errors, unit_of
+from lit_recon.model.matrices import Matrix
+from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import AnyWindow, MatrixWindow
 
 SAMPLED = 1024  # rows of a matrix that are kept
@@ -53,6 +57,31 @@ class GramSums:
         room = self.most - sum(map(len, self.sampled))
         if room > 0 and len(rows_NI):
             self.sampled.append(_some(rows_NI, min(room, _AT_ONCE)).clone())
+
+
+@contextmanager
+def summing_products(
+    matrices: Sequence[Matrix], shared: SharedInputs, sums: dict[str, list[GramSums]], *, sampled: int = SAMPLED
+) -> Iterator[None]:
+    """A context in which the inputs of all products by some matrices are summed up, those that are shared once.
+
+    Args:
+        matrices: The matrices.
+        shared: Learns which of them share their inputs.
+        sums: Takes the sums, of each expert, by the name of the matrix that leads.
+        sampled: Rows of a matrix that are kept.
+    """
+
+    def note(product: Product) -> None:
+        name, experts = product.matrix.name, product.matrix.experts
+        if shared.leader_of(product) == name:
+            if name not in sums:
+                width, device = product.inputs.shape[-1], product.inputs.device
+                sums[name] = [GramSums.zero(width, device, experts=experts, sampled=sampled) for _ in range(experts)]
+            sums[name][product.expert].add(product.rows_NI)
+
+    with observing_products(matrices, note):
+        yield
 
 
 class QuadraticError(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.gram import GramSums, NormalEquations
+from lit_recon.activations.gram import GramSums, NormalEquations, summing_products
 from lit_recon.activations.passes import PARTS, Batching
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
@@ -109,16 +109,7 @@ class MatrixInputs:
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
         """Sum up the Gram matrices of all inputs in a pass of the layer on the inputs that it is trained on."""
-
-        def note(product: Product) -> None:
-            name, experts = product.matrix.name, product.matrix.experts
-            if self._shared.leader_of(product) == name:
-                width, device = product.inputs.shape[-1], product.inputs.device
-                empty = [GramSums.zero(width, device, experts=experts) for _ in range(experts)]
-                sums = self._sums[part].setdefault(name, empty)
-                sums[product.expert].add(product.rows_NI)
-
-        with observing_products(self.layer.matrices(), note):
+        with summing_products(self.layer.matrices(), self._shared, self._sums[part]):
             yield
 
     def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:

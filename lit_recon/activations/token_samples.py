@@ -19,7 +19,7 @@ from lit_recon.activations.passes import Passes
 from lit_recon.activations.store import MemoryStore
 from lit_recon.activations.teacher import TeacherLayers
 from lit_recon.data.packing import PADDING
-from lit_recon.model.errors import Errors, unit_of
+from lit_recon.model.errors import unit_of
 from lit_recon.model.windows import DecoderWindow, side_by_side
 
 
@@ -84,18 +84,12 @@ class TokenSamples(Activations):
             by_layer.append(found)
         return [unit_of(torch.cat(energies)) or 1.0 for energies in zip(*by_layer, strict=True)]
 
-    @torch.no_grad()
-    def _errors(self, window: Any, first: int, last: int, unit: float) -> Errors:
-        """Errors of the window on the samples from `first` up to `last`."""
+    def _by_token(self, window: Any, batch: Batch, outputs_ND: Tensor, unit: float) -> Tensor:
+        """Error of each token of a batch, (N)."""
         if self.losses is None:
-            return super()._errors(window, first, last, unit)
-        found = []
-        for batch in self.batches(first, last):
-            with self.batching.compute.autocast():
-                outputs_BTD = window(batch.inputs_BTD, batch.calls)
-            outputs_ND, targets_ND = batch.text(outputs_BTD).float(), batch.text(batch.targets_BTD)
-            found.append(self.losses(outputs_ND, targets_ND, energies_N=batch.text(batch.energies_BT), unit=unit))
-        return Errors.from_tokens(torch.cat(found))
+            return super()._by_token(window, batch, outputs_ND, unit)
+        targets, energies_N = batch.text(batch.targets_BTD), batch.text(batch.energies_BT)
+        return self.losses(outputs_ND, targets, energies_N=energies_N, unit=unit)
 
     def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
         """A batch on a device: embeddings, and targets of the dense model, or the next tokens."""

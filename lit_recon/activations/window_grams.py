@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lit_recon.activations.gram import GramSums
+from lit_recon.activations.gram import GramSums, summing_products
 from lit_recon.activations.passes import CALIBRATION
 from lit_recon.model.matrices import Matrix
-from lit_recon.model.products import Product, SharedInputs, observing_products
+from lit_recon.model.products import SharedInputs
 from lit_recon.model.windows import Window
 
 
@@ -31,15 +31,8 @@ class WindowGrams:
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
         """Sum up in a pass over calibration samples."""
-
-        def note(product: Product) -> None:
-            name, experts = product.matrix.name, product.matrix.experts
-            if self._shared.leader_of(product) == name:
-                width, device = product.inputs.shape[-1], product.inputs.device
-                sums = self._sums.setdefault(name, [GramSums.zero(width, device, sampled=0) for _ in range(experts)])
-                sums[product.expert].add(product.rows_NI)
-
-        with observing_products(self.window.matrices() if part in CALIBRATION else (), note):
+        matrices = self.window.matrices() if part in CALIBRATION else ()
+        with summing_products(matrices, self._shared, self._sums, sampled=0):
             yield
 
     def of(self, matrix: Matrix) -> list[Tensor] | None:

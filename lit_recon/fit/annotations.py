@@ -36,10 +36,9 @@ def wrong_types(make: "partial[Any]", about: str, *, leave_out: Sequence[str] = 
     for name, value in make.keywords.items():
         if isinstance(value, partial):
             yield from wrong_types(value, f"{about}.{name}")
-        if name == "lr" and value == PROBE:
-            continue
         if name not in leave_out and (hint := annotations(make.func).get(name)) is not None:
-            yield from wrong_type(f"{about}.{name}", value, hint)
+            also = hint | Literal[PROBE] if name == "lr" else hint  # of every optimizer (modules/rates.py)
+            yield from wrong_type(f"{about}.{name}", value, also)
 
 
 def wrong_type(setting: str, value: Any, hint: Any) -> Iterator[str]:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-PROBE = "probe"
+PROBE: Final = "probe"
 REFERENCE = 0.01  # of the root mean square of what is trained: the rate that a probe starts from
 
 
@@ -46,7 +46,8 @@ def make_optimizer(
         kinds: list[tuple[list[Tensor], dict[str, float]]] = [(matrices, {}), (vectors, undecayed)]
         return make([{"params": members} | own for members, own in kinds if members])
     assert isinstance(make, partial)
-    rates = relative_rates([*matrices, *vectors], sizes)
+    is_relative = getattr(torch.optim, "Adafactor", None) is make.func  # its own steps are shares of the same
+    rates = [REFERENCE] * len(parameters) if is_relative else relative_rates([*matrices, *vectors], sizes)
     settings = {name: value for name, value in given.items() if name != "lr"}
     groups = [
         {"params": [one], "lr": rate} | (undecayed if one.dim() < 2 else {})

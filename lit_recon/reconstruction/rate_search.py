@@ -56,6 +56,11 @@ class Try:
         return not self.diverged and self.held_out.is_better(self.before)
 
     @property
+    def is_same_at_any_rate(self) -> bool:
+        """Whether another rate would change nothing: no step was made, or rounding takes all that steps change."""
+        return not self.diverged and (self.lost == 1 or not self.steps)
+
+    @property
     def left(self) -> float:
         """Share of the error that is left."""
         return math.inf if self.diverged else share_left(self.before, self.held_out)
@@ -83,10 +88,7 @@ class RetryRates:
 
     def next(self, kind: str, tries: Sequence[Try]) -> float | None:
         """The next of the rates until a try is accepted."""
-        # Of a smaller step rounding would take all the more; without a step a rate changes nothing.
-        over = tries and (
-            tries[-1].accepted or (not tries[-1].diverged and (tries[-1].lost == 1 or not tries[-1].steps))
-        )
+        over = tries and (tries[-1].accepted or tries[-1].is_same_at_any_rate)
         return None if over or len(tries) == len(self.rates) else self.rates[len(tries)]
 
     def learn(self, kind: str, rate: float, left: float) -> None:
@@ -115,8 +117,7 @@ class ProbedRates:
         if not tries:
             latest = next(reversed(self._rate.values()), 1.0)
             return self._rate.get(kind, latest)
-        hopeless = not tries[-1].diverged and (tries[-1].lost == 1 or not tries[-1].steps)  # also at other rates
-        if hopeless or self._is_usual(kind, tries[0]):
+        if tries[-1].is_same_at_any_rate or self._is_usual(kind, tries[0]):
             return None
         if tries[-1].accepted and self._numbers[kind.partition(",")[0]] < FEW:
             return None

@@ -118,7 +118,7 @@ def fuzz(launcher: Launcher, settings: list[str], some: list[list[str]], folder:
     return found
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1200, marks=pytest.mark.slow)])
 def test_every_command_line_runs_or_is_refused_in_words_that_name_a_setting_and_leaves_nothing(
     count: int, launcher: Launcher, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

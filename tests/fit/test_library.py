@@ -213,7 +213,7 @@ def test_defaults_are_those_of_the_configuration() -> None:
 
 def test_every_public_name_can_be_imported_and_none_is_a_folder() -> None:
     folders = {path.name for path in (ROOT / "lit_recon").iterdir() if path.is_dir()}
-    assert 20 <= len(lit_recon.__all__) <= 36 and not folders & set(lit_recon.__all__)
+    assert 20 <= len(lit_recon.__all__) <= 30 and not folders & set(lit_recon.__all__)
     for name in lit_recon.__all__:
         assert getattr(lit_recon, name) is not None
     assert dir(lit_recon) == sorted(lit_recon.__all__)

@@ -71,3 +71,10 @@ def test_a_probe_is_seen_through_partial_calls() -> None:
     probed, fixed = (partial(torch.optim.AdamW, lr=lr) for lr in ("probe", 1e-3))
     assert is_probed(partial(partial(dict, optimizer=probed), warmup=0.1))
     assert not is_probed(partial(dict, optimizer=fixed)) and not is_probed(partial(dict)) and not is_probed(dict)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="this torch has no Adafactor")
+def test_an_optimizer_whose_steps_are_shares_of_the_weights_is_not_scaled_by_them_twice() -> None:
+    weights = [torch.nn.Parameter(torch.full((4, 4), size)) for size in (0.5, 5.0)]
+    optimizer = make_optimizer(partial(torch.optim.Adafactor, lr=PROBE), weights)
+    assert [group["lr"] for group in optimizer.param_groups] == [REFERENCE, REFERENCE]

@@ -176,10 +176,10 @@ def test_the_divergence_of_a_dense_copy_with_perturbed_weights_goes_to_nothing_o
         for parameter in retrained.window.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             parameter.add_(noise, alpha=0.1 * parameter.std(correction=0).item())
-    result = fit(retrained, weights, Masks(), kl_divergence, 5e-3, max_epochs=60)
-    assert result.accepted and result.steps == 60 and result.measure == "KL divergence"
+    result = fit(retrained, weights, Masks(), kl_divergence, 5e-3, max_epochs=120)
+    assert result.accepted and result.steps == 120 and result.measure == "KL divergence"
     assert result.held_out_before > 1e-3
-    assert result.held_out_after < 0.02 * result.held_out_before
+    assert result.held_out_after < 0.01 * result.held_out_before
 
 
 @pytest.mark.parametrize("loss", LOSSES)
