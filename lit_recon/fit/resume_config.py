@@ -7,6 +7,7 @@ files of the user's own working directory run; what the command line names itsel
 import inspect
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.utils import get_object
@@ -17,6 +18,7 @@ from lit_recon.fit.settings import CALL, given, plain, targets
 from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.commits import Commits
+from lit_recon.system.lock import hold
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ def resumed(cfg: DictConfig) -> DictConfig:
         raise ValueError(f"resume={folder}: no run is there (no config.yaml); give the output_dir of an earlier run.")
     overwriting = (folder / NEXT_CONFIG).is_file()  # it ended while it cleared the folder: nothing else counts there
     if (folder / "results.json").is_file() and not overwriting:
+        if (folder / "lease.lock").exists():  # of a run that was killed as it let go of its folder
+            with suppress(ValueError), hold(folder):
+                pass
         raise ValueError(f"resume={folder}: that run is finished; its numbers are in {folder / 'results.json'}.")
     before = saved_config(folder, NEXT_CONFIG if overwriting else "config.yaml")
     words = given()

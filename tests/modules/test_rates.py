@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_recon.modules.rates import REFERENCE, is_probed, make_optimizer, relative_rates
+from lit_recon.modules.rates import PROBE, REFERENCE, is_probed, make_optimizer, relative_rates
 
 
 def parameters_of(*values: object) -> list[nn.Parameter]:
