@@ -5,6 +5,8 @@
     chain.00007         hidden states at the boundary after window 7                   (the newest)
     unit.<name>         masks of the pruning window, larger than the windows, in which the walk is
     fit.00031           weights and optimizer within the fit of all layers at once, which has no hidden states
+    kept.1.00020        weights after step 20, the best of the try after 1 other       (keep=best; until others are)
+    best.1              weights of the best try so far, after 1                        (where one was accepted)
 
 and, as JSON, the results so far, the step of the curves, seconds per phase and what the caller adds. Nothing random is
 in it: what is drawn for a window follows from the seed and the window's index alone.
@@ -53,6 +55,7 @@ class ResumePoint(WalkCallback):
         self._layers: dict[int, str] = {}
         self._mask_files: list[str] = []
         self._unit: str | None = None
+        self._fit_files: list[str] = []
         self._number = 0  # of the newest commit
         self.fit_state: FitState | None = None
 
@@ -73,8 +76,8 @@ class ResumePoint(WalkCallback):
         self._check_model(f"step {fit.step}")
         number = self._number + 1
         state: dict[str, Any] = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
-        state |= {"file": f"fit.{number:05}", "first_step": self.logger.first_step}
-        self.commits.write(state["file"], fit.tensors)
+        self._write_fit(fit, number)
+        state |= {"files": self._fit_files, "first_step": self.logger.first_step}
         self._commit(number, self.done, fit=state)
 
     def _check_model(self, what: str) -> None:
@@ -109,7 +112,7 @@ class ResumePoint(WalkCallback):
             "seconds": session.clock.seconds,
             "elapsed": session.clock.total(),
         }
-        own = [name for name in (chain, unit, fit and fit["file"]) if name]
+        own = [name for name in (chain, unit, *(fit["files"] if fit else ())) if name]
         self.commits.commit(number, state, [*self._layers.values(), *self._mask_files, *own])
         self._number, self.done = number, list(results)
 
@@ -135,9 +138,9 @@ class ResumePoint(WalkCallback):
         if fit := state["fit"]:
             self.logger.last_step = fit["first_step"] - 1  # its curves go on where they began
             tries = [Try(**one | {name: Errors(*one[name]) for name in ERRORS}) for one in fit["tries"]]
-            self.fit_state = FitState(
-                step=fit["step"], tries=tries, values=fit["values"], tensors=commit.read(fit["file"])
-            )
+            self._fit_files = list(fit["files"])
+            tensors = {name: one for file in self._fit_files for name, one in commit.read(file).items()}
+            self.fit_state = FitState(step=fit["step"], tries=tries, values=fit["values"], tensors=tensors)
         session.clock.resume(state["seconds"], state["elapsed"])
         self.done = [WindowResult(**result) for result in state["windows"]]
 
@@ -157,6 +160,18 @@ class ResumePoint(WalkCallback):
         packed, name = Masks.pack(masks), f"masks.{number:05}"
         self.masks.update(Masks.load(self.commits.write(name, packed.tensors(), packed.metadata())))
         self._mask_files.append(name)
+
+    def _write_fit(self, fit: FitState, number: int) -> None:
+        """Write the tensors of a fit, of those that many steps have in common only what the last commit has not."""
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in fit.tensors.items():
+            part = name.partition(".")[0]
+            file = f"{part}.{fit.lasting[part]}" if part in fit.lasting else f"fit.{number:05}"
+            files.setdefault(file, {})[name] = tensor
+        for file, tensors in files.items():
+            if file not in self._fit_files:
+                self.commits.write(file, tensors)
+        self._fit_files = list(files)
 
     def _write_unit(self) -> str | None:
         """The file with the masks of the pruning window in which the walk is, written when that is new."""

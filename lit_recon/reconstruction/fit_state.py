@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_recon.reconstruction.fitted_weights import FittedWeights
 from lit_recon.reconstruction.rate_search import Try
+from lit_recon.reconstruction.trainer_callbacks import KeptState
 
 
 @dataclass(kw_only=True)
@@ -25,13 +26,17 @@ class FitState:
         step: Steps of the optimizer in the current try.
         tries: Those before it.
         values: What else JSON can hold of its state.
-        tensors: The tensors of its state by name, and those of the best try as best.<index>.
+        tensors: The tensors of its state by name: those of the best try as best.<index>, of what this try returns to
+            kept.<...>, and others.
+        lasting: By the first part of the names of tensors that many steps have in common, what tells these from those
+            of other steps.
     """
 
     step: int
     tries: Sequence[Try]
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    lasting: dict[str, str] = field(default_factory=dict)
 
     @property
     def best_weights(self) -> list[Tensor]:
@@ -63,22 +68,23 @@ class FitCommits:
         weights.restore(best_weights)
         return list(self.resumed.tries), best_weights
 
-    def callback(self, seed: int, data: Any) -> "StepCommits":
+    def callback(self, seed: int, data: Any, kept: KeptState) -> "StepCommits":
         """The callback of the next try; that of the first one returns to the state from which the fit is resumed.
 
         Args:
             seed: From which, with the step, is drawn what is random after a commit.
             data: What is trained on; its `idle` says whether batches are only counted.
+            kept: What the try returns to.
         """
         state, self.resumed = self.resumed, None
-        return StepCommits(self, seed, data, state)
+        return StepCommits(self, seed, data, kept, state)
 
 
 class StepCommits(Callback):
     """Commits a try every so many steps, and resumes it."""
 
-    def __init__(self, commits: FitCommits, seed: int, data: Any, state: FitState | None) -> None:
-        self.commits, self.seed, self.data, self.state = commits, seed, data, state
+    def __init__(self, commits: FitCommits, seed: int, data: Any, kept: KeptState, state: FitState | None) -> None:
+        self.commits, self.seed, self.data, self.kept, self.state = commits, seed, data, kept, state
         self._last = 0  # the last step that was committed
         self._validated: int | float = 1.0
 
@@ -109,31 +115,32 @@ class StepCommits(Callback):
         elif not pl_module.automatic_optimization:  # whose steps cannot be gone through
             return
         else:
-            values, tensors = _captured(trainer, pl_module)
-            tensors |= {f"best.{index}": one for index, one in enumerate(self.commits.best_weights)}
-            self.commits.save(FitState(step=step, tries=self.commits.tries, values=values, tensors=tensors))
+            self.commits.save(self._captured(trainer, pl_module))
         self._last = step
         seed_everything(self.seed + step, verbose=False)  # what is drawn from here on depends on the step alone
+
+    def _captured(self, trainer: Trainer, module: LightningModule) -> FitState:
+        """The state of the fit."""
+        tries = self.commits.tries
+        tensors = {f"weight.{index}": parameter.detach() for index, parameter in enumerate(_trained(module))}
+        values = {name: _without_tensors(part.state_dict(), name, tensors) for name, part in _parts(trainer).items()}
+        tensors |= {f"best.{index}": one for index, one in enumerate(self.commits.best_weights)}
+        lasting = {"best": f"{len(tries)}", "kept": f"{len(tries)}.{self.kept.kept_step:05}"}
+        return FitState(step=trainer.global_step, tries=tries, values=values, tensors=tensors, lasting=lasting)
 
 
 def _parts(trainer: Trainer) -> dict[str, Any]:
     """What has a state besides the weights."""
     parts: dict[str, Any] = {f"optimizer.{index}": one for index, one in enumerate(trainer.optimizers)}
     parts |= {f"scheduler.{index}": one.scheduler for index, one in enumerate(trainer.lr_scheduler_configs)}
-    callbacks = [one for one in trainer.callbacks if not isinstance(one, StepCommits)]  # type: ignore[attr-defined]
-    parts |= {f"callback.{index}": one for index, one in enumerate(callbacks)}
+    for index, one in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
+        if not isinstance(one, StepCommits):
+            parts["kept" if isinstance(one, KeptState) else f"callback.{index}"] = one
     return parts | {"precision": trainer.precision_plugin}
 
 
 def _trained(module: LightningModule) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _captured(trainer: Trainer, module: LightningModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State of a fit: what JSON can hold, and tensors."""
-    tensors = {f"weight.{index}": parameter.detach() for index, parameter in enumerate(_trained(module))}
-    values = {name: _without_tensors(part.state_dict(), name, tensors) for name, part in _parts(trainer).items()}
-    return values, tensors
 
 
 @torch.no_grad()

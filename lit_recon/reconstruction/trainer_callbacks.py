@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_recon.reconstruction.fit_settings import FitSettings
 
 HELD_OUT = "loss/held_out"
+_REMEMBERED = ("kept_step", "stopped_early", "halved", "diverged", "_least", "_worse", "_seen", "_halved_at", "_notes")
 
 
 class LearningRate(Callback):
@@ -105,6 +106,20 @@ class KeptState(Callback):
             self._notes.append(f"kept the best state, that after {self.kept_step} of {trainer.global_step} steps")
         else:
             self.kept_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, and the best state; no tensors where that is the start, which each fit has anew."""
+        best = [state for _, state in self._state] if self.best and self.kept_step else []
+        return {name: getattr(self, name) for name in _REMEMBERED} | {"best": best}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what `state_dict` gave, in a fit that starts where that one did."""
+        for name in _REMEMBERED:
+            setattr(self, name, state_dict[name])
+        if state_dict["best"]:
+            for (_, state), best in zip(self._state, state_dict["best"], strict=True):
+                state.copy_(best)
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         found = trainer.callback_metrics.get(HELD_OUT)

@@ -160,6 +160,8 @@ class WindowFitter:
                 weights.restore(weights.start)
                 del module
                 release_memory()  # optimizer and gradients of this try, before the next one makes its own
+                if self.commits:  # they seed anew: what a try draws shall not depend on the steps of those before
+                    seed_everything(self.seed + window.indices.start, verbose=False)
                 module = self.module(window, masks, unit)
             if self.commits:
                 self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
@@ -220,7 +222,7 @@ class WindowFitter:
         kept, seed = KeptState(self.fitting, weights.by_id()), self.seed + window.indices.start
         if self.logger:
             self.logger.start_window(window.name)
-        commits = [self.commits.callback(seed, data)] if self.commits else []
+        commits = [self.commits.callback(seed, data, kept)] if self.commits else []
         trainer = self.trainer(
             logger=self.logger or False,
             callbacks=[LearningRate(rate * self.scale), FirstHeldOut(), kept, *self.callbacks, *commits],

@@ -1,6 +1,8 @@
 """All layers are trained at once as windows are, towards the dense model or the text, on embeddings made per batch."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,8 +26,10 @@ from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.reconstruction.fit_state import FitCommits, FitState
 from lit_recon.reconstruction.retraining import Retrained, Retraining, open_retraining, retrain
 from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.reconstruction.window_result import WindowResult
 
 LOSSES = (cross_entropy, kl_divergence, hidden_states, mean_squared)
 
@@ -245,6 +249,52 @@ def test_how_samples_fall_into_batches_does_not_matter(padded_ST: Tensor, loss: 
         found.append(torch.cat([one.grad.flatten() for one in retrained.window.parameters()]))
     for one in found[1:]:
         assert_close(one, found[0], "gradients")
+
+
+class Broken(MaskedWeights):
+    """Its third step has a loss that is not finite; the loss on held-out samples rises from the second one on."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step == 2 else loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("loss/held_out", abs(self.trainer.global_step - 2.0), batch_size=1)
+
+
+@pytest.mark.parametrize(("keep", "kept_step"), [("last", 6), ("best", 2)])
+def test_a_fit_that_has_gone_on_at_half_the_rate_does_so_when_it_is_resumed(
+    tokens_ST: Tensor, keep: str, kept_step: int
+) -> None:
+    states: list[FitState] = []
+
+    def save(state: FitState) -> None:
+        values = json.loads(json.dumps(state.values))
+        tensors = {name: one.clone() for name, one in state.tensors.items()}
+        states.append(FitState(step=state.step, tries=list(state.tries), values=values, tensors=tensors))
+
+    def fitted(state: FitState | None = None) -> tuple[WindowResult, list[Tensor]]:
+        model = tiny_model("llama")
+        retrained, weights = opened(model, tokens_ST)
+        fitter = WindowFitter(
+            module(1e-2, cls=Broken, loss=kl_divergence),
+            trainer(max_epochs=3, log_every_n_steps=1),
+            device=CPU.device,
+            seed=0,
+            fitting=FitSettings(retry_rates=(), keep=keep),
+            commits=FitCommits(1, save, state),
+        )
+        (result,) = retrain(retrained, pruned(model, tokens_ST), fitter=fitter, weights=weights)
+        return replace(result, seconds=0.0), list(model.parameters())
+
+    result, whole = fitted()
+    assert result.halved and (result.steps, result.kept_step) == (6, kept_step), result
+    first, states = states, []
+    assert [state.step for state in first] == [1, 2, 3, 4, 5]
+    for state in first:
+        again, weights = fitted(state)
+        assert again == result, state.step
+        assert all(torch.equal(one, other) for one, other in zip(weights, whole, strict=True)), state.step
 
 
 def test_the_teacher_stays_dense_while_the_model_changes(tokens_ST: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Runs that train all layers at once: what they leave, how they are stopped and resumed, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,91 @@ def test_a_fit_of_all_layers_is_resumed_from_its_steps_and_ends_with_the_same_by
     assert f"3 of 4 windows are done, and {2 * after} steps of all layers at once" in said(ended.out)
     assert stop.steps == [2, 4, 6][after:], "what was done is not done again"
     assert found() == whole
+
+
+class _Kill:
+    """Copies what a run leaves that is killed right after a commit of its fit: the folder as it is then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[tuple[int, int]] = []  # tries before, and steps of this one
+        on_steps = ResumePoint.on_steps
+
+        def then_copy(point: ResumePoint, fit: FitState) -> None:
+            on_steps(point, fit)
+            self.steps.append((len(fit.tries), fit.step))
+            shutil.copytree("run", f"killed/{len(self.steps)}")
+
+        monkeypatch.setattr(ResumePoint, "on_steps", then_copy)
+
+    def lasting(self, part: str) -> list[dict[str, int]]:
+        """Of each commit the files of a part, and when they were written."""
+        folders = [Path(f"killed/{index}/commits") for index in range(1, len(self.steps) + 1)]
+        return [{file.name: file.stat().st_mtime_ns for file in one.glob(f"{part}.*")} for one in folders]
+
+
+@pytest.fixture
+def resumed_everywhere(
+    tiny_run: Run, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[dict, _Kill]]:
+    """Makes a run, and resumes what it had left if it were killed at each commit of its fit: the same bytes each time.
+
+    Returns the result of the fit, and what would have been left.
+    """
+
+    def make(*settings: str) -> tuple[dict, _Kill]:
+        with monkeypatch.context() as patched:
+            kill = _Kill(patched)
+            ended = tiny_run(*GLOBAL, *settings)
+        assert ended.status == 0, ended
+        whole = found()
+        for index, (_, step) in enumerate(kill.steps, start=1):
+            shutil.rmtree("run")
+            shutil.copytree(f"killed/{index}", "run")
+            ended = command("resume=run")
+            assert ended.status == 0 and f"and {step} steps of all layers at once" in said(ended.out), ended
+            assert found() == whole, kill.steps[index - 1]
+        return json.loads(Path("run/results.json").read_text())["windows"][-1], kill
+
+    return make
+
+
+# The rate rises with every step, so that the loss on held-out samples falls and then rises, at every second one:
+# 0.484, 0.467, 0.447, 0.498, 0.447, 0.475, 0.466.
+RISES = ("module.warmup=1", "module.optimizer.lr=4e-2", "retraining.commit_every=3", "trainer.max_epochs=3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "kept_step", "commits"),
+    [
+        (("keep=best",), 12, 4, [3, 6, 9]),
+        (("patience=2",), 8, 8, [3, 6]),
+        (("keep=best", "patience=2"), 8, 4, [3, 6]),
+    ],
+    ids=["best", "patience", "best and patience"],
+)
+def test_a_fit_that_is_killed_at_any_commit_keeps_the_state_and_ends_at_the_step_that_it_would_have(
+    resumed_everywhere: Callable, settings: tuple[str, ...], steps: int, kept_step: int, commits: list[int]
+) -> None:
+    result, kill = resumed_everywhere(*RISES, *settings)
+    assert result["accepted"] and result["stopped_early"] == ("patience=2" in settings)
+    assert (result["steps"], result["kept_step"]) == (steps, kept_step) and kill.steps == [(0, one) for one in commits]
+    if settings == ("keep=best",):
+        _, second, third = kill.lasting("kept")
+        assert set(second) == {"kept.0.00002.safetensors", "kept.0.00004.safetensors"}, "those of two commits"
+        assert set(third) == {"kept.0.00004.safetensors"} and third.items() <= second.items(), "not written again"
+
+
+@pytest.mark.parametrize("variant", ["mask", pytest.param("hadamard", marks=pytest.mark.slow)])
+def test_low_rank_changes_are_resumed_in_each_of_two_tries_from_the_same_start(
+    resumed_everywhere: Callable, variant: str
+) -> None:
+    """The anchor pulls towards what was drawn at the start of the try, which no commit holds."""
+    rates = ("module.optimizer.lr=0.1", "module.retry_rates=[0.0625]", "retraining.commit_every=3")
+    result, kill = resumed_everywhere(
+        "module=mask_lora", "module.rank=4", f"module.variant={variant}", "module.anchor=0.1", *rates
+    )
+    assert result["accepted"] and len(result["tries"]) == 2
+    assert kill.steps == [(0, 3), (0, 6), (1, 3), (1, 6)]
 
 
 def test_a_run_that_shall_stop_before_all_layers_are_trained_at_once_goes_on_with_that(
