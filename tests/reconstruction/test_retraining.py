@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import CPU, assert_close, chain_of, masks_of, module, trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +21,9 @@ from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.partition import partition
 from lit_recon.model.windows import DecoderWindow
 from lit_recon.modules.losses import cross_entropy, hidden_states, kl_divergence, mean_squared
+from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Unstructured
@@ -295,6 +298,55 @@ def test_a_fit_that_has_gone_on_at_half_the_rate_does_so_when_it_is_resumed(
         again, weights = fitted(state)
         assert again == result, state.step
         assert all(torch.equal(one, other) for one, other in zip(weights, whole, strict=True)), state.step
+
+
+class InOneStep(Callback):
+    """Counts the bytes of gradients and of the optimizer's state that there are at the end of a step, by any name."""
+
+    bytes = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, MaskedWeights)
+        everything = {id(one): one for one in (*pl_module.parameters(), *pl_module.window.parameters())}.values()
+        (optimizer,) = trainer.optimizers
+        tensors = [one.grad for one in everything if one.grad is not None]
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+        self.bytes = sum(one.nbytes for one in tensors)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, kl_divergence])
+def test_norms_and_low_rank_changes_of_all_layers_take_less_memory_than_all_weights(
+    tokens_ST: Tensor, loss: Callable
+) -> None:
+    taken, rank, moments = {}, 2, 2
+    for name, settings in (("all", {}), ("low rank", {"cls": MaskLora, "rank": rank}), ("norms", {"cls": NormsBiases})):
+        model, counted = tiny_model("llama"), InOneStep()
+        retrained, weights = opened(model, tokens_ST, loss=loss)
+        fitter = WindowFitter(
+            module(1e-3, loss=loss, **settings),
+            trainer(max_epochs=1),
+            device=CPU.device,
+            seed=0,
+            fitting=FitSettings(retry_rates=()),
+            callbacks=[counted],
+        )
+        retrain(retrained, pruned(model, tokens_ST), fitter=fitter, weights=weights)
+        taken[name] = counted.bytes
+        assert all(one.grad is None for one in model.parameters())
+    layers = model.model.layers
+    shapes = [one.shape for layer in layers for one in layer.parameters()]
+    norms = sum(shape.numel() for shape in shapes if len(shape) == 1)
+    matrices = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    changes = rank * sum(sum(shape) for shape in shapes if len(shape) == 2)
+
+    def in_bytes(trained: int, tensors: int) -> int:  # a number of steps for each tensor
+        return 4 * (trained * (1 + moments) + tensors)
+
+    count = sum(len(shape) == 2 for shape in shapes)
+    assert taken["all"] == in_bytes(matrices + norms, len(shapes))
+    assert taken["low rank"] == in_bytes(changes + norms, len(shapes) + count)
+    assert taken["norms"] == in_bytes(norms, len(shapes) - count)
+    assert 0 < 10 * taken["norms"] < taken["low rank"] < taken["all"] / 2
 
 
 def test_the_teacher_stays_dense_while_the_model_changes(tokens_ST: Tensor) -> None:
