@@ -87,6 +87,11 @@ class Method:
         epochs = self.retraining.max_epochs
         return self.schedule if epochs is None else replace(self.schedule, epochs=epochs)
 
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the module pulls what it trains towards its start, of which it then holds copies."""
+        return bool(_argument(self.module, "anchor"))
+
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""
         accumulated = f", {self.schedule.accumulate} per step" if self.schedule.accumulate > 1 else ""

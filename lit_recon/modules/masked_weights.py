@@ -56,7 +56,7 @@ class MaskedWeights(LightningModule):
         token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
             mean is taken; None: 1 for all.
         anchor: Strength a of the pull towards the weights that the fit starts from: a sum (w - w0)^2 / sum w0^2 over
-            all that is trained is added to the loss. Above 0 it costs a copy of them.
+            all that is trained is added to the loss. Above 0 it costs two copies: w0, and w - w0 until the backward.
 
     Raises:
         ValueError: `warmup` is no share, or `anchor` negative.

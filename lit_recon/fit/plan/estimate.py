@@ -5,7 +5,7 @@ hooks, and the same forward is timed to tell how long the walk will take.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning import LightningModule
 from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ class Workload:
         solves_first: Whether matrices are solved for before windows are trained.
         prunes_only: Whether windows are pruned only.
         retraining: How long all layers are trained at once; None: not at all.
+        keeps_best: Whether the best state of a fit is kept.
+        is_anchored: Whether what is trained is pulled towards its start.
     """
 
     schedule: Schedule
@@ -47,6 +49,13 @@ class Workload:
     solves_first: bool = False
     prunes_only: bool = False
     retraining: Schedule | None = None
+    keeps_best: bool = False
+    is_anchored: bool = False
+
+    @property
+    def copies(self) -> int:
+        """Copies in float32 that a fit holds of what is trained: the best state, an anchor's start and its distance."""
+        return self.keeps_best + 2 * self.is_anchored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +121,11 @@ def make_plan(
     chain, layers = session.chain, layer_windows(session.model, session.matrices)
     depth, largest = len(layers), max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     with examining(session.model, "its layers cannot be run on one batch of the text"):
-        single = single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram)
+        single = single_bytes(layers, chain, batch_size, array_bytes, uses_gram=work.needs_gram, copies=work.copies)
         alike = {repr(one): one for one in layers}
-        profiles = {name: profile(layer, chain, batch_size, work.module) for name, layer in alike.items()}
+        profiles = {name: _profiled(layer, chain, batch_size, work) for name, layer in alike.items()}
     blocks = [profiles[repr(layer)] for layer in layers]
-    halves = _profiled_halves(session.windows, session.model, chain, batch_size, work.module)
+    halves = _profiled_halves(session.windows, session.model, chain, batch_size, work)
     bytes_of_kind = windows_bytes(blocks, halves, single.memory, largest=largest, size=size, depth=depth)
     if work.solves_first:
         bytes_of_kind = with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
@@ -160,12 +169,14 @@ def _counts(session: Session) -> dict[str, int]:
     }
 
 
+def _profiled(window: Window, chain: Chain, batch_size: int, work: Workload) -> LayerProfile:
+    """What one batch of a window shows, and what its fit keeps."""
+    found = profile(window, chain, batch_size, work.module)
+    return replace(found, keeps_best=work.keeps_best, is_anchored=work.is_anchored)
+
+
 def _profiled_halves(
-    windows: Sequence[AnyWindow],
-    model: PreTrainedModel,
-    chain: Chain,
-    batch_size: int,
-    module: Callable[..., LightningModule] | None,
+    windows: Sequence[AnyWindow], model: PreTrainedModel, chain: Chain, batch_size: int, work: Workload
 ) -> list[LayerProfile]:
     """What one batch of the halves of a layer of each kind shows.
 
@@ -176,7 +187,7 @@ def _profiled_halves(
         cut = windows if asked_for else layer_windows(model, by="half")
         halves = [window for window in cut if isinstance(window, HalfWindow)]
         alike = {(repr(half.layer), half.side): half for half in halves}.values()  # one of each kind
-        return [profile(half, chain, batch_size, module) for half in alike]
+        return [_profiled(half, chain, batch_size, work) for half in alike]
     except Exception:
         if asked_for:
             raise

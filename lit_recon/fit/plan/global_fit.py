@@ -80,13 +80,13 @@ def plan_global_fit(
     has_teacher = data.targets != "tokens"
     own += _FLOAT32 * max(parameters) if has_teacher and profiles[0].weight_bytes < _FLOAT32 else 0  # one layer
     mapped = sum(profile.parameters * profile.weight_bytes for profile in profiles) if session.weights.files else 0
-    trained = sum(profile.trained for profile in profiles)
+    committed = sum(profile.trained * (3 + profile.keeps_best) for profile in profiles)  # weights, moments, best state
     forwards = 1 + has_teacher + window.checkpoint_layers + _BACKWARD
     measured = 4 * passes.num_held_out * (1 + has_teacher)  # before and after, on twice as many
     return GlobalFit(
         own_bytes=own,
         mapped_bytes=mapped if has_teacher else 0,
-        disk_bytes=3 * 3 * _FLOAT32 * trained,
+        disk_bytes=3 * _FLOAT32 * committed,
         samples=batches_of(num_samples, batch_size, schedule) * batch_size * forwards + measured,
         steps=steps_per_window(num_samples, batch_size, schedule),
     )

@@ -29,28 +29,41 @@ class LayerProfile:
         seconds: A forward without it.
         parameters: Of the window.
         trained: Those that are trained, adapters included.
+        adapters: Those of these that are not the window's.
         changed: Those of the window that are changed.
         masked: Those for which there is a mask in float32.
         weight_bytes: Of one weight in the model.
+        keeps_best: Whether the best state of what is trained is kept.
+        is_anchored: Whether what is trained is pulled towards its start.
     """
 
     saved_bytes: int
     seconds: float
     parameters: int
     trained: int
+    adapters: int
     changed: int
     masked: int
     weight_bytes: int
+    keeps_best: bool = False
+    is_anchored: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Parameters of which a fit has a copy in float32 to return to, besides the start of the window's own."""
+        return self.trained if self.keeps_best else self.adapters
 
     @property
     def training_bytes(self) -> int:
         """Memory of training besides the weights and what the backward keeps of a batch.
 
-        In float32 a gradient and two moments of what is trained, and masks; the pruned weights to go back to; the
-        boolean mask. Autocast's copies in 16 bits are among what the backward keeps.
+        In float32 a gradient and two moments of what is trained, a copy of the best state, an anchor's start and the
+        distance to it, and masks; the pruned weights to go back to; the boolean mask. Autocast's copies in 16 bits are
+        among what the backward keeps.
         """
         masks = self.masked * _FLOAT32 + self.parameters
-        return self.trained * 3 * _FLOAT32 + masks + self.changed * self.weight_bytes
+        copies = self.kept + 2 * self.trained * self.is_anchored
+        return (self.trained * 3 + copies) * _FLOAT32 + masks + self.changed * self.weight_bytes
 
 
 def profile(
@@ -89,10 +102,17 @@ def profile(
             window.requires_grad_(False)
         changed = changed_by(made, window)
     own = window.own_parameters()
-    masked = _count(made.buffers(recurse=False)) if module else _count(own)
-    weight_bytes = chain.passes.decoder.model.dtype.itemsize
-    counts = {"parameters": _count(own), "trained": _count(trained), "changed": _count(changed), "masked": masked}
-    return LayerProfile(sum(kept.values()), seconds, weight_bytes=weight_bytes, **counts)
+    owned = {id(one) for one in own}
+    return LayerProfile(
+        saved_bytes=sum(kept.values()),
+        seconds=seconds,
+        parameters=_count(own),
+        trained=_count(trained),
+        adapters=_count(one for one in trained if id(one) not in owned),
+        changed=_count(changed),
+        masked=_count(made.buffers(recurse=False)) if module else _count(own),
+        weight_bytes=chain.passes.decoder.model.dtype.itemsize,
+    )
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -85,6 +85,8 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
         solves_first=method.fitting.start != "none",
         prunes_only=method.walk == "global",
         retraining=method.retraining_schedule,
+        keeps_best=method.fitting.keep == "best",
+        is_anchored=method.is_anchored,
     )
     return make_plan(
         session,

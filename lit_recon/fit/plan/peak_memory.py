@@ -136,18 +136,33 @@ def _training_bytes(profile: LayerProfile) -> int:
 
 
 def single_bytes(
-    layers: Sequence[Window], chain: Chain, batch_size: int, array_bytes: Needed, *, uses_gram: bool
+    layers: Sequence[Window],
+    chain: Chain,
+    batch_size: int,
+    array_bytes: Needed,
+    *,
+    uses_gram: bool,
+    copies: int = 0,
 ) -> Needed:
-    """What single matrices take at most, in memory and, with the chain's arrays, on the disk."""
+    """What single matrices take at most, in memory and, with the chain's arrays, on the disk.
+
+    Args:
+        layers: The layers.
+        chain: Their chain.
+        batch_size: Samples per batch.
+        array_bytes: What the chain's arrays take.
+        uses_gram: Whether matrices are solved for.
+        copies: Copies in float32 that a fit holds of a matrix.
+    """
     alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
-    sizes = [_matrix_bytes(layer, chain, batch_size, uses_gram=uses_gram) for layer in alike]
+    sizes = [_matrix_bytes(layer, chain, batch_size, uses_gram=uses_gram, copies=copies) for layer in alike]
     memory, captured = (max(one) for one in zip(*sizes, strict=True))
     if not array_bytes.disk:
         return Needed(memory, 0)
     return Needed(memory - captured, captured * chain.passes.store.dtype.itemsize // _FLOAT32)
 
 
-def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bool) -> tuple[int, int]:
+def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bool, copies: int) -> tuple[int, int]:
     """What single matrices need: a copy of the layer; inputs and products of one matrix, or all Gram matrices.
 
     Returns:
@@ -167,8 +182,9 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     kept, captured = 0, 0
     for name, (experts, outputs, inputs) in shapes.items():
         mine = rows[name] * (sources * inputs + outputs)
-        # Gram matrices: normal equations; else products, optimizer states and gradients.
-        aside = 12 * inputs * inputs if uses_gram else rows[name] * outputs + 4 * experts * outputs * inputs
+        # Gram matrices: normal equations; else products, optimizer states, gradients and copies.
+        trained = rows[name] * outputs + (4 + copies) * experts * outputs * inputs
+        aside = 12 * inputs * inputs if uses_gram else trained
         kept, captured = max(kept, mine + aside), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 
