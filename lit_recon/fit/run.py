@@ -132,6 +132,9 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, session)
                 job, session = adopt(choice, job, session)
             plan = plan_job(job, session)
+            if job.source.needs_model:  # generation of its text is over: what that took is known
+                taken = peak_memory_bytes(job.execution.compute.device)
+                plan = replace(plan, peak_bytes=max(plan.peak_bytes, taken))
             if commit and limited:
                 check_limit(plan, job)
             if not job.output.plan_only:

@@ -69,6 +69,16 @@ def test_a_plan_generates_the_text_that_the_run_then_reads(generated: Callable[.
     assert all(window["held_out_after"] < window["held_out_before"] for window in told["windows"])
 
 
+def test_the_peak_of_a_plan_is_no_less_than_what_generation_took(
+    generated: Callable[..., Ended], tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_recon.fit.run.peak_memory_bytes", lambda device: 123 * 10**9)
+    planned = generated("plan=true")
+    assert planned.status == 0 and "peak memory 123.00 GB" in " ".join(planned.out.split()), planned
+    planned = tiny_run("plan=true")
+    assert planned.status == 0 and "123.00 GB" not in planned.out, "this process, before the run, generated nothing"
+
+
 def test_a_resumed_run_ends_with_the_same_bytes_also_without_the_cache(
     generated: Callable[..., Ended], command: Callable[..., Ended], own_cache: Path
 ) -> None:
