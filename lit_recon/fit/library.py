@@ -208,7 +208,7 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
                 )
         finally:
             session.weights.discard()
-    return Reconstruction(results, masks.masks, session.pruner.labels())
+    return Reconstruction(results, masks.masks, session.pruner.labels("magnitude"))
 
 
 def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:

@@ -44,6 +44,7 @@ from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.pruning.decision import INSTEAD
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_result import WindowResult
@@ -175,7 +176,7 @@ class _Walked:
     windows: list[WindowResult]
     logger: RunLogger
     dense_nats: float
-    by_magnitude: list[str]
+    instead: dict[str, list[str]]
     peak_bytes: int
     walk_peak_bytes: int
 
@@ -221,11 +222,11 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     return _Walked(
         job=job,
         plan=opened.plan,
-        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV),
+        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, resume_point.pruned),
         windows=resume_point.done,
         logger=resume_point.logger,
         dense_nats=facts["dense_nats"],
-        by_magnitude=session.pruner.labels(),
+        instead={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
     )
@@ -317,7 +318,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | {"by_magnitude": walked.by_magnitude},
+        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.instead,
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
