@@ -23,7 +23,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_pruning, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
 from lit_recon.fit.parts import CONF
 from lit_recon.fit.rehearsal import rehearse
@@ -34,10 +34,13 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.pruning.allocation.rules import Rules
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
@@ -115,6 +118,9 @@ def prune_and_reconstruct(
     *,
     criterion: Criterion | None = None,
     pattern: Pattern | None = None,
+    refinement: Refinement | None = None,
+    rules: Rules | None = None,
+    allocation: Allocation | None = None,
     windows: Partition | None = None,
     propagation: Propagation | None = None,
     prune_by: str = "window",
@@ -139,6 +145,9 @@ def prune_and_reconstruct(
         samples: Calibration and held-out samples, as a source of text gives them.
         criterion: Scores weights; Wanda.
         pattern: Turns scores into masks; half of each row.
+        refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
+        rules: Patterns for matrices by their names; what no rule matches keeps `pattern`.
+        allocation: Shares the sparsity out over layers, such as pruning.allocation.owl.Owl(); none.
         windows: What is reconstructed at once; blocks.
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
@@ -163,7 +172,8 @@ def prune_and_reconstruct(
             not finite, such as a hidden state; windows before it are done then.
     """
     given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    given |= {"fitting": fitting, "retraining": retraining}
+    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement, "rules": rules}
+    given |= {"allocation": allocation}
     others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     asked = (parts, TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto"), batch_size, seed)
@@ -176,6 +186,9 @@ def _parts() -> dict[str, Any]:
     return {
         "criterion": Wanda(),
         "pattern": Unstructured(sparsity=0.5),
+        "refinement": None,
+        "rules": None,
+        "allocation": None,
         "windows": Partition(),
         "propagation": Propagation(),
         "prune_by": "window",
@@ -278,6 +291,8 @@ def _checked(
         name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
     }
     check_settings(problems, **related, store=store, trainer=settings)
+    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation")
+    check_pruning(problems, **{name: parts[name] for name in pruning})
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             problems.add(f"{name}={value!r}: expected a whole number, {least} or more.")

@@ -19,6 +19,7 @@ from rich.markup import escape
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
+from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
@@ -119,10 +120,12 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
-            session = load(job, activations, clock)
+            known = from_json(commit.state["patterns"]) if commit else None
+            session = load(job, activations, clock, patterns=known)
             facts: dict[str, Any] = {
                 "signature": signature(job),
                 "machine": machine(job.execution.compute.device),
+                "patterns": as_json(session.pruner.patterns),
             }
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
@@ -149,8 +152,15 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     return _Opened(job, session, plan, facts, commit)
 
 
-def load(job: Job, activations: Path, clock: Clock) -> Session:
-    """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
+def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = None) -> Session:
+    """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session.
+
+    Args:
+        job: The run.
+        activations: The folder of hidden states that are kept on disk.
+        clock: Takes the seconds.
+        patterns: Those of its matrices, where the run is resumed.
+    """
     model = job.model.load()
     prepare_model(model, job.method.module)
     if said := job.model.describe_left_out():
@@ -162,7 +172,14 @@ def load(job: Job, activations: Path, clock: Clock) -> Session:
         for tensor in (*model.parameters(), *model.buffers()):  # what is mapped of it is read
             tensor.data = tensor.data.clone()
     return open_session(
-        model, job.samples, job.method, job.execution, activations=activations, files=files, clock=clock
+        model,
+        job.samples,
+        job.method,
+        job.execution,
+        activations=activations,
+        files=files,
+        clock=clock,
+        patterns=patterns,
     )
 
 
@@ -176,7 +193,8 @@ class _Walked:
     windows: list[WindowResult]
     logger: RunLogger
     dense_nats: float
-    instead: dict[str, list[str]]
+    pruned_by: dict[str, list[str]]
+    target: dict[str, float]
     peak_bytes: int
     walk_peak_bytes: int
 
@@ -226,7 +244,8 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         windows=resume_point.done,
         logger=resume_point.logger,
         dense_nats=facts["dense_nats"],
-        instead={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
+        pruned_by={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
+        target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
     )
@@ -318,7 +337,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.instead,
+        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.pruned_by | {"target_by_matrix": walked.target},
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Passes
 from lit_recon.data.source import Samples
+from lit_recon.fit.allocate import Patterns, allocate
 from lit_recon.fit.checks import check_model, check_windows
 from lit_recon.fit.job import Execution, Method, num_arrays
 from lit_recon.model.decoder import Decoder
@@ -28,6 +29,7 @@ from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
 from lit_recon.modules.untrained import Untrained
+from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
@@ -81,6 +83,7 @@ def open_session(
     activations: Path,
     files: DenseFiles | None = None,
     clock: Clock | None = None,
+    patterns: Patterns | None = None,
 ) -> Session:
     """Cut a model into windows and check what only weights can tell.
 
@@ -92,6 +95,7 @@ def open_session(
         activations: The folder of hidden states that are kept on disk.
         files: Where the model is streamed, the files that its weights are mapped from.
         clock: Takes the seconds.
+        patterns: Those that its matrices had in a run that is resumed; None: they are found here.
 
     Raises:
         ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
@@ -122,10 +126,17 @@ def open_session(
         method.criterion,
         method.pattern,
         chain,
+        refinement=method.refinement,
         pruning_windows=pruning_windows,
         seed=execution.seed,
         clock=clock,
     )
+    if isinstance(method.criterion, GivenMasks):
+        method.criterion.prepare([matrix for layer in matrices for matrix in layer])
+    if patterns is None:
+        patterns = allocate(method, chain, matrices, seed=execution.seed)
+        weights.release_pages()
+    pruner.patterns = patterns
     retrained = None
     if method.walk != "local":
         retrained = open_retraining(method.retraining, passes, matrices, weights)

@@ -45,6 +45,10 @@ class Masks:
         bits, shape = self._packed[name]
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape))).view(bool).reshape(shape))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a matrix."""
+        return self._packed[name][1]
+
     def __contains__(self, name: str) -> bool:
         """Whether there is a mask of a matrix."""
         return name in self._packed

@@ -1,6 +1,7 @@
 """Patterns turn a criterion's scores into boolean masks (True = kept) with an exact number of kept weights.
 
-Unstructured: the lowest scores of each row (one output's weights, Wanda's comparison group) or of the whole matrix go.
+Unstructured: the lowest scores of each row (one output's weights, Wanda's comparison group) or of the whole matrix go;
+or those of a layer or of the model, which gives each matrix a pattern of its own (allocation/global_threshold.py).
 N:M: of every M consecutive weights of a row, the N with the highest scores stay (keep N of every M).
 
 Exact means by count, not by threshold: ties go to the first index, so a matrix of equal scores has its sparsity too.
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lit_recon.system.finite import NotFinite
+
+SCOPES = ("row", "matrix", "layer", "model")  # of what the scores are compared
 
 
 @runtime_checkable
@@ -122,9 +125,14 @@ def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
     return mask_RC
 
 
+def num_removed(sparsity: float, weights: int) -> int:
+    """How many of some weights a sparsity removes: floor(sparsity * weights)."""
+    return int(sparsity * weights * (1 + 1e-12) + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unstructured:
-    """Remove the lowest scores, compared within each row ("row") or within the whole matrix ("matrix")."""
+    """Remove the lowest scores, compared in each row, in the whole matrix, in a layer or in the model (`scope`)."""
 
     sparsity: float
     scope: str = "row"
@@ -135,8 +143,8 @@ class Unstructured:
         """Check the settings."""
         if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity}: expected a share of removed weights in [0, 1), such as 0.5.")
-        if self.scope not in ("row", "matrix"):
-            raise ValueError(f"pattern.scope={self.scope!r}: expected 'row' or 'matrix'.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"pattern.scope={self.scope!r}: expected one of {', '.join(SCOPES)}.")
 
     def describe(self) -> str:
         """One line for the plan and the model card."""
@@ -151,14 +159,11 @@ class Unstructured:
 
     def columns(self, scores_OC: Tensor, first: int) -> Tensor:
         """The mask, boolean (O, C), of C columns from `first` on, whose drops add up from left to right."""
+        assert self.scope in ("row", "matrix"), "a threshold for several matrices gives each a pattern of its own"
         rows_RC = scores_OC if self.scope == "row" else scores_OC.reshape(1, -1)
         weights = rows_RC.shape[1] // scores_OC.shape[1]  # of a column in a group whose scores are compared
-        before, after = (self._dropped(weights * end) for end in (first, first + scores_OC.shape[1]))
+        before, after = (num_removed(self.sparsity, weights * end) for end in (first, first + scores_OC.shape[1]))
         return _drop_lowest(rows_RC, after - before).view(scores_OC.shape)
-
-    def _dropped(self, weights: int) -> int:
-        """How many of some weights are removed."""
-        return int(self.sparsity * weights + 1e-6)  # 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(frozen=True, kw_only=True)

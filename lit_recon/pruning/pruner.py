@@ -26,7 +26,8 @@ from lit_recon.activations.window_grams import Grams
 from lit_recon.model.layerwise import float32_on
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.windows import AnyWindow, Window
-from lit_recon.pruning.criteria import Criterion, Updates, needs_gram
+from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram
+from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.decision import Decision, decide
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.refine import Refinement
@@ -132,7 +133,7 @@ class Pruner:
     @property
     def updates(self) -> bool:
         """Whether the criterion changes the weights that stay."""
-        return isinstance(self.criterion, Updates)
+        return changes_weights(self.criterion)
 
     @property
     def pending(self) -> tuple[str, dict[str, Tensor]] | None:
@@ -235,6 +236,9 @@ class Pruner:
         for matrix in window.matrices():
             if matrix.input_dim is None:
                 continue
+            if isinstance(self.criterion, GivenMasks):
+                made.add(self._given(self.criterion, matrix, statistics))
+                continue
             decisions = [self._decision(matrix, expert, statistics) for expert in range(matrix.experts)]
             self.instead[matrix.name] = [
                 (matrix.label(expert), one.instead) for expert, one in enumerate(decisions) if one.instead
@@ -246,6 +250,25 @@ class Pruner:
                 left = [weight_OI if one.weight_OI is None else one.weight_OI for one, weight_OI in pairs]
                 made.weights[matrix.name] = matrix.as_weight(torch.stack(left))
         return made
+
+    def _given(self, criterion: GivenMasks, matrix: Matrix, statistics: InputStatistics) -> Pruning:
+        """What stays of a matrix by a mask that is given; its weights are the given ones where these stay."""
+        given, weight = (None if one is None else one.to(matrix.weight.device) for one in criterion.given(matrix))
+        assert given is not None
+        if weight is None:
+            given &= matrix.weight != 0
+        mask = given if self.refinement is None else self._refined(self.refinement, matrix, given, statistics)
+        left = {} if weight is None else {matrix.name: torch.where(given, weight.float(), matrix.weight)}
+        return Pruning({matrix.name: mask}, left)
+
+    def _refined(self, refinement: Refinement, matrix: Matrix, mask: Tensor, statistics: InputStatistics) -> Tensor:
+        """A mask, refined for each expert that saw a token; in a row, since no pattern is known that it has."""
+        mask_EOI = matrix.by_expert(mask).clone()
+        for expert, weight_OI in enumerate(matrix.by_expert(matrix.weight)):
+            known, was_reached = statistics.for_refinement(matrix, expert)
+            if was_reached:
+                mask_EOI[expert] = refinement.refine(weight_OI, mask_EOI[expert], known, None)
+        return matrix.as_weight(mask_EOI)
 
     def _decision(self, matrix: Matrix, expert: int, statistics: InputStatistics) -> Decision:
         """What stays of one matrix or expert, by its pattern."""

@@ -77,6 +77,11 @@ class InputStatistics:
         self._grams = grams if own is None else own
         self._observers = [one for one in (self._criterion, self._refinement, own) if one is not None]
 
+    @property
+    def observes(self) -> bool:
+        """Whether a pass is needed to gather them."""
+        return any(not isinstance(one, Statistics) or one.observed for one in self._observers)
+
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
         """Gather all of them in a pass over calibration samples."""

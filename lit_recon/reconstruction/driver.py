@@ -98,6 +98,8 @@ def walk(
                 for window, data in step.training_data():
                     start = fitter.start(window, masks, step.grams())  # of dense weights
                     was_dense = not (prune(window, masks, changed) or pruner.has_pruned)
+                    for matrix in window.matrices():  # where they are now
+                        changed.pop(matrix.name, None)
                     if not was_dense or not _matches_itself(step.window, chain, results):
                         results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
                     else:
@@ -106,7 +108,6 @@ def walk(
                     for callback in callbacks:
                         callback.on_window_fit(results[-1])
                 step.install()
-                del changed
                 chain.advance(step.window)  # 5
             with protected():
                 weights.offload(step.window)  # 6

@@ -28,8 +28,8 @@ class Criterion(Protocol[S]):
     def update(self, statistics: S, inputs_NI: Tensor) -> S:
         """The statistics after one more batch: N rows of what the matrix is multiplied by."""
 
-    def scores(self, weight_OI: Tensor, statistics: S | None) -> Tensor:
-        """Scores (O, I); the pattern keeps the highest."""
+    def scores(self, weight_OI: Tensor, statistics: Any) -> Tensor:
+        """Scores (O, I), given the weight and S or None; the pattern keeps the highest."""
 
 
 class Pruned(NamedTuple):
@@ -60,6 +60,16 @@ class Updates(Protocol):
         Raises:
             torch.linalg.LinAlgError: It cannot be solved for; then it is pruned by Wanda instead.
         """
+
+
+def changes_weights(criterion: object) -> bool:
+    """Whether the weights that stay are others than the dense ones."""
+    return isinstance(criterion, Updates) or bool(getattr(criterion, "changes_weights", False))
+
+
+def needs_columns(criterion: object) -> bool:
+    """Whether a criterion asks for masks of some columns at a time, from left to right."""
+    return isinstance(criterion, Updates)
 
 
 def needs_gram(gatherer: object) -> bool:
