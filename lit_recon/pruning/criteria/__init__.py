@@ -1,7 +1,11 @@
 """Pruning criteria, one file each: how important is each weight of a matrix?
 
     magnitude.py  |W|
+    random.py     a draw
     wanda.py      |W| * ||x||
+    ria.py        |W| as a share of its row and column, times a power of ||x||
+    sparsegpt.py  the error that is left when other weights make up for it, as they then do
+    given.py      masks that are given: of a sparse model, of a file
 
 A criterion is three functions; what it needs to know of a matrix's inputs it gathers during the dense pass, batch
 by batch. `python -m lit_recon.fit criterion=custom criterion._target_=mine.MyCriterion` uses a class of your own.
