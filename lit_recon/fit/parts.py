@@ -70,6 +70,9 @@ def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
         if old in MOVED:
             problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
+    missing = () if name in MADE_LATER else sorted(OmegaConf.missing_keys(node) - {"_target_"})
+    for key in missing:
+        problems.add(f"{name}.{key} has no value; give {name}.{key}=<value>.")
     if name == "module" and _has_loss_of_group(node):  # a part of its own
         node = node.copy()
         with open_dict(node):

@@ -178,7 +178,7 @@ def test_a_model_that_is_sparse_itself_keeps_its_zeros(tiny_run: Callable[..., E
     ("words", "said"),
     [
         (["sparsity=[{match: q_prj, sparsity: 0.5}]"], "sparsity[0].match='q_prj': expected to match some of these"),
-        (["sparsity=[{match: q_proj, sparsity: 0.5}]"], "no rule matches model.layers.{0..2}.mlp.down_proj.weight"),
+        (["sparsity=[{match: q_proj, sparsity: 0.5}]"], "no rule matches model.layers.{0..2}.self_attn.k_proj.weight"),
         (["sparsity=[{match: '(', sparsity: 0.5}]"], "sparsity[0].match='('"),
         (["sparsity=[{match: q_proj, n: 2, m: 5}]", "pattern=n_m"], "pattern.m=5 does not divide"),
         (["sparsity=[{match: '.', sparsity: 0.5}]", "allocation=owl"], "both say where how much goes"),

@@ -1,7 +1,7 @@
 """Refinement of masks: which weights should stay instead of others, whatever criterion chose them, one file each.
 
-    swaps.py  exchanges that lower a row's exact error
-    dsnot.py  exchanges that lower its expected error
+swaps.py  exchanges that lower a row's exact error
+dsnot.py  exchanges that lower its expected error
 """
 
 from typing import Protocol, TypeVar, runtime_checkable
