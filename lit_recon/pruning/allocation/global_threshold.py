@@ -107,14 +107,11 @@ class GlobalThreshold:
 
 
 def sparsity_of(removed: int, size: int) -> float:
-    """The sparsity with which a pattern of scope "matrix" removes exactly `removed` of `size` weights.
+    """The sparsity with which a pattern of scope "matrix" removes exactly `removed` of `size` weights, or all of them.
 
-    A pattern's sparsity is below 1: where all weights go of a matrix of more than some millions, one of them stays.
+    A pattern's sparsity is below 1; the highest such number removes all, as patterns round (`num_removed`).
     """
-    sparsity = min(removed / size, math.nextafter(1, 0))
-    while num_removed(sparsity, size) < removed and sparsity < math.nextafter(1, 0):  # as Unstructured counts
-        sparsity = math.nextafter(sparsity, 1)
-    return sparsity
+    return min(removed / size, math.nextafter(1, 0))
 
 
 def _pieces(scores: Tensor) -> Iterator[Tensor]:

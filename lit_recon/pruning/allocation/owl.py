@@ -74,7 +74,7 @@ class OutlierShare:
 
 
 def outlier_share(matrices: Sequence[Tensor], threshold: float = 5.0) -> float:
-    """The share D_l of outliers among all scores of one layer, in [0, 1] (the paper's equation 1).
+    """The share D_l of outliers among all scores of one layer, in [0, 1].
 
     Args:
         matrices: Wanda scores of the layer's matrices, each of any shape, finite.

@@ -31,6 +31,7 @@ class _Rule:
     m: int | None
 
     def pattern(self, scope: str) -> Pattern:
+        """The rule's pattern; unstructured, it compares scores within `scope`."""
         if self.sparsity is not None:
             return Unstructured(sparsity=self.sparsity, scope=scope)
         assert self.n is not None and self.m is not None

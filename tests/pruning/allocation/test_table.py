@@ -74,3 +74,8 @@ def test_experts_and_matrices_outside_layers_have_their_rows() -> None:
 
 def test_for_json_each_matrix_has_its_sparsity() -> None:
     assert sparsity_by_matrix({"a": NM(n=1, m=4), "b": Unstructured(sparsity=0.3)}) == {"a": 0.75, "b": 0.3}
+
+
+def test_the_only_matrix_of_a_layer_is_named() -> None:
+    patterns = {f"model.layers.{layer}.mlp.up_proj.weight": NM(n=2, m=4) for layer in (3, 4)}
+    assert table(patterns) == [Row("layers 3-4 mlp.up_proj", "50.0%", "2:4 (keep 2 of every 4)")]
