@@ -7,5 +7,5 @@ global_threshold.py  one threshold over the scores of many matrices
 layers.py            one sparsity for each layer, as patterns of its matrices
 table.py             the result for people, and names with their layer numbers collapsed
 
-An allocation looks at all layers through a survey (survey.py), and says each matrix's pattern.
+An allocation looks at all layers through a survey, and says each matrix's pattern.
 """
