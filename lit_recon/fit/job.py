@@ -108,7 +108,7 @@ class Method:
     @property
     def is_covered(self) -> bool:
         """Whether rules alone say what is removed: the setting `sparsity` is a list of them, and no number."""
-        return self.rules is not None and isinstance(self.pattern, Unstructured)
+        return self.rules is not None and isinstance(self.pattern, Unstructured) and not self.pattern.sparsity
 
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""

@@ -119,8 +119,7 @@ def prune_and_reconstruct(
     criterion: Criterion | None = None,
     pattern: Pattern | None = None,
     refinement: Refinement | None = None,
-    rules: Rules | None = None,
-    allocation: Allocation | None = None,
+    allocation: Rules | Allocation | None = None,
     windows: Partition | None = None,
     propagation: Propagation | None = None,
     prune_by: str = "window",
@@ -146,16 +145,13 @@ def prune_and_reconstruct(
         criterion: Scores weights; Wanda.
         pattern: Turns scores into masks; half of each row.
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
-        rules: Patterns for matrices by their names; what no rule matches keeps `pattern`.
-        allocation: Shares the sparsity out over layers, such as pruning.allocation.owl.Owl(); none.
+        allocation: Shares the sparsity out, such as pruning.allocation.owl.Owl(); or patterns by name, rules.Rules; none.
         windows: What is reconstructed at once; blocks.
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
-        module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
-            its settings.
+        module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
         fitting: How windows are tried, and what is kept; FitSettings().
-        walk: "local": windows are reconstructed; "global": they are pruned only, and all layers are trained at once;
-            "local_then_global".
+        walk: "local": windows are reconstructed; "global": pruned only, then all are trained at once; "local_then_global".
         retraining: How all layers are trained at once; Retraining(), by the divergence of the logits.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
@@ -168,12 +164,11 @@ def prune_and_reconstruct(
         Results and masks.
 
     Raises:
-        ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
-            not finite, such as a hidden state; windows before it are done then.
+        ValueError: What the command refuses; also where a number is not finite: windows before it are done then.
     """
     given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement, "rules": rules}
-    given |= {"allocation": allocation}
+    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement}
+    given |= {"rules" if isinstance(allocation, Rules) else "allocation": allocation}
     others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
     parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
     asked = (parts, TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto"), batch_size, seed)

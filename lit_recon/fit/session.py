@@ -101,46 +101,58 @@ def open_session(
         ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
             matrices that cannot be scored; the disk has no room for hidden states.
     """
-    clock, compute = clock or Clock(), execution.compute
-    weights = WeightOffloader(model, compute.device, files=files, clock=clock)
+    clock = clock or Clock()
+    weights = WeightOffloader(model, execution.compute.device, files=files, clock=clock)
     lengths = _lengths(samples)
     matrices = verify(model, samples.calibration_ST, lengths=lengths)
     windows = method.windows.cut(model, matrices)
     pruning_windows = _pruning_windows(method, model, matrices)
     check_model(model, method, matrices)
     check_windows(windows, pruning_windows, method, recompute=execution.store.recompute)
-    shape = samples.shape(model.config.get_text_config().hidden_size)
-    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
-    execution.store.check(activations, *arrays)
-    passes = Passes(
-        Decoder(model, compute.device),
-        torch.cat([samples.calibration_ST, samples.held_out_ST]),
-        num_samples=len(samples.calibration_ST),
-        batch_size=execution.batch_size,
-        compute=compute,
-        store=execution.store.open(activations, *arrays),
-    )
+    passes = _passes(model, samples, method, execution, windows, activations)
     chain = Chain(passes, method.propagation, recompute=execution.store.recompute, clock=clock)
     weights.release_pages()
-    pruner = Pruner(
-        method.criterion,
-        method.pattern,
-        chain,
-        refinement=method.refinement,
-        pruning_windows=pruning_windows,
-        seed=execution.seed,
-        clock=clock,
-    )
     if isinstance(method.criterion, GivenMasks):
         method.criterion.prepare([matrix for layer in matrices for matrix in layer])
     if patterns is None:
         patterns = allocate(method, chain, matrices, seed=execution.seed)
         weights.release_pages()
-    pruner.patterns = patterns
+    pruner = Pruner(
+        method.criterion,
+        method.pattern,
+        chain,
+        patterns=patterns,
+        refinement=method.refinement,
+        pruning_windows=pruning_windows,
+        seed=execution.seed,
+        clock=clock,
+    )
     retrained = None
     if method.walk != "local":
         retrained = open_retraining(method.retraining, passes, matrices, weights)
     return Session(model, matrices, windows, chain, pruner, weights, clock, retrained)
+
+
+def _passes(
+    model: PreTrainedModel,
+    samples: Samples,
+    method: Method,
+    execution: Execution,
+    windows: Sequence[AnyWindow],
+    activations: Path,
+) -> Passes:
+    """Passes over the samples, with a store that has room for their hidden states."""
+    shape = samples.shape(model.config.get_text_config().hidden_size)
+    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
+    execution.store.check(activations, *arrays)
+    return Passes(
+        Decoder(model, execution.compute.device),
+        torch.cat([samples.calibration_ST, samples.held_out_ST]),
+        num_samples=len(samples.calibration_ST),
+        batch_size=execution.batch_size,
+        compute=execution.compute,
+        store=execution.store.open(activations, *arrays),
+    )
 
 
 def reconstruct(

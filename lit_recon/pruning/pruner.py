@@ -86,6 +86,7 @@ class Pruner:
         criterion: Scores weights.
         pattern: Turns scores into masks.
         chain: The chain at the current window.
+        patterns: The pattern of each matrix or of each of its experts, by the matrix's name, if not `pattern`.
         refinement: Refines masks; None where nothing does.
         pruning_windows: What is pruned at once, where that is not each window: each larger or smaller than the windows.
             They make a difference with sparse statistics only.
@@ -93,7 +94,6 @@ class Pruner:
         clock: Takes the seconds.
 
     Attributes:
-        patterns: The pattern of each matrix, or of each of its experts, where it is not `pattern`.
         instead: By matrix, what was scored by another criterion than the one that was asked for: the label of the
             matrix or expert, and that criterion. "magnitude": an expert that saw no token. "wanda": a matrix that could
             not be solved for.
@@ -106,6 +106,7 @@ class Pruner:
         pattern: Pattern,
         chain: Chain,
         *,
+        patterns: Mapping[str, Sequence[Pattern]] | None = None,
         refinement: Refinement | None = None,
         pruning_windows: Sequence[Window] = (),
         seed: int = 0,
@@ -115,7 +116,7 @@ class Pruner:
         self.pruning_windows = pruning_windows if chain.propagation.statistics == "sparse" else ()
         self.seed = seed
         self.clock = clock or Clock()
-        self.patterns: dict[str, Sequence[Pattern]] = {}
+        self.patterns = dict(patterns or {})
         self.instead: dict[str, list[tuple[str, str]]] = {}
         self.has_pruned = False
         self._larger: Window | None = None  # the pruning window, larger than a window, in which the walk is

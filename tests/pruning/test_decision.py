@@ -221,9 +221,9 @@ def test_a_refined_mask_gets_the_weights_that_the_criterion_makes_for_it() -> No
 def test_each_matrix_may_have_a_pattern_of_its_own() -> None:
     model = tiny_model("llama")
     windows = partition(model)[:1]
-    pruner = Pruner(Wanda(), HALF, chain_of(model, TOKENS_ST, 4))
     first, second, third, *_ = (matrix.name for matrix in windows[0].matrices())
-    pruner.patterns = {first: [NM(n=1, m=4)], second: [Unstructured(sparsity=0)]}
+    patterns = {first: [NM(n=1, m=4)], second: [Unstructured(sparsity=0)]}
+    pruner = Pruner(Wanda(), HALF, chain_of(model, TOKENS_ST, 4), patterns=patterns)
     masks = decided(pruner, windows).masks
     assert (masks[first].unflatten(1, (-1, 4)).sum(-1) == 1).all()
     assert masks[second].all()

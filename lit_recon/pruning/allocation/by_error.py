@@ -187,6 +187,11 @@ class ByError:
         """Raise a ValueError for a pattern whose sparsity cannot be shared out."""
         if not isinstance(pattern, NM):
             check_unstructured("allocation=error", pattern)
+            if (target := self._target(pattern)) > _HIGHEST:
+                raise ValueError(
+                    f"allocation=error with sparsity={target}: no layer may lose more than {_HIGHEST:g}; "
+                    "choose a smaller sparsity, or allocation=none."
+                )
         elif self.sparsity is None or self.sparsity > pattern.sparsity:
             raise ValueError(
                 f"allocation=error with pattern={pattern.describe()}: some layers are pruned and others stay dense, so "
@@ -199,7 +204,7 @@ class ByError:
 
     def allocate(self, survey: Survey, criterion: Criterion, pattern: Pattern) -> dict[str, list[Pattern]]:
         """The pattern of each matrix: that of its layer."""
-        target = pattern.sparsity if self.sparsity is None else self.sparsity
+        target = self._target(pattern)
         dense = Unstructured(sparsity=0)
         by_level = self._patterns(pattern, target)
         names, curves = [], []
@@ -212,6 +217,10 @@ class ByError:
             chosen = [pattern if sparsity else dense for sparsity in found]
             return {name: [one] for one, group in zip(chosen, names, strict=True) for name in group}
         return by_layer(names, found, pattern)
+
+    def _target(self, pattern: Pattern) -> float:
+        """The share of all weights to remove."""
+        return pattern.sparsity if self.sparsity is None else self.sparsity
 
     def _patterns(self, pattern: Pattern, target: float) -> dict[float, Pattern]:
         """The patterns whose errors are measured, by their sparsities in rising order."""

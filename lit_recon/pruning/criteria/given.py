@@ -4,6 +4,7 @@ Zeros       criterion=zeros   the zeros of a sparse model, someone else's prunin
 MasksFile   criterion=file    masks.safetensors of a run, for another checkpoint of the same shapes
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lit_recon.pruning.masks import Masks
 _SHOWN = 3  # names in a message
 
 
-class GivenMasks:
+class GivenMasks(ABC):
     """Masks of a model's matrices that do not follow from scores; patterns and sparsity have no say in them.
 
     Attributes:
@@ -34,9 +35,11 @@ class GivenMasks:
 
     def start(self, weight_OI: Tensor) -> None:
         """No statistics."""
+        return None
 
     def update(self, statistics: None, inputs_NI: Tensor) -> None:
         """Never called: there are no statistics."""
+        return None
 
     def scores(self, weight_OI: Tensor, statistics: None) -> Tensor:
         """Nothing: there are none."""
@@ -56,17 +59,17 @@ class GivenMasks:
             mask = self.given(matrix)[0]
             self.shares[matrix.name] = 1 - int(torch.count_nonzero(mask)) / mask.numel()
 
+    @abstractmethod
     def check(self, matrices: Sequence[Matrix]) -> None:
         """Look whether the masks fit some matrices, of which the shapes are enough.
 
         Raises:
             ValueError: They do not; the message names what does not fit.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def given(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
         """The mask (True = kept) of a matrix, and its weights where they are not the dense ones; in its shape."""
-        raise NotImplementedError
 
 
 class MasksFile(GivenMasks):
