@@ -136,8 +136,8 @@ def prune_and_reconstruct(
 ) -> Reconstruction:
     """Prune a model and reconstruct it window by window, in place (arXiv 2510.14444).
 
-    The defaults are those of the command. The model returns to its device, and to training mode and gradients where it
-    had them. When it is interrupted, the windows that are done stay pruned and reconstructed, and the rest is dense.
+    The defaults are those of the command. The model returns to its device, training mode and gradients. When this is
+    interrupted, the windows that are done stay pruned and reconstructed, and the rest is dense.
 
     Args:
         model: A causal language model of transformers, of any floating dtype; its weights are changed in place.
@@ -145,13 +145,13 @@ def prune_and_reconstruct(
         criterion: Scores weights; Wanda.
         pattern: Turns scores into masks; half of each row.
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
-        allocation: Shares the sparsity out, such as pruning.allocation.owl.Owl(); or patterns by name, rules.Rules; none.
+        allocation: Shares the sparsity out (pruning.allocation.owl.Owl()), or patterns by name (rules.Rules); none.
         windows: What is reconstructed at once; blocks.
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
         fitting: How windows are tried, and what is kept; FitSettings().
-        walk: "local": windows are reconstructed; "global": pruned only, then all are trained at once; "local_then_global".
+        walk: "local": by windows; "global": all layers at once, pruned; "local_then_global".
         retraining: How all layers are trained at once; Retraining(), by the divergence of the logits.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
@@ -164,16 +164,28 @@ def prune_and_reconstruct(
         Results and masks.
 
     Raises:
-        ValueError: What the command refuses; also where a number is not finite: windows before it are done then.
+        ValueError: What the command refuses; a number that is not finite: windows before it are done then.
     """
     given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement}
-    given |= {"rules" if isinstance(allocation, Rules) else "allocation": allocation}
-    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
-    parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
-    asked = (parts, TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto"), batch_size, seed)
+    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement, "allocation": allocation}
+    given |= {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
+    asked = (
+        _parts() | _given(given),
+        TRAINER | dict(trainer or {}),
+        store or StoreSettings(kind="auto"),
+        batch_size,
+        seed,
+    )
     with _prepared(model), quietly(), stoppable():
         return _walk(model, samples, asked, shown=progress)
+
+
+def _given(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that are given; rules are one of their own."""
+    given = {name: part for name, part in parts.items() if part is not None}
+    if isinstance(given.get("allocation"), Rules):
+        given["rules"] = given.pop("allocation")
+    return given
 
 
 def _parts() -> dict[str, Any]:
