@@ -136,12 +136,11 @@ def prune_and_reconstruct(
 ) -> Reconstruction:
     """Prune a model and reconstruct it window by window, in place (arXiv 2510.14444).
 
-    The defaults are those of the command. The model returns to its device, training mode and gradients. When this is
-    interrupted, the windows that are done stay pruned and reconstructed, and the rest is dense.
+    Defaults are the command's. When it is interrupted, the windows that are done stay, and the rest is dense.
 
     Args:
         model: A causal language model of transformers, of any floating dtype; its weights are changed in place.
-        samples: Calibration and held-out samples, as a source of text gives them.
+        samples: Calibration and held-out samples of a source of text.
         criterion: Scores weights; Wanda.
         pattern: Turns scores into masks; half of each row.
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
@@ -150,7 +149,7 @@ def prune_and_reconstruct(
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
-        fitting: How windows are tried, and what is kept; FitSettings().
+        fitting: How windows are tried, and what is kept.
         walk: "local": by windows; "global": all layers at once, pruned; "local_then_global".
         retraining: How all layers are trained at once; Retraining(), by the divergence of the logits.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
@@ -164,18 +163,13 @@ def prune_and_reconstruct(
         Results and masks.
 
     Raises:
-        ValueError: What the command refuses; a number that is not finite: windows before it are done then.
+        ValueError: What the command refuses; a number is not finite, with windows before it done.
     """
     given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
     given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement, "allocation": allocation}
     given |= {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
-    asked = (
-        _parts() | _given(given),
-        TRAINER | dict(trainer or {}),
-        store or StoreSettings(kind="auto"),
-        batch_size,
-        seed,
-    )
+    parts, settings = _parts() | _given(given), TRAINER | dict(trainer or {})
+    asked = (parts, settings, store or StoreSettings(kind="auto"), batch_size, seed)
     with _prepared(model), quietly(), stoppable():
         return _walk(model, samples, asked, shown=progress)
 
