@@ -249,6 +249,7 @@ def test_weights_that_are_stored_transposed_and_parameters_are_pruned_as_any_oth
         found = prune(same_OI, gram_of(inputs_NI), NM(n=2, m=4))
         assert torch.equal(found.mask_OI, expected.mask_OI) and torch.equal(found.weight_OI, expected.weight_OI)
         assert not found.weight_OI.requires_grad
+        assert torch.equal(same_OI, weight_OI)  # it stays dense, also where no copy is needed to transpose it
 
 
 @pytest.mark.parametrize(("between", "damping"), [(0.5, 0.01), (1.05, 0.1), (1.5, 1.0)])
