@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.system.tensor_files import DTYPES
-from lit_recon.verify.layout import Layout
+from lit_recon.verify.layout import Layout, shapes_of
 from lit_recon.verify.quantised import FLOATS
 from lit_recon.verify.zeros import CHUNK
 
@@ -106,7 +106,7 @@ def compare_all(here: DenseFiles, layout: Layout, dense: DenseFiles) -> Comparis
         dense: Those of the dense model.
     """
     found, matrices = Comparison(), {part.name for place in layout.places for part in place.parts}
-    layout_dense, seen = Layout(set(dense.names), layout.skeleton), set[str]()
+    layout_dense, seen = Layout(shapes_of(dense), layout.skeleton), set[str]()
     left = []
     for name in here.names:
         stored = layout_dense.stored({name: _tensor(here, name)}) or {}

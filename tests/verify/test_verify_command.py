@@ -314,9 +314,7 @@ def test_the_folder_of_a_run_is_as_the_run_says(
     assert main(["run", "--pattern", "2:4"]) == 1
 
 
-def test_a_run_with_a_pattern_in_16_bits(
-    run_once: Callable[..., Ended], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_a_pattern_in_16_bits(run_once: Callable[..., Ended], capfd: pytest.CaptureFixture[str]) -> None:
     run_once("pattern=n_m", "pattern.n=2", "pattern.m=4", "model.dtype=bfloat16")
     capfd.readouterr()
     assert main(["run", "--pattern", "2:4", "--sparsity", "0.5"]) == 0
