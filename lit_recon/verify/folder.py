@@ -89,6 +89,7 @@ def _skeleton(folder: Path, *, most: int) -> PreTrainedModel:
         if isinstance(depth, int) and depth > most:
             raise _Unknown(f"its config.json says num_hidden_layers={depth}, and its weights are {most} tensors")
         skeleton = model.skeleton()
+        skeleton.tie_weights()  # which transformers 5.0 does not do on the meta device
         decoder_layers(skeleton)
     except ValueError as error:
         raise _Unknown(cause(error)) from error

@@ -46,7 +46,7 @@ def check_readable(folder: Path, files: DenseFiles, layout: Layout, known: Set[s
                 )
     if packed:
         raise ValueError(
-            f"{folder}: {len(packed)} matrices are stored packed by {_method(folder)}, such as {packed[0]}: which "
+            f"{folder}: matrices stored packed by {_method(folder)}: {len(packed)}, such as {packed[0]}; which "
             "weights are zero cannot be told from their codes. Look at the model that was quantised, or at a "
             "dequantised copy."
         )

@@ -87,13 +87,16 @@ def test_one_weight_of_stacked_experts_is_found(tmp_path: Path) -> None:
     assert (broken.part.name, broken.part.input_dim, broken.zeros.over) == (name, 0, 1)
 
 
-def test_stacked_experts_that_the_files_have_transposed_are_found(tmp_path: Path) -> None:
-    folder, masks = pruned_folder(tmp_path / "model", "gpt_oss")
+@pytest.mark.parametrize(("shape", "input_dim"), [("gpt_oss", 1), ("mixtral", 0)])
+def test_stacked_experts_that_the_files_have_transposed_are_found(shape: str, input_dim: int, tmp_path: Path) -> None:
+    model = tiny_model(shape)
+    masks = save_masks(prune(model), tmp_path / "masks.safetensors")
+    folder = save(model, tmp_path / "model", save_original_format=False)
     names = [name for name in load_file(folder / "model.safetensors") if name.endswith("experts.down_proj")]
     change(folder, **{name.replace(".", "__"): read(folder, name).mT.contiguous() for name in names})
     findings = examined(folder, masks)
     assert holding(findings) == ["masks", "pattern"]
-    assert {found.part.input_dim for found in findings.matrices if found.part.name in names} == {1}
+    assert {found.part.input_dim for found in findings.matrices if found.part.name in names} == {input_dim}
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
@@ -206,9 +209,7 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_matrices_that_the_files_lack_are_told(tmp_path: Path) -> None:
     folder, masks = pruned_folder(tmp_path / "model")
     change(folder, **{"model__layers__1__mlp__up_proj__weight": None})
-    assert (
-        "lacks 1 matrices of its architecture, such as model.layers.1.mlp.up_proj.weight" in examined(folder).remarks[0]
-    )
+    assert "that the folder lacks: 1, such as model.layers.1.mlp.up_proj.weight" in examined(folder).remarks[0]
     findings = examined(folder, masks)
     assert findings.lacking == ["model.layers.1.mlp.up_proj.weight"] and holding(findings) == ["pattern"]
 
