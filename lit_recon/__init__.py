@@ -1,6 +1,7 @@
 """lit_recon: local reconstruction of pruned language models, one window at a time, with PyTorch Lightning.
 
-The command is `python -m lit_recon.fit`. From Python:
+The command is `python -m lit_recon.fit`; `lit_recon.report` compares runs, and `lit_recon.verify` says which weights of
+any model folder are zero. From Python:
 
     from lit_recon import PythonDocs, load, perplexity, prune_and_reconstruct
 

@@ -5,7 +5,7 @@ between files that transformers loads into the same model (layout.py).
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.system.tensor_files import DTYPES
-from lit_recon.verify.layout import Layout
+from lit_recon.verify.layout import Layout, shapes_of
 from lit_recon.verify.quantised import FLOATS
 from lit_recon.verify.zeros import CHUNK
 
@@ -61,21 +61,29 @@ class Comparison:
     only_here: list[str] = field(default_factory=list)
     only_dense: list[str] = field(default_factory=list)
 
-    def add(self, change: Change, here: Tensor, dense: Tensor) -> None:
-        """Compare one tensor, and note what differs in `change`."""
-        if here.shape != dense.shape:
-            self.mismatched.append(f"{change.name}: shape {tuple(here.shape)}, of the dense model {tuple(dense.shape)}")
+    def add(self, change: Change, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compare a tensor, or all of its parts, with the dense model's, and note what differs in `change`."""
+        here, dense = change.dtypes
+        # codes of quantised weights say nothing without their scales
+        if not {here, dense} <= set(FLOATS) and not (here == dense and here in DTYPES.values()):
+            self.mismatched.append(f"{change.name}: {here}, of the dense model {dense}")
             return
-        compare(change, here, dense)
+        for one, other in pairs:
+            if one.shape != other.shape:
+                shapes = f"shape {tuple(one.shape)}, of the dense model {tuple(other.shape)}"
+                self.mismatched.append(f"{change.name}: {shapes}")
+                return
+        for one, other in pairs:
+            compare(change, one, other)
         differs = bool(change.pruned or change.kept)
         self.same += not differs
-        if differs or change.dtypes[0] != change.dtypes[1]:
+        if differs or here != dense:
             self.changes.append(change)
 
 
 def compare(change: Change, here: Tensor, dense: Tensor) -> None:
-    """Note how two tensors of one shape differ; what is not a number in both is the same."""
-    change.numbers = here.numel()
+    """Count how two tensors of one shape differ, in `change`; what is not a number in both is the same."""
+    change.numbers += here.numel()
     wide = torch.promote_types(here.dtype, dense.dtype) if here.dtype != dense.dtype else here.dtype
     narrow = min(here.dtype, dense.dtype, key=lambda dtype: dtype.itemsize)
     for here_N, dense_N in zip(here.reshape(-1).split(CHUNK), dense.reshape(-1).split(CHUNK), strict=True):
@@ -106,24 +114,21 @@ def compare_all(here: DenseFiles, layout: Layout, dense: DenseFiles) -> Comparis
         dense: Those of the dense model.
     """
     found, matrices = Comparison(), {part.name for place in layout.places for part in place.parts}
-    layout_dense, seen = Layout(set(dense.names), layout.skeleton), set[str]()
-    left = []
+    layout_dense, seen_here, seen_dense = Layout(shapes_of(dense), layout.skeleton), set[str](), set[str]()
     for name in here.names:
-        stored = layout_dense.stored({name: _tensor(here, name)}) or {}
-        left += [] if stored else [name]
-        for other, values in stored.items():
-            label = name if len(stored) == 1 else other
-            change = Change(label, (here.kind(name)[0], dense.kind(other)[0]), name in matrices)
-            _add(found, change, values, _tensor(dense, other))
-        seen |= stored.keys()
-    for name in (name for name in dense.names if name not in seen):
-        stored = layout.stored({name: _tensor(dense, name)}) or {}
+        if stored := layout_dense.stored({name: _tensor(here, name)}):
+            seen_here.add(name)
+            seen_dense |= stored.keys()
+            change = Change(name, (here.kind(name)[0], dense.kind(next(iter(stored)))[0]), name in matrices)
+            found.add(change, [(values, _tensor(dense, other)) for other, values in stored.items()])
+    for name in (name for name in dense.names if name not in seen_dense):
+        stored = layout.stored({name: _tensor(dense, name)})  # one tensor of the dense model, parts here
         found.only_dense += [] if stored else [name]
-        for other, values in stored.items():
+        for other, values in (stored or {}).items():
+            seen_here.add(other)
             change = Change(other, (here.kind(other)[0], dense.kind(name)[0]), other in matrices)
-            _add(found, change, _tensor(here, other), values)
-        left = _without(left, stored)
-    found.only_here = left
+            found.add(change, [(_tensor(here, other), values)])
+    found.only_here = [name for name in here.names if name not in seen_here]
     return found
 
 
@@ -131,16 +136,3 @@ def _tensor(files: DenseFiles, name: str) -> Tensor:
     """A tensor, mapped; an empty one of a dtype that torch lacks, which is not compared."""
     readable = files.kind(name)[0] in DTYPES.values()
     return files.tensors([name])[name] if readable else torch.empty(0)
-
-
-def _add(found: Comparison, change: Change, here: Tensor, dense: Tensor) -> None:
-    """Compare one tensor if its dtypes can be compared: codes say nothing without their scales."""
-    both = set(change.dtypes)
-    if both <= set(FLOATS) or (len(both) == 1 and both <= set(DTYPES.values())):
-        found.add(change, here, dense)
-    else:
-        found.mismatched.append(f"{change.name}: {change.dtypes[0]}, of the dense model {change.dtypes[1]}")
-
-
-def _without(names: list[str], others: Collection[str]) -> list[str]:
-    return [name for name in names if name not in others] if others else names

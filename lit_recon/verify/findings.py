@@ -112,9 +112,9 @@ class Findings:
     def _of_masks(self) -> Verdict:
         right = [found for found in self.concerned if not found.zeros.masked_nonzero]
         count = sum(found.zeros.masked_nonzero or 0 for found in self.concerned)
-        problems = [f"{count:,} weights are not"] if count else []
-        problems += [f"masks of {len(self.lacking)} matrices that the folder lacks"] if self.lacking else []
-        problems += [f"{len(self.misfits)} masks that do not fit"] if self.misfits else []
+        problems = [f"not zero: {count:,}"] if count else []
+        problems += [f"masks of matrices that the folder lacks: {len(self.lacking)}"] if self.lacking else []
+        problems += [f"masks that do not fit: {len(self.misfits)}"] if self.misfits else []
         problems += [] if self.concerned or problems else ["no masks"]
         said = f" ({', '.join(problems)})" if problems else ""
         return Verdict("masks", not problems, f"masked weights are zero in {_of(right, self.concerned)}{said}")
@@ -153,7 +153,9 @@ def examine(request: Request) -> Findings:
         findings.remarks.insert(0, request.note)
     findings.lacking = [name for name in layout.lacking if name in masks]
     if absent := [name for name in layout.lacking if name not in masks]:
-        findings.remarks.append(f"The folder lacks {len(absent)} matrices of its architecture, such as {absent[0]}")
+        findings.remarks.append(
+            f"Matrices of the architecture that the folder lacks: {len(absent)}, such as {absent[0]}"
+        )
     for part, mask in _parts(layout, masks, findings.misfits):
         dtype, shape = files.kind(part.name)
         if mask is not None and mask.shape != shape:
@@ -213,9 +215,7 @@ def _note_codes(findings: Findings) -> None:
     codes = [found for found in findings.matrices if found.dtype in CODES]
     if codes:
         kinds = ", ".join(sorted({found.dtype for found in codes}))
-        findings.remarks.append(
-            f"{len(codes)} matrices are quantised ({kinds}): a code of 0 is taken for a weight of 0"
-        )
+        findings.remarks.append(f"Quantised matrices: {len(codes)} ({kinds}); a code of 0 is taken for a weight of 0")
 
 
 def _count_others(findings: Findings, files: DenseFiles) -> None:

@@ -13,7 +13,7 @@ from lit_recon.model.decoder import cause, decoder_layers
 from lit_recon.model.loading import HubModel
 from lit_recon.model.mapped_files import DenseFiles, listed_files, weight_problems
 from lit_recon.model.matrices import Matrix, find_matrices
-from lit_recon.verify.layout import IN_LAYER, Layout
+from lit_recon.verify.layout import IN_LAYER, Layout, shapes_of
 from lit_recon.verify.quantised import check_readable
 from lit_recon.verify.request import WEIGHTS
 
@@ -48,19 +48,19 @@ def read_layout(
     Raises:
         ValueError: Matrices are stored packed, or otherwise than config.json says, or there are none.
     """
-    names, of_masks = set(files.names), {name: (shape, 1) for name, shape in (masks or {}).items()}
+    stored, of_masks = shapes_of(files), {name: (shape, 1) for name, shape in (masks or {}).items()}
     try:
-        skeleton = _skeleton(folder, most=len(names))
+        skeleton = _skeleton(folder, most=len(stored))
         shapes = {matrix.name: (tuple(matrix.weight.shape), matrix.input_dim) for matrix in _matrices(skeleton)}
-        layout = Layout(names, skeleton, of_masks | shapes)
+        layout = Layout(stored, skeleton, of_masks | shapes)
         check_readable(folder, files, layout, set(shapes))
         reason = "" if layout.places else "Its tensors are named otherwise than its config.json has it"
     except _Unknown as error:
         reason = f"Its architecture is not known ({error})"
     if not reason:
         return layout, []
-    shapes = {name: (files.kind(name)[1], 1) for name in files.names if _looks_like_a_matrix(name, files.kind(name)[1])}
-    layout = Layout(names, None, of_masks | shapes)
+    shapes = {name: (shape, 1) for name, shape in stored.items() if _looks_like_a_matrix(name, shape)}
+    layout = Layout(stored, None, of_masks | shapes)
     check_readable(folder, files, layout, set(shapes))
     if not layout.places:
         raise ValueError(f"{folder}: no matrices found. {reason}, and no tensor has the name of a layer's weight.")
@@ -89,6 +89,7 @@ def _skeleton(folder: Path, *, most: int) -> PreTrainedModel:
         if isinstance(depth, int) and depth > most:
             raise _Unknown(f"its config.json says num_hidden_layers={depth}, and its weights are {most} tensors")
         skeleton = model.skeleton()
+        skeleton.tie_weights()  # which transformers 5.0 does not do on the meta device
         decoder_layers(skeleton)
     except ValueError as error:
         raise _Unknown(cause(error)) from error

@@ -118,7 +118,7 @@ def _changes(comparison: Comparison | None) -> Iterator[str]:
     kept = [change for change in comparison.changes if change.is_matrix and change.kept]
     largest = max((change.largest for change in kept), default=0.0)
     yield (
-        f"dense: {comparison.same:,} tensors have the same values; kept weights differ in {len(kept):,} matrices"
+        f"tensors with the dense model's values: {comparison.same:,}; matrices whose kept weights differ: {len(kept):,}"
         + (f", by {largest:.3g} at most" if kept else "")
     )
     for change in comparison.changes:
@@ -130,7 +130,7 @@ def _changes(comparison: Comparison | None) -> Iterator[str]:
     for here, dense in sorted(kinds):
         alike = [change for change in comparison.changes if change.dtypes == (here, dense)]
         rounded = sum(change.is_rounding for change in alike)
-        yield f"{len(alike):,} tensors are {here}, in the dense model {dense}: {rounded:,} of them differ by that alone"
+        yield f"tensors in {here}, dense in {dense}: {len(alike):,}, of which {rounded:,} differ by that alone"
     yield from comparison.mismatched
     yield from (f"{name}: not in the dense model" for name in comparison.only_here)
     yield from (f"{name}: only in the dense model" for name in comparison.only_dense)
@@ -147,8 +147,8 @@ def _last_lines(findings: Findings) -> Iterator[str]:
     patterns = " ".join(map(str, strongest(findings.patterns))) or "none"
     of_masks = " with masks" if findings.request.masks else ""
     yield (
-        f"{sparsity(findings.concerned):.1%} of {len(findings.concerned):,} matrices{of_masks}, "
-        f"{findings.total_sparsity:.1%} of all parameters are zero; N:M in each of these matrices: {patterns}"
+        f"zero: {sparsity(findings.concerned):.1%} of the weights of {len(findings.concerned):,} matrices{of_masks}, "
+        f"{findings.total_sparsity:.1%} of all parameters; N:M in each of these matrices: {patterns}"
     )
     if verdicts := findings.verdicts():
         yield "; ".join(f"{verdict.says}: {'yes' if verdict.holds else 'no'}" for verdict in verdicts)

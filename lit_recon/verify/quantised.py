@@ -8,8 +8,10 @@ import json
 from collections.abc import Set
 from pathlib import Path
 
+import torch
+
 from lit_recon.model.mapped_files import DenseFiles
-from lit_recon.verify.layout import Layout, first_input
+from lit_recon.verify.layout import Layout
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 CODES = ("F8_E4M3", "F8_E5M2", "I8")  # of one weight each
@@ -29,7 +31,7 @@ def check_readable(folder: Path, files: DenseFiles, layout: Layout, known: Set[s
         ValueError: With the reason, and what to do.
     """
     packed = [name for name in layout.lacking if _packed_as(layout, name)]
-    packed += [name for name in layout.names if layout.skeleton is None and name.endswith(_PACKED)]
+    packed += [name for name in layout.files if layout.skeleton is None and name.endswith(_PACKED)]
     for place in layout.places:
         for part in place.parts:
             dtype, shape = files.kind(part.name)
@@ -44,7 +46,7 @@ def check_readable(folder: Path, files: DenseFiles, layout: Layout, known: Set[s
                 )
     if packed:
         raise ValueError(
-            f"{folder}: {len(packed)} matrices are stored packed by {_method(folder)}, such as {packed[0]}: which "
+            f"{folder}: matrices stored packed by {_method(folder)}: {len(packed)}, such as {packed[0]}; which "
             "weights are zero cannot be told from their codes. Look at the model that was quantised, or at a "
             "dequantised copy."
         )
@@ -52,7 +54,8 @@ def check_readable(folder: Path, files: DenseFiles, layout: Layout, known: Set[s
 
 def _packed_as(layout: Layout, name: str) -> bool:
     """Whether the files have something else in place of a matrix that they lack, such as its codes and scales."""
-    expected = {name, *layout.converted({name: first_input(*layout.shapes[name])})}
+    shape, _ = layout.shapes[name]
+    expected = {name, *layout.converted({name: torch.empty(shape, device="meta")})}
     return any(one.removesuffix(".weight") in layout.owners or one in layout.owners for one in expected)
 
 

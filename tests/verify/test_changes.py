@@ -148,6 +148,8 @@ def test_experts_that_one_side_has_stacked_are_the_same_tensors(which: str, tmp_
     assert not any("experts.0" in name for name in names[which == "dense"])
     assert any("experts.0" in name for name in names[which == "here"])
     found = comparison(*folders)
+    parts = [one.part for one in examine(Request(folder=folders[0])).matrices]
     assert not (found.mismatched or found.only_here or found.only_dense)
     assert sum(one.pruned for one in found.changes) == sum(int((~mask).sum()) for mask in masks.values())
     assert not any(one.kept for one in found.changes)
+    assert {one.name for one in found.changes} == {part.name for part in parts}

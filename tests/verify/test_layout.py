@@ -4,6 +4,7 @@ A model is made 2:4 in memory by its own matrices. However it is stored, all of 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.matrices import find_matrices
 from lit_recon.verify.findings import Findings, examine
 from lit_recon.verify.request import Request
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+from multimodal import MULTIMODAL, tiny_multimodal
 
 
 def examined(folder: Path, masks: Path | None = None, pattern: tuple[int, int] | None = (2, 4)) -> Findings:
@@ -81,6 +85,33 @@ def test_one_weight_of_stacked_experts_is_found(tmp_path: Path) -> None:
     assert wrong == {name: 1}
     (broken,) = [found for found in findings.matrices if found.zeros.over]
     assert (broken.part.name, broken.part.input_dim, broken.zeros.over) == (name, 0, 1)
+
+
+@pytest.mark.parametrize(("shape", "input_dim"), [("gpt_oss", 1), ("mixtral", 0)])
+def test_stacked_experts_that_the_files_have_transposed_are_found(shape: str, input_dim: int, tmp_path: Path) -> None:
+    model = tiny_model(shape)
+    masks = save_masks(prune(model), tmp_path / "masks.safetensors")
+    folder = save(model, tmp_path / "model", save_original_format=False)
+    names = [name for name in load_file(folder / "model.safetensors") if name.endswith("experts.down_proj")]
+    change(folder, **{name.replace(".", "__"): read(folder, name).mT.contiguous() for name in names})
+    findings = examined(folder, masks)
+    assert holding(findings) == ["masks", "pattern"]
+    assert {found.part.input_dim for found in findings.matrices if found.part.name in names} == {input_dim}
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_the_text_decoder_of_a_model_that_also_sees_is_found(kind: str, tmp_path: Path) -> None:
+    model = tiny_multimodal(kind)
+    found = [matrix for layer in find_matrices(model) for matrix in layer if matrix.input_dim is not None]
+    kept = {matrix.name: two_of_four(matrix.weight, matrix.input_dim - 2) for matrix in found}
+    for matrix in found:
+        matrix.weight.data.mul_(kept[matrix.name])
+    folder, masks = save(model, tmp_path / "model"), save_masks(kept, tmp_path / "masks.safetensors")
+    findings = examined(folder, masks)
+    assert holding(findings) == ["masks", "pattern"], findings.lacking
+    assert sum(found.zeros.masked or 0 for found in findings.matrices) == sum(
+        int((~mask).sum()) for mask in kept.values()
+    )
 
 
 def test_shards_are_looked_at_as_one_model(tmp_path: Path) -> None:
@@ -178,9 +209,7 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_matrices_that_the_files_lack_are_told(tmp_path: Path) -> None:
     folder, masks = pruned_folder(tmp_path / "model")
     change(folder, **{"model__layers__1__mlp__up_proj__weight": None})
-    assert (
-        "lacks 1 matrices of its architecture, such as model.layers.1.mlp.up_proj.weight" in examined(folder).remarks[0]
-    )
+    assert "that the folder lacks: 1, such as model.layers.1.mlp.up_proj.weight" in examined(folder).remarks[0]
     findings = examined(folder, masks)
     assert findings.lacking == ["model.layers.1.mlp.up_proj.weight"] and holding(findings) == ["pattern"]
 

@@ -51,7 +51,9 @@ def test_everything_that_is_asked_holds(
     status, said = verify(folder, "--masks", masks, "--pattern", "2:4", "--sparsity", 0.5)
     assert status == 0
     *_, summary, verdict = said.splitlines()
-    assert summary.startswith("50.0% of 21 matrices with masks, ") and summary.endswith("each of these matrices: 2:4")
+    assert summary.startswith("zero: 50.0% of the weights of 21 matrices with masks, ") and summary.endswith(
+        "each of these matrices: 2:4"
+    )
     assert verdict == (
         "masked weights are zero in 21 of 21 matrices: yes; 2:4 in 21 of 21 matrices: yes; "
         "sparsity 0.5, where 0.5 is asked for: yes"
@@ -84,7 +86,7 @@ def test_one_weight_that_came_back_is_named_and_the_status_is_1(
     assert f"{NAME}: 1 of 768 masked weights are not zero" in said
     assert f"{NAME}: 1 of 384 groups of 4 hold more than 2 weights that are not zero" in said
     assert said.splitlines()[-1] == (
-        "masked weights are zero in 20 of 21 matrices (1 weights are not): no; 2:4 in 20 of 21 matrices: no"
+        "masked weights are zero in 20 of 21 matrices (not zero: 1): no; 2:4 in 20 of 21 matrices: no"
     )
     assert verify(folder, "--pattern", "3:4")[0] == 0
     assert verify(folder)[0] == 0, "nothing was asked"
@@ -108,6 +110,14 @@ def test_a_pattern_that_does_not_divide_the_inputs_does_not_hold(
     assert status == 1 and "model.layers.0.mlp.up_proj.weight: 7 does not divide its inputs (48 x 32)" in said
 
 
+def test_long_lists_are_cut_short_unless_all_are_asked_for(
+    folder_and_masks: tuple[Path, Path], verify: Callable[..., tuple[int, str]]
+) -> None:
+    said = verify(folder_and_masks[0], "--pattern", "1:4")[1]
+    assert said.count("hold more than 1 weights") == 12 and "... and 9 more lines, which --all prints" in said
+    assert verify(folder_and_masks[0], "--pattern", "1:4", "--all")[1].count("hold more than 1 weights") == 21
+
+
 def test_masks_of_other_matrices_and_other_shapes_are_named(
     folder_and_masks: tuple[Path, Path], tmp_path: Path, verify: Callable[..., tuple[int, str]]
 ) -> None:
@@ -121,8 +131,8 @@ def test_masks_of_other_matrices_and_other_shapes_are_named(
     assert "model.layers.9.mlp.up_proj.weight: has a mask, and the folder lacks it" in said
     assert f"{NAME}: its mask is (48, 31), and it is (48, 32)" in said
     assert said.splitlines()[-1] == (
-        "masked weights are zero in 20 of 20 matrices (masks of 1 matrices that the folder lacks, 1 masks that do not "
-        "fit): no; 2:4 in 20 of 20 matrices: yes"
+        "masked weights are zero in 20 of 20 matrices (masks of matrices that the folder lacks: 1, masks that do not "
+        "fit: 1): no; 2:4 in 20 of 20 matrices: yes"
     )
 
 
@@ -150,7 +160,7 @@ def test_a_fine_tuned_folder_is_compared_with_the_dense_one(
     (row,) = [line.split() for line in said.splitlines() if "up_proj" in line]
     assert row[-2:] == ["50.0%", "50.0%"]
     largest = max(float((content[name] / 2).abs().max()) for name in Masks.load(masks))
-    assert f"0 tensors have the same values; kept weights differ in 21 matrices, by {largest:.3g} at most" in said
+    assert f"dense model's values: 0; matrices whose kept weights differ: 21, by {largest:.3g} at most" in said
     assert "model.norm.weight: 32 of 32 numbers differ" in said
     lines = verify(folder, "--dense", dense, "--all")[1].splitlines()
     assert "lm_head.weight: 2,048 of 2,048 numbers differ" in lines
@@ -260,7 +270,7 @@ def test_packed_experts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     blocks = torch.zeros(4, 32, 1, 16, dtype=torch.uint8)
     change(folder, **{name: None, f"{name}_blocks": blocks, f"{name}_scales": blocks[..., 0].clone()})
     quantise(folder, "mxfp4")
-    assert "1 matrices are stored packed by mxfp4" in refused(capsys, folder)
+    assert "stored packed by mxfp4: 1, such as model.layers.0.mlp.experts.down_proj;" in refused(capsys, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
@@ -278,7 +288,7 @@ def test_codes_of_one_weight_each_are_looked_at_and_it_is_said(
     scale = torch.ones(48, 1)
     change(folder, **{name: codes, f"{name}_scale": scale, f"{name}_zero_point": torch.zeros(48, 1, dtype=torch.int8)})
     status, said = verify(folder, "--masks", masks, "--pattern", "2:4")
-    assert status == 0 and "1 matrices are quantised" in said and "a code of 0 is taken for a weight of 0" in said
+    assert status == 0 and "Quantised matrices: 1" in said and "a code of 0 is taken for a weight of 0" in said
     change(folder, **{f"{name}_zero_point": torch.full((48, 1), 3, dtype=torch.int8)})
     assert "stored packed" in refused(capsys, folder, "--masks", masks)
 
@@ -331,4 +341,4 @@ def test_exit_statuses_of_the_process(folder_and_masks: tuple[Path, Path]) -> No
         **{"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT},
     )
     assert done.returncode == 1 and done.stderr == ""
-    assert done.stdout.splitlines()[-1].endswith("in 20 of 21 matrices (1 weights are not): no")
+    assert done.stdout.splitlines()[-1].endswith("in 20 of 21 matrices (not zero: 1): no")
