@@ -132,7 +132,7 @@ def _kth_lowest(scores_RC: Tensor, count: int) -> Tensor:
     """
     if scores_RC.device.type != "cpu":
         return scores_RC.kthvalue(count, dim=1, keepdim=True).values
-    array_RC = scores_RC.detach().float().numpy()
+    array_RC = (scores_RC if scores_RC.dtype == torch.float64 else scores_RC.float()).detach().numpy()
     return torch.from_numpy(np.partition(array_RC, count - 1, axis=1)[:, count - 1 : count].copy()).to(scores_RC.dtype)
 
 
