@@ -66,7 +66,7 @@ def criteria(study: Study) -> Figure:
     places = {state: len(runs) + 0.6 + 1.1 * index for index, state in enumerate(STATES)}
     for state, place in places.items():
         _draw_spread(axes, place, nats[state], COLORS[state])
-    labels = [*(_label(*run) for run in runs), *(f"spread, {state}" for state in STATES)]
+    labels = [*(_drawable(_label(*run)) for run in runs), *(f"spread, {state}" for state in STATES)]
     axes.set_yticks([*range(len(runs)), *places.values()], labels)
     axes.set(ylim=(len(runs) + 2.2, -0.7), xlabel="nats over the dense model (lower is better)")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -75,7 +75,8 @@ def criteria(study: Study) -> Figure:
     axes.grid(visible=True, axis="x")
     dots = [Line2D([], [], linestyle="", color=color, label=state, **DOT) for state, color in COLORS.items()]
     legend(axes, [Line2D([], [], color=DENSE, linewidth=1.5, label="dense"), *dots])
-    figure.suptitle(textwrap.fill(study.about, 140), x=0.01, ha="left", color=MUTED, fontsize=STYLE["font.size"])
+    about = textwrap.fill(_drawable(study.about), 140)
+    figure.suptitle(about, x=0.01, ha="left", color=MUTED, fontsize=STYLE["font.size"])
     return figure
 
 
@@ -90,6 +91,11 @@ def _label(name: str, nats: Mapping[str, float]) -> str:
     """Name of a row, and which of its models broke: those have no dot."""
     broken = [state for state, value in nats.items() if math.isnan(value)]
     return f"{name} ({', '.join(broken)}: not finite)" if broken else name
+
+
+def _drawable(text: str) -> str:
+    """Text as matplotlib takes it: names of folders need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _draw_run(axes: Axes, row: int, nats: Mapping[str, float]) -> None:

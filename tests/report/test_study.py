@@ -177,6 +177,14 @@ def test_the_figure_has_a_row_per_criterion_the_best_first_and_brackets_over_bot
     assert written[-2:] == ["range 1.386, standard deviation 0.566"] * 2
 
 
+def test_names_that_are_no_utf_8_are_drawn_and_printed(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, prefix="$a_[b]_", model={"name": "caf\udce9 $x$"})
+    assert main([str(run) for run in runs]) == 0
+    assert (tmp_path / "criteria.png").is_file()
+    (study,) = found(*runs)
+    assert criteria(study).get_suptitle().startswith("caf\\udce9 $x$, unstructured")
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_model_that_broke_is_named_and_makes_the_spread_of_its_state_not_finite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
