@@ -1,6 +1,7 @@
 """lit_recon: local reconstruction of pruned language models, one window at a time, with PyTorch Lightning.
 
-The command is `python -m lit_recon.fit`. From Python:
+The command is `python -m lit_recon.fit`; `lit_recon.report` compares runs, and `lit_recon.verify` says which weights of
+any model folder are zero. From Python:
 
     from lit_recon import PythonDocs, load, perplexity, prune_and_reconstruct
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
     from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _MODULES = {
     "activations.datamodule": ("Batch",),

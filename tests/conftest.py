@@ -157,7 +157,7 @@ def masks_of(pruner: Pruner, window: Window) -> dict[str, Tensor]:
     pruner.begin(window)
     statistics = pruner.statistics(window)
     pruner.chain.dense_pass(window, [statistics])
-    return pruner.masks(window, statistics)
+    return pruner.decide(window, statistics).masks
 
 
 def pruned_window(model: PreTrainedModel, tokens_ST: Tensor, num_samples: int = 4) -> tuple[Activations, Window, Masks]:

@@ -1,12 +1,14 @@
 """Every YAML of conf/ composes, and instantiates to an object."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 
 from lit_recon.fit.parts import CONF
+from lit_recon.pruning.masks import Masks
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
 MEMBERS = [
@@ -18,16 +20,19 @@ REQUIRED = {
     "data/hub": ["data.name=a/b"],
     "data/custom": ["data._target_=lit_recon.data.python_docs.PythonDocs"],
     "criterion/custom": ["criterion._target_=lit_recon.pruning.criteria.wanda.Wanda"],
+    "criterion/file": ["criterion.masks={masks}"],
     "loss/custom": ["loss._target_=lit_recon.modules.losses.mean_squared"],
     "module/custom": ["module._target_=lit_recon.modules.masked_weights.MaskedWeights"],
 }
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_every_member_of_every_group_instantiates(member: str) -> None:
+def test_every_member_of_every_group_instantiates(member: str, tmp_path: Path) -> None:
     group, name = member.split("/")
+    Masks().save(tmp_path / "masks.safetensors")
+    required = [word.format(masks=tmp_path / "masks.safetensors") for word in REQUIRED.get(member, [])]
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        cfg = compose("fit", overrides=[f"{group}={name}", *REQUIRED.get(member, [])])
+        cfg = compose("fit", overrides=[f"{group}={name}", *required])
     node = cfg.module[group] if group in ("optimizer", "scheduler") else cfg[group]
     if group == "walk":
         assert node == name

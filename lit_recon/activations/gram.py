@@ -24,6 +24,7 @@ from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import AnyWindow, MatrixWindow
 
 SAMPLED = 1024  # rows of a matrix that are kept
+_STRIPE = 256  # rows of a Gram matrix that are summed up together
 _AT_ONCE = 64  # of those that come at once: a sample of many batches, not of the first
 
 
@@ -32,27 +33,44 @@ class GramSums:
     """The sum over rows of inputs of their products (I, I) in float32, their number, and a sample of them.
 
     Attributes:
-        gram_II: The sum.
+        upper_II: The sum, in stripes from the diagonal to the right: the rest is the same, and half the work is saved.
         most: How many rows are kept.
         count: How many there were.
         sampled: Those that are kept, (N, I) each.
     """
 
-    gram_II: Tensor
+    upper_II: Tensor
     most: int = SAMPLED
     count: int = 0
     sampled: list[Tensor] = field(default_factory=list)
+    _is_whole: bool = True  # whether the left of the diagonal is filled in
 
     @classmethod
     def zero(cls, width: int, device: torch.device, *, experts: int = 1, sampled: int = SAMPLED) -> "GramSums":
         """Of no rows of one of some experts, which share what is kept."""
         return cls(torch.zeros(width, width, device=device), -(-sampled // experts))
 
+    @property
+    def gram_II(self) -> Tensor:
+        """The whole sum: one tensor as long as nothing is added."""
+        if not self._is_whole:
+            for stripe in self._stripes():
+                self.upper_II[stripe.stop :, stripe] = self.upper_II[stripe, stripe.stop :].T
+            self._is_whole = True
+        return self.upper_II
+
+    def _stripes(self) -> Iterator[slice]:
+        """Rows that are summed up together."""
+        width = len(self.upper_II)
+        return (slice(start, min(start + _STRIPE, width)) for start in range(0, width, _STRIPE))
+
     def add(self, rows_NI: Tensor) -> None:
         """Add rows; products in float32 also under autocast, whose 16 bits the solution would not survive."""
         with torch.autocast(rows_NI.device.type, enabled=False):
             rows_NI = rows_NI.float()
-            self.gram_II.addmm_(rows_NI.T, rows_NI)
+            for stripe in self._stripes():
+                self.upper_II[stripe, stripe.start :].addmm_(rows_NI[:, stripe].T, rows_NI[:, stripe.start :])
+        self._is_whole = False
         self.count += len(rows_NI)
         room = self.most - sum(map(len, self.sampled))
         if room > 0 and len(rows_NI):

@@ -112,6 +112,10 @@ class MatrixInputs:
         with summing_products(self.layer.matrices(), self._shared, self._sums[part]):
             yield
 
+    def of(self, matrix: Matrix) -> list[GramSums] | None:
+        """The sums over calibration samples for a matrix, of each expert; None if it was in no product."""
+        return self._sums["calibration"].get(self._shared[matrix.name])
+
     def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:
         """The normal equations of one matrix, whose weight is still dense; None if no token reaches it."""
         if self.chain.propagation.one_source:

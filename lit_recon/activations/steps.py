@@ -12,7 +12,7 @@ from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.gram import NormalEquations
 from lit_recon.activations.matrix_inputs import MatrixInputs
 from lit_recon.activations.passes import CALIBRATION, Observer
-from lit_recon.activations.window_grams import WindowGrams
+from lit_recon.activations.window_grams import Grams, WindowGrams
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
 
 TrainingData = Activations | NormalEquations
@@ -32,7 +32,10 @@ class Step(Protocol):
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each window to be pruned and fitted, in order, and what it is trained on; None: no token reaches it."""
 
-    def grams(self) -> WindowGrams | None:
+    def observed_grams(self) -> Grams | None:
+        """Gram matrices that its observers sum up in the dense pass; None where they do not."""
+
+    def grams(self) -> Grams | None:
         """Gram matrices of what its matrices are multiplied by, while it is dense; None where nothing is solved for."""
 
     def install(self) -> None:
@@ -44,17 +47,21 @@ class WindowStep:
 
     def __init__(self, window: Window, chain: Chain, *, solves_first: bool) -> None:
         self.window, self.chain = window, chain
-        self._grams = WindowGrams(window) if solves_first else None
+        self._grams = WindowGrams(window.matrices()) if solves_first else None
         self.observers: Sequence[Observer] = _shares_pass(self._grams, chain)
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """The window and the chain's activations."""
         yield self.window, Activations.from_chain(self.chain)
 
-    def grams(self) -> WindowGrams | None:
+    def observed_grams(self) -> Grams | None:
+        """Those of its matrices."""
+        return self._grams if self.observers else None
+
+    def grams(self) -> Grams | None:
         """Those of its matrices, which are not kept."""
         grams, self._grams = self._grams, None
-        return _gathered(grams, self.chain)
+        return _gathered(grams, self.window, self.chain)
 
     def install(self) -> None:
         """Nothing to do: the window is fitted in place."""
@@ -88,9 +95,9 @@ class MatrixStep:
         # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs.
         self.observers: Sequence[Observer] = [self.inputs] if summed and propagation.independent else ()
         self._own_pass = summed and not propagation.independent
-        self._grams = WindowGrams(window) if solves_first else None
+        self._grams = WindowGrams(window.matrices()) if solves_first else None
         self.observers = [*self.observers, *_shares_pass(self._grams, chain)]
-        self._gathered: WindowGrams | None = None
+        self._gathered: Grams | None = None
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each matrix, with a copy of its weight to work on, and its normal equations or its activations."""
@@ -106,10 +113,16 @@ class MatrixStep:
             yield matrix, data
             del data  # before the next matrix's activations are made
 
-    def grams(self) -> WindowGrams | None:
+    def observed_grams(self) -> Grams | None:
+        """Those that they are solved for from."""
+        if not self.observers:
+            return None
+        return self.inputs if self._grams is None else self._grams
+
+    def grams(self) -> Grams | None:
         """Those of all matrices of the layer."""
         if self._gathered is None:
-            self._gathered = _gathered(self._grams, self.chain)
+            self._gathered = _gathered(self._grams, self.window, self.chain)
         return self._gathered
 
     def install(self) -> None:
@@ -124,11 +137,11 @@ def _shares_pass(grams: WindowGrams | None, chain: Chain) -> list[Observer]:
     return [grams] if grams and chain.propagation.independent else []
 
 
-def _gathered(grams: WindowGrams | None, chain: Chain) -> WindowGrams | None:
+def _gathered(grams: WindowGrams | None, window: Window, chain: Chain) -> WindowGrams | None:
     """Gram matrices of the inputs that a window is trained on, of a pass of their own where the dense one was not."""
     if grams and not chain.propagation.independent:
-        with chain.clock.phase("teacher"), grams.window.with_dense_norms():
-            chain.passes.run(grams.window, chain.inputs_STD, None, [grams], CALIBRATION)
+        with chain.clock.phase("teacher"), window.with_dense_norms():
+            chain.passes.run(window, chain.inputs_STD, None, [grams], CALIBRATION)
     return grams
 
 

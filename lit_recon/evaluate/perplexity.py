@@ -154,7 +154,7 @@ def negative_log_likelihoods(
     metric = NegativeLogLikelihood(len(tokens_ST)).to(compute.device)
     for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute, given):
         metric.update(row, logits_CV, targets_C)
-    return metric.compute().tolist()
+    return metric.compute().reshape(-1).tolist()  # torchmetrics makes a scalar of one entry
 
 
 def _slices(

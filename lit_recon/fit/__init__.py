@@ -10,6 +10,7 @@ moved.py           paths from before version 0.3.0
 rehearsal.py       one training step of a tiny window, before anything is written
 samples.py         samples of its source of text, which the dense model may generate
 checks.py          rules between settings, and between settings and a model
+allocate.py        the pattern of each matrix: by rules, one threshold, or an allocation
 job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report
 session.py         a loaded model and the objects that walk over it; `reconstruct`

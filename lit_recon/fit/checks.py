@@ -5,7 +5,7 @@ Each raises a ValueError, or adds a problem, that says what was given, what is a
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings, check_targets
 from lit_recon.activations.teacher import check_halves
 from lit_recon.data.source import Samples
+from lit_recon.fit.allocate import by_rules
 from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
@@ -27,8 +28,13 @@ from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.modules.rates import make_optimizer
 from lit_recon.modules.trained import needs_gram, trained_by
 from lit_recon.modules.untrained import Untrained
-from lit_recon.pruning.patterns import Pattern
+from lit_recon.pruning.allocation.rules import Rules
+from lit_recon.pruning.criteria import Criterion, changes_weights, needs_columns
+from lit_recon.pruning.criteria.given import GivenMasks
+from lit_recon.pruning.patterns import ColumnPattern, Pattern, Unstructured
 from lit_recon.pruning.pruner import check_nested
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
 from lit_recon.system.command_line import Problems
@@ -88,6 +94,42 @@ def check_settings(
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
+
+
+def check_pruning(
+    problems: Problems,
+    *,
+    criterion: Criterion | None,
+    pattern: Pattern | None,
+    refinement: Refinement | None,
+    rules: Rules | None,
+    allocation: Allocation | None,
+    propagation: Propagation | None,
+) -> None:
+    """Add what is wrong with how a model is pruned; None for a part that could not be made, or is not there."""
+    scope = pattern.scope if isinstance(pattern, Unstructured) else ""
+    is_shared = scope in ("layer", "model")
+    if isinstance(criterion, GivenMasks):
+        for what, part in (("a list of rules in sparsity", rules), ("allocation", allocation)):
+            if part is not None:
+                problems.add(f"{what} with given masks (criterion=zeros, file): how much goes is given; leave it out.")
+        return
+    if allocation is not None and rules is not None:
+        problems.add("allocation with a list of rules in sparsity: both say where how much goes; leave one out.")
+    elif allocation is not None and pattern is not None:
+        problems.check(allocation.check, pattern)
+    if is_shared and rules is not None:
+        problems.add(f"pattern.scope={scope} with a list of rules in sparsity: use pattern.scope=row or matrix.")
+    if is_shared and propagation is not None and propagation.statistics == "sparse":
+        problems.add(
+            f"pattern.scope={scope} with chain.statistics=sparse: one threshold is found before the walk, where all is "
+            "dense; use chain.statistics=dense, or pattern.scope=row or matrix."
+        )
+    if needs_columns(criterion) and pattern is not None and not isinstance(pattern, ColumnPattern):
+        problems.add(
+            f"{callable_name(criterion)} prunes from left to right, and {callable_name(pattern)} has no `columns` and "
+            "`width` (lit_recon.pruning.patterns.ColumnPattern); use pattern=unstructured or n_m."
+        )
 
 
 def _is(module: Callable[..., Any] | None, kind: type) -> bool:
@@ -163,7 +205,10 @@ def check_model(model: PreTrainedModel, method: Method, matrices: LayerMatrices 
     method.windows.check(model)
     matrices = find_matrices(model) if matrices is None else matrices
     found = [matrix for layer in matrices for matrix in layer]
-    check_pattern(found, method.pattern)
+    patterns = by_rules(method, found)
+    check_pattern(found, {one.name: patterns.get(one.name, [method.pattern]) for one in found})
+    if isinstance(method.criterion, GivenMasks):
+        method.criterion.check(found)
     if method.windows.by == WindowKind.MATRIX:
         check_experts([matrix for matrix in found if matrix.input_dim is not None], method.propagation)
 
@@ -210,16 +255,28 @@ def check_windows(
             f"start={method.fitting.start} with prune_by={method.prune_by} and windows={method.windows.by}: a window "
             "is solved for while it is dense, and this prunes parts of it one after the other; use prune_by=window."
         )
+    check_larger(method, windows, pruning_windows)
     check_halves(windows, method.propagation, recompute=recompute)
     layers = {id(window.enclosing): window.enclosing for window in windows}.values()
     check_scored([matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.allow_unscored)
 
 
-def _are_smaller(pruning_windows: Sequence[Window], windows: Sequence[AnyWindow]) -> bool:
-    """Whether a window is pruned in several pruning windows."""
-    pruned = [{matrix.name for matrix in one.matrices()} for one in pruning_windows]
-    fitted = [{matrix.name for matrix in one.enclosing.matrices()} for one in windows]
-    return any(one < other for one in pruned for other in fitted)
+def check_larger(method: Method, windows: Sequence[AnyWindow], pruning_windows: Sequence[Window]) -> None:
+    """Raise a ValueError for a criterion that changes weights where more than a window is pruned at once."""
+    if changes_weights(method.criterion) and _are_smaller(windows, pruning_windows):
+        raise ValueError(
+            f"criterion={type(method.criterion).__name__} with prune_by={method.prune_by}, windows={method.windows.by} "
+            "and chain.statistics=sparse: the weights that it changes would be kept for several windows; use "
+            "prune_by=window, another criterion, or chain.statistics=dense."
+        )
+
+
+def _are_smaller(windows: Sequence[AnyWindow], others: Sequence[AnyWindow]) -> bool:
+    """Whether some window is a part of one of the others, single matrices as whole layers."""
+    found, larger = (
+        [{matrix.name for matrix in one.enclosing.matrices()} for one in some] for some in (windows, others)
+    )
+    return any(one < other for one in found for other in larger)
 
 
 def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
@@ -233,13 +290,14 @@ def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
         )
 
 
-def check_pattern(matrices: Sequence[Matrix], pattern: Pattern) -> None:
-    """Raise a ValueError for matrices that the pattern does not fit."""
+def check_pattern(matrices: Sequence[Matrix], patterns: Mapping[str, Sequence[Pattern]]) -> None:
+    """Raise a ValueError for matrices that their patterns do not fit."""
     misfits: list[str] = []
     for matrix in matrices:
         if matrix.input_dim is not None:
             try:
-                pattern.check(matrix.name, *matrix.by_expert(matrix.weight).shape[1:])
+                for pattern in patterns[matrix.name]:
+                    pattern.check(matrix.name, *matrix.by_expert(matrix.weight).shape[1:])
             except ValueError as error:
                 misfits.append(str(error))
     more = [f"... and {len(misfits) - 3} more matrices."] if len(misfits) > 3 else []

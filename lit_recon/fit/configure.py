@@ -13,11 +13,11 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_pruning, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
-from lit_recon.fit.parts import MADE_LATER, PARTS, join_groups, make_part, trainer_settings
+from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
 from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
@@ -25,6 +25,7 @@ from lit_recon.fit.settings import check_call, expand_home, given, given_of, pla
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.modules.trained import needs_gram
+from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
@@ -70,6 +71,9 @@ class _Chosen:
             allow_unscored=self.call["allow_unscored"],
             walk=self.call["walk"],
             retraining=self.parts["retraining"],
+            refinement=self.parts["refine"],
+            rules=self.parts["rules"],
+            allocation=self.parts["allocation"],
             retraining_trainer=self.compute.trainers(self.parts["trainer"]),
         )
 
@@ -142,7 +146,9 @@ def prepare(cfg: DictConfig) -> Job:
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
     call = check_call(cfg, problems)
+    cfg, rules = take_rules(cfg, problems)
     parts = {name: make_part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
+    parts["rules"] = rules
     trainer = trainer_settings(cfg, problems)
     if parts["module"]:
         join_groups(cfg.module, parts, problems)
@@ -166,6 +172,15 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             trainer=trainer,
             walk=call.get("walk", "local"),
             retraining=parts["retraining"],
+        )
+        check_pruning(
+            problems,
+            criterion=parts["criterion"],
+            pattern=parts["pattern"],
+            refinement=parts["refine"],
+            rules=rules,
+            allocation=parts["allocation"],
+            propagation=parts["chain"],
         )
         if parts["trainer"]:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
@@ -223,7 +238,10 @@ def _rehearse_once(chosen: _Chosen, skeleton: PreTrainedModel) -> None:
 def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, Any], problems: Problems) -> int | None:
     """Add what is wrong with the settings of the run itself; its limit of memory in bytes."""
     pattern = parts["pattern"]
-    if "sparsity" in given() and "sparsity" in call and pattern and pattern.sparsity != call["sparsity"]:
+    is_number = isinstance(call.get("sparsity"), (int, float))
+    if "sparsity" in given() and isinstance(parts["criterion"], GivenMasks):
+        problems.add(f"sparsity with {given_of('criterion')}: masks are given, and so is how much goes; leave it out.")
+    elif "sparsity" in given() and is_number and pattern and pattern.sparsity != call["sparsity"]:
         problems.add(
             f"sparsity={call['sparsity']} was given, but pattern={pattern.describe()} has a sparsity of its own, "
             f"{pattern.sparsity:g}; leave one of them out."
@@ -237,7 +255,7 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
             problems.check(check_writable, Path(call["output_dir"]), about=with_folder)
         else:
             problems.check(check_output, Path(call["output_dir"]), overwrite=call["overwrite"], about=with_folder)
-    if all(parts.values()) and "output_dir" in call:
+    if all(part for name, part in parts.items() if name not in OPTIONAL) and "output_dir" in call:
         problems.check(check_inputs, Path(call["output_dir"]), plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")

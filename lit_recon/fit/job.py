@@ -17,8 +17,12 @@ from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.modules.trained import needs_gram
+from lit_recon.pruning.allocation.rules import Rules
 from lit_recon.pruning.criteria import Criterion
-from lit_recon.pruning.patterns import Pattern
+from lit_recon.pruning.criteria.given import GivenMasks
+from lit_recon.pruning.patterns import Pattern, Unstructured
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.device import Compute
@@ -54,6 +58,9 @@ class Method:
     Attributes:
         criterion: Scores weights.
         pattern: Turns scores into masks.
+        refinement: Refines masks; None where nothing does.
+        rules: Give matrices patterns of their own, by name; None where there are none.
+        allocation: Shares the sparsity out over layers, after a look at all of them; None where nothing does.
         windows: How the model is cut into windows.
         propagation: What windows see.
         prune_by: What is pruned at once, one of PRUNE_BY; "window" where it makes no difference.
@@ -80,6 +87,9 @@ class Method:
     walk: str = "local"
     retraining: Retraining = Retraining()
     retraining_trainer: Callable[..., Trainer] | None = None
+    refinement: Refinement | None = None
+    rules: Rules | None = None
+    allocation: Allocation | None = None
 
     @property
     def retraining_schedule(self) -> Schedule:
@@ -92,12 +102,26 @@ class Method:
         """Whether the module pulls what it trains towards its start, of which it then holds copies."""
         return bool(_argument(self.module, "anchor"))
 
+    def describe_pattern(self) -> str:
+        """What is removed where, in the words of the settings."""
+        if isinstance(self.criterion, GivenMasks):
+            return "as given"
+        own = [] if self.rules is None else [self.rules.describe()]
+        own += [] if self.allocation is None else [f"allocation {self.allocation.describe()}"]
+        return ", ".join([*([] if self.is_covered else [self.pattern.describe()]), *own])
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether rules alone say what is removed: the setting `sparsity` is a list of them, and no number."""
+        return self.rules is not None and isinstance(self.pattern, Unstructured) and not self.pattern.sparsity
+
     def recipe(self, batch_size: int) -> dict[str, str]:
         """The method in the words of the settings, for results, report and model card."""
         accumulated = f", {self.schedule.accumulate} per step" if self.schedule.accumulate > 1 else ""
         found = {
             "criterion": type(self.criterion).__name__,
-            "pattern": self.pattern.describe(),
+            "pattern": self.describe_pattern(),
+            **({} if self.refinement is None else {"refine": type(self.refinement).__name__}),
             "windows": self.windows.describe(),
             "module": callable_name(self.module),
             **self.propagation.describe(),

@@ -23,7 +23,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_pruning, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
 from lit_recon.fit.parts import CONF
 from lit_recon.fit.rehearsal import rehearse
@@ -34,10 +34,13 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.pruning.allocation.rules import Rules
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.patterns import Pattern, Unstructured
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
@@ -115,6 +118,8 @@ def prune_and_reconstruct(
     *,
     criterion: Criterion | None = None,
     pattern: Pattern | None = None,
+    refinement: Refinement | None = None,
+    allocation: Rules | Allocation | None = None,
     windows: Partition | None = None,
     propagation: Propagation | None = None,
     prune_by: str = "window",
@@ -131,22 +136,21 @@ def prune_and_reconstruct(
 ) -> Reconstruction:
     """Prune a model and reconstruct it window by window, in place (arXiv 2510.14444).
 
-    The defaults are those of the command. The model returns to its device, and to training mode and gradients where it
-    had them. When it is interrupted, the windows that are done stay pruned and reconstructed, and the rest is dense.
+    Defaults are the command's. When it is interrupted, the windows that are done stay, and the rest is dense.
 
     Args:
         model: A causal language model of transformers, of any floating dtype; its weights are changed in place.
-        samples: Calibration and held-out samples, as a source of text gives them.
+        samples: Calibration and held-out samples of a source of text.
         criterion: Scores weights; Wanda.
         pattern: Turns scores into masks; half of each row.
+        refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
+        allocation: Shares the sparsity out (pruning.allocation.owl.Owl()), or patterns by name (rules.Rules); none.
         windows: What is reconstructed at once; blocks.
         propagation: What windows see; dense inputs, targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
-        module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...) to change
-            its settings.
-        fitting: How windows are tried, and what is kept; FitSettings().
-        walk: "local": windows are reconstructed; "global": they are pruned only, and all layers are trained at once;
-            "local_then_global".
+        module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
+        fitting: How windows are tried, and what is kept.
+        walk: "local": by windows; "global": all layers at once, pruned; "local_then_global".
         retraining: How all layers are trained at once; Retraining(), by the divergence of the logits.
         trainer: Arguments of lightning.Trainer that differ from TRAINER, such as {"max_epochs": 4}.
         store: Where hidden states are kept; in memory where they fit, else in a temporary folder.
@@ -159,16 +163,23 @@ def prune_and_reconstruct(
         Results and masks.
 
     Raises:
-        ValueError: What the command refuses: settings that do not fit each other or the model. Also where a number is
-            not finite, such as a hidden state; windows before it are done then.
+        ValueError: What the command refuses; a number is not finite, with windows before it done.
     """
     given: dict[str, Any] = {"criterion": criterion, "pattern": pattern, "windows": windows, "propagation": propagation}
-    given |= {"fitting": fitting, "retraining": retraining}
-    others = {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
-    parts = _parts() | {name: part for name, part in given.items() if part is not None} | others
-    asked = (parts, TRAINER | dict(trainer or {}), store or StoreSettings(kind="auto"), batch_size, seed)
+    given |= {"fitting": fitting, "retraining": retraining, "refinement": refinement, "allocation": allocation}
+    given |= {"prune_by": prune_by, "module": module, "allow_unscored": allow_unscored, "walk": walk}
+    parts, settings = _parts() | _given(given), TRAINER | dict(trainer or {})
+    asked = (parts, settings, store or StoreSettings(kind="auto"), batch_size, seed)
     with _prepared(model), quietly(), stoppable():
         return _walk(model, samples, asked, shown=progress)
+
+
+def _given(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that are given; rules are one of their own."""
+    given = {name: part for name, part in parts.items() if part is not None}
+    if isinstance(given.get("allocation"), Rules):
+        given["rules"] = given.pop("allocation")
+    return given
 
 
 def _parts() -> dict[str, Any]:
@@ -176,6 +187,9 @@ def _parts() -> dict[str, Any]:
     return {
         "criterion": Wanda(),
         "pattern": Unstructured(sparsity=0.5),
+        "refinement": None,
+        "rules": None,
+        "allocation": None,
         "windows": Partition(),
         "propagation": Propagation(),
         "prune_by": "window",
@@ -208,7 +222,7 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
                 )
         finally:
             session.weights.discard()
-    return Reconstruction(results, masks.masks, session.pruner.labels())
+    return Reconstruction(results, masks.masks, session.pruner.labels("magnitude"))
 
 
 def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:
@@ -278,6 +292,8 @@ def _checked(
         name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
     }
     check_settings(problems, **related, store=store, trainer=settings)
+    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation")
+    check_pruning(problems, **{name: parts[name] for name in pruning})
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             problems.add(f"{name}={value!r}: expected a whole number, {least} or more.")

@@ -24,8 +24,11 @@ from lit_recon.fit.moved import FOLDERS, MOVED
 from lit_recon.fit.settings import given_of, plain, targets
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
+from lit_recon.pruning.allocation.rules import Rules
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.system.command_line import Problems, in_words
 
@@ -38,7 +41,10 @@ PARTS: dict[str, type] = {  # what each is an object of
     "store": StoreSettings,
     "windows": Partition,
     "retraining": Retraining,
+    "refine": Refinement,
+    "allocation": Allocation,
 }
+OPTIONAL = ("refine", "allocation")  # null where a run has none
 MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
 PACKAGE = Path(__file__).parents[1]
@@ -52,6 +58,8 @@ def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     That of a part that is made for each window is a partial call.
     """
     node = cfg.get(name)
+    if node is None and name in OPTIONAL:
+        return None
     if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # also of no value
         problems.add(
             f"{given_of(name)}: a run needs a {name} with _target_=<file>.<class>; leave that out, or choose a member "
@@ -62,6 +70,9 @@ def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
         if old in MOVED:
             problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
+    missing = () if name in MADE_LATER else sorted(OmegaConf.missing_keys(node) - {"_target_"})
+    for key in missing:
+        problems.add(f"{name}.{key} has no value; give {name}.{key}=<value>.")
     if name == "module" and _has_loss_of_group(node):  # a part of its own
         node = node.copy()
         with open_dict(node):
@@ -133,6 +144,16 @@ def _add_failure(error: Exception, name: str, target: str, problems: Problems) -
         kind = PARTS.get(name)
         needed = f"; expected an object like {kind.__module__}.{kind.__name__}" if kind else ""
         problems.add(f"{given_of(name)}: {in_words(cause)}{needed}", error)
+
+
+def take_rules(cfg: DictConfig, problems: Problems) -> tuple[DictConfig, Rules | None]:
+    """The rules that `sparsity` may be, and the configuration with a number in their place, for matrices they leave."""
+    if not OmegaConf.is_list(cfg.get("sparsity")):
+        return cfg, None
+    cfg = cfg.copy()
+    found = problems.check(Rules, plain(cfg.sparsity))
+    cfg.sparsity = 0.0
+    return cfg, found
 
 
 def trainer_settings(cfg: DictConfig, problems: Problems) -> dict[str, Any]:

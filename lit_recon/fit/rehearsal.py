@@ -31,6 +31,8 @@ from lit_recon.fit.job import Execution, Method
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
+from lit_recon.pruning.criteria.given import GivenMasks
+from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_result import WindowResult
@@ -87,8 +89,11 @@ def _fit_two_steps(
         stopping = partial(_stopping, scratch=scratch, batches=-(-counts[0] // execution.batch_size))
         method = replace(
             method,
-            criterion=_copy(method.criterion),
+            # Given masks are of the real model.
+            criterion=Magnitude() if isinstance(method.criterion, GivenMasks) else _copy(method.criterion),
             pattern=_copy(method.pattern),
+            refinement=_copy(method.refinement),
+            rules=None,  # on names of the real model
             module=_copy(method.module),
             windows=windows,
             fitting=replace(method.fitting, retry_rates=()),

@@ -2,6 +2,7 @@
 
     layer_00003.00007   weights of a layer after window 7, in the model's own dtypes   (one per layer that is done)
     masks.00007         masks of window 7, bit-packed                                  (one per window)
+    pruned.00007        weights as a criterion that changes them has left them, before window 7 was trained
     chain.00007         hidden states at the boundary after window 7                   (the newest)
     unit.<name>         masks of the pruning window, larger than the windows, in which the walk is
     fit.00031           weights and optimizer within the fit of all layers at once, which has no hidden states
@@ -22,7 +23,8 @@ from torch import Tensor
 from lit_recon.fit.session import Session
 from lit_recon.model.errors import Errors
 from lit_recon.model.windows import Window
-from lit_recon.pruning.masks import Masks
+from lit_recon.pruning.masks import Masks, StoredWeights
+from lit_recon.pruning.pruner import Pruning
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_state import FitState
 from lit_recon.reconstruction.rate_search import Try
@@ -45,6 +47,7 @@ class ResumePoint(WalkCallback):
     Attributes:
         done: The results of all windows that are committed.
         masks: Their masks.
+        pruned: The weights that the criterion has left, where it changes them.
         fit_state: Where the fit of all layers at once is, of a run that is resumed in it.
     """
 
@@ -53,11 +56,20 @@ class ResumePoint(WalkCallback):
         self.done: list[WindowResult] = []
         self.masks = Masks()
         self._layers: dict[int, str] = {}
+        self.pruned = StoredWeights()
         self._mask_files: list[str] = []
+        self._pruned_files: list[str] = []
         self._unit: str | None = None
         self._fit_files: list[str] = []
         self._number = 0  # of the newest commit
         self.fit_state: FitState | None = None
+
+    def on_window_pruned(self, window: Window, pruned: Pruning) -> None:
+        """Write what a criterion that changes weights has left, which the commit of this window will list."""
+        name = f"pruned.{self._number + 1:05}"
+        with self.session.clock.phase("commit"):
+            self.pruned.add(self.commits.write(name, pruned.weights))
+        self._pruned_files.append(name)
 
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         """Write what has changed with a window, and make it the point from which a run is resumed."""
@@ -104,16 +116,17 @@ class ResumePoint(WalkCallback):
             "windows": [asdict(result) for result in results],
             "layers": {str(index): name for index, name in self._layers.items()},
             "masks": self._mask_files,
+            "pruned": self._pruned_files,
             "chain": chain,
             "unit": unit,
             "fit": fit,
-            "by_magnitude": session.pruner.by_magnitude,
+            "instead": session.pruner.instead,
             "step": self.logger.last_step,
             "seconds": session.clock.seconds,
             "elapsed": session.clock.total(),
         }
         own = [name for name in (chain, unit, *(fit["files"] if fit else ())) if name]
-        self.commits.commit(number, state, [*self._layers.values(), *self._mask_files, *own])
+        self.commits.commit(number, state, [*self._layers.values(), *self._mask_files, *self._pruned_files, *own])
         self._number, self.done = number, list(results)
 
     def restore(self, commit: Commit) -> None:
@@ -125,6 +138,9 @@ class ResumePoint(WalkCallback):
             session.weights.restore_layer(index, path)
         for name in self._mask_files:
             self.masks.update(Masks.load(self.commits.path(name)))
+        self._pruned_files = list(state["pruned"])
+        for name in self._pruned_files:
+            self.pruned.add(self.commits.path(name))
         self._number = commit.number
         if state["chain"] is None:
             session.chain.forget()
@@ -133,7 +149,7 @@ class ResumePoint(WalkCallback):
         pending = None
         if self._unit is not None:
             pending = self._unit.removeprefix("unit."), Masks.load(commit.path(self._unit)).unpack()
-        session.pruner.resume(pending, state["by_magnitude"])
+        session.pruner.resume(pending, state["instead"])
         self.logger.last_step = state["step"]
         if fit := state["fit"]:
             self.logger.last_step = fit["first_step"] - 1  # its curves go on where they began

@@ -19,6 +19,7 @@ from rich.markup import escape
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
+from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
@@ -44,6 +45,7 @@ from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
+from lit_recon.pruning.decision import INSTEAD
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_result import WindowResult
@@ -118,10 +120,12 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
-            session = load(job, activations, clock)
+            known = from_json(commit.state["patterns"]) if commit else None
+            session = load(job, activations, clock, patterns=known)
             facts: dict[str, Any] = {
                 "signature": signature(job),
                 "machine": machine(job.execution.compute.device),
+                "patterns": as_json(session.pruner.patterns),
             }
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
@@ -151,8 +155,15 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     return _Opened(job, session, plan, facts, commit)
 
 
-def load(job: Job, activations: Path, clock: Clock) -> Session:
-    """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session."""
+def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = None) -> Session:
+    """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session.
+
+    Args:
+        job: The run.
+        activations: The folder of hidden states that are kept on disk.
+        clock: Takes the seconds.
+        patterns: Those of its matrices, where the run is resumed.
+    """
     model = job.model.load()
     prepare_model(model, job.method.module)
     if said := job.model.describe_left_out():
@@ -164,7 +175,14 @@ def load(job: Job, activations: Path, clock: Clock) -> Session:
         for tensor in (*model.parameters(), *model.buffers()):  # what is mapped of it is read
             tensor.data = tensor.data.clone()
     return open_session(
-        model, job.samples, job.method, job.execution, activations=activations, files=files, clock=clock
+        model,
+        job.samples,
+        job.method,
+        job.execution,
+        activations=activations,
+        files=files,
+        clock=clock,
+        patterns=patterns,
     )
 
 
@@ -178,7 +196,8 @@ class _Walked:
     windows: list[WindowResult]
     logger: RunLogger
     dense_nats: float
-    by_magnitude: list[str]
+    pruned_by: dict[str, list[str]]
+    target: dict[str, float]
     peak_bytes: int
     walk_peak_bytes: int
 
@@ -224,11 +243,12 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     return _Walked(
         job=job,
         plan=opened.plan,
-        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV),
+        saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, resume_point.pruned),
         windows=resume_point.done,
         logger=resume_point.logger,
         dense_nats=facts["dense_nats"],
-        by_magnitude=session.pruner.labels(),
+        pruned_by={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
+        target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
     )
@@ -320,7 +340,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | {"by_magnitude": walked.by_magnitude},
+        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.pruned_by | {"target_by_matrix": walked.target},
         windows=walked.windows,
         seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Passes
 from lit_recon.data.source import Samples
+from lit_recon.fit.allocate import Patterns, allocate
 from lit_recon.fit.checks import check_model, check_windows
 from lit_recon.fit.job import Execution, Method, num_arrays
 from lit_recon.model.decoder import Decoder
@@ -28,6 +29,7 @@ from lit_recon.model.verify import verify
 from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.modules.rates import is_probed
 from lit_recon.modules.untrained import Untrained
+from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.masks import Masks
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.reconstruction.driver import WalkCallback, walk
@@ -81,6 +83,7 @@ def open_session(
     activations: Path,
     files: DenseFiles | None = None,
     clock: Clock | None = None,
+    patterns: Patterns | None = None,
 ) -> Session:
     """Cut a model into windows and check what only weights can tell.
 
@@ -92,36 +95,34 @@ def open_session(
         activations: The folder of hidden states that are kept on disk.
         files: Where the model is streamed, the files that its weights are mapped from.
         clock: Takes the seconds.
+        patterns: Those that its matrices had in a run that is resumed; None: they are found here.
 
     Raises:
         ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
             matrices that cannot be scored; the disk has no room for hidden states.
     """
-    clock, compute = clock or Clock(), execution.compute
-    weights = WeightOffloader(model, compute.device, files=files, clock=clock)
+    clock = clock or Clock()
+    weights = WeightOffloader(model, execution.compute.device, files=files, clock=clock)
     lengths = _lengths(samples)
     matrices = verify(model, samples.calibration_ST, lengths=lengths)
     windows = method.windows.cut(model, matrices)
     pruning_windows = _pruning_windows(method, model, matrices)
     check_model(model, method, matrices)
     check_windows(windows, pruning_windows, method, recompute=execution.store.recompute)
-    shape = samples.shape(model.config.get_text_config().hidden_size)
-    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
-    execution.store.check(activations, *arrays)
-    passes = Passes(
-        Decoder(model, compute.device),
-        torch.cat([samples.calibration_ST, samples.held_out_ST]),
-        num_samples=len(samples.calibration_ST),
-        batch_size=execution.batch_size,
-        compute=compute,
-        store=execution.store.open(activations, *arrays),
-    )
+    passes = _passes(model, samples, method, execution, windows, activations)
     chain = Chain(passes, method.propagation, recompute=execution.store.recompute, clock=clock)
     weights.release_pages()
+    if isinstance(method.criterion, GivenMasks):
+        method.criterion.prepare([matrix for layer in matrices for matrix in layer])
+    if patterns is None:
+        patterns = allocate(method, chain, matrices, seed=execution.seed)
+        weights.release_pages()
     pruner = Pruner(
         method.criterion,
         method.pattern,
         chain,
+        patterns=patterns,
+        refinement=method.refinement,
         pruning_windows=pruning_windows,
         seed=execution.seed,
         clock=clock,
@@ -130,6 +131,28 @@ def open_session(
     if method.walk != "local":
         retrained = open_retraining(method.retraining, passes, matrices, weights)
     return Session(model, matrices, windows, chain, pruner, weights, clock, retrained)
+
+
+def _passes(
+    model: PreTrainedModel,
+    samples: Samples,
+    method: Method,
+    execution: Execution,
+    windows: Sequence[AnyWindow],
+    activations: Path,
+) -> Passes:
+    """Passes over the samples, with a store that has room for their hidden states."""
+    shape = samples.shape(model.config.get_text_config().hidden_size)
+    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
+    execution.store.check(activations, *arrays)
+    return Passes(
+        Decoder(model, execution.compute.device),
+        torch.cat([samples.calibration_ST, samples.held_out_ST]),
+        num_samples=len(samples.calibration_ST),
+        batch_size=execution.batch_size,
+        compute=execution.compute,
+        store=execution.store.open(activations, *arrays),
+    )
 
 
 def reconstruct(

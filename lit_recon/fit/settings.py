@@ -16,7 +16,7 @@ from lit_recon.fit.annotations import wrong_type
 from lit_recon.system.command_line import Problems, concerning, shortened
 
 CALL: dict[str, Any] = {
-    "sparsity": float,
+    "sparsity": float | list,
     "seed": int,
     "output_dir": str,
     "overwrite": bool,
@@ -127,7 +127,7 @@ def check_call(cfg: DictConfig, problems: Problems, *, only: Sequence[str] = tup
             problems.add(f"{name}: a run needs it; leave ~{name} out.")
             continue
         try:
-            value = cfg[name]
+            value = plain(cfg[name])
         except OmegaConfBaseException as error:
             said = "has no value; give" if OmegaConf.is_missing(cfg, name) else f"{str(error).splitlines()[0]}; give"
             problems.add(f"{name}: {said} {name}=<value>.")

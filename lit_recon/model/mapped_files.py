@@ -39,7 +39,7 @@ def folder_problems(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir())
     problems = [] if "config.json" in names else ["no config.json"]
     weights = next((name for name in WEIGHTS if name in names), None)
-    problems += _weight_problems(folder, weights) if weights else [f"no weights ({', '.join(WEIGHTS)})"]
+    problems += weight_problems(folder, weights) if weights else [f"no weights ({', '.join(WEIGHTS)})"]
     if not set(VOCABULARIES) & set(names) and not list(folder.glob("*.tiktoken")):
         problems.append(f"no tokenizer ({', '.join(VOCABULARIES)})")
     if problems:
@@ -47,7 +47,7 @@ def folder_problems(folder: Path) -> list[str]:
     return problems
 
 
-def _weight_problems(folder: Path, weights: str) -> list[str]:
+def weight_problems(folder: Path, weights: str) -> list[str]:
     """Files that a weight index lists and the folder lacks, and safetensors files that do not fit their own header."""
     try:
         files = listed_files(folder / weights) if weights.endswith(".index.json") else [weights]
@@ -252,6 +252,11 @@ class DenseFiles:
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._entries)
+
+    def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type of a tensor, in the words of the format ("BF16"), and its shape; nothing is mapped."""
+        entry = self._entries[name]
+        return entry.dtype, entry.shape
 
     @property
     def nbytes(self) -> int:

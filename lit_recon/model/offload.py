@@ -5,7 +5,7 @@ that are written after each window, all mapped. One set of float32 masters is re
 same shapes. A model that cannot be streamed is in memory as a whole.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -80,6 +80,12 @@ class WeightOffloader:
         homes = {id(one): home.dtype for one, home in zip(self._window.parameters(), self._homes, strict=True)}
         matrix = window.matrix.weight if isinstance(window, MatrixWindow) else None
         return [homes[id(matrix if matrix is not None else one)] for one in window.own_parameters()]
+
+    def as_stored(self, window: Window, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors for some matrices of the window on the device, by name, in the dtypes in which these are stored."""
+        homes = {id(one): home.dtype for one, home in zip(window.parameters(), self._homes, strict=True)}
+        matrices = (matrix for matrix in window.matrices() if matrix.name in tensors)
+        return {matrix.name: tensors[matrix.name].to(homes[id(matrix.weight)]) for matrix in matrices}
 
     @timed("commit")
     @torch.no_grad()

@@ -1,7 +1,11 @@
 """Which weights go: criteria score them, patterns turn scores into masks.
 
 criteria/      how important is each weight: one file = one criterion
-statistics.py  what a criterion sees of a matrix's inputs
+refine/        better masks, whatever the criterion
+allocation/    how much goes where: by rules, one threshold, OWL, errors
+statistics.py  what criteria and refinements see of a matrix's inputs
+decision.py    what stays of one matrix: score, mask, refined mask, weights
+survey.py      the dense model before the walk, layer by layer, for an allocation
 patterns.py    scores to masks: unstructured, N:M
 pruner.py      masks of a window, or of a pruning window
 masks.py       one bit per weight, in memory and in a file

@@ -1,4 +1,7 @@
-"""Boolean masks by matrix name, one bit per weight, in memory or mapped from the files that hold them."""
+"""Boolean masks by matrix name, one bit per weight, in memory or mapped from the files that hold them.
+
+Also the weights that a criterion has left, where it changes them: dense weights under a mask are not the pruned model.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -42,6 +45,10 @@ class Masks:
         bits, shape = self._packed[name]
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape))).view(bool).reshape(shape))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a matrix."""
+        return self._packed[name][1]
+
     def __contains__(self, name: str) -> bool:
         """Whether there is a mask of a matrix."""
         return name in self._packed
@@ -82,18 +89,20 @@ class Masks:
         return masks
 
     @contextmanager
-    def applied(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+    def applied(self, layer: nn.Module, prefix: str, changed: "StoredWeights | None" = None) -> Iterator[None]:
         """A context in which a layer is pruned; its own weights return afterwards.
 
         Args:
             layer: The layer.
             prefix: Its qualified name in the model.
+            changed: The weights that the criterion has left, where they are not the layer's own.
         """
         named = ((f"{prefix}.{name}", weight) for name, weight in layer.named_parameters())
         homes = {name: (weight, weight.data) for name, weight in named if name in self}
         try:
             for name, (weight, home) in homes.items():
-                weight.data = (home * self[name].to(home.device)).add_(0.0)
+                left = changed[name].to(home) if changed is not None and name in changed else home
+                weight.data = (left * self[name].to(home.device)).add_(0.0)
             yield
         finally:
             for weight, home in homes.values():
@@ -112,3 +121,24 @@ class Masks:
                 raise RuntimeError(f"{name}: pruned weights are not zero in the checkpoint that was read back.")
             zeros[name] = kept.numel() - int(torch.count_nonzero(kept))
         return zeros
+
+
+class StoredWeights:
+    """Weights by matrix name in some safetensors files, each read when it is asked for."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Path] = {}
+
+    def add(self, path: Path) -> None:
+        """Take over all weights of a file, in place of those of the same matrices."""
+        with safe_open(path, framework="pt") as file:
+            self._files |= dict.fromkeys(file.keys(), path)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are weights of a matrix."""
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The weights of a matrix, as they are stored."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)

@@ -5,11 +5,15 @@ matter how much is pruned at once. With sparse statistics it does: the matrices 
 none of them is pruned yet. Pruning windows may be larger or smaller than the windows that are reconstructed:
 
     larger    all masks are made where the first window of the pruning window starts (`begin`)
-    smaller   one after the other, each on what the pruned ones before it output (`masks`)
+    smaller   one after the other, each on what the pruned ones before it output (`prune`)
+
+Gram matrices are large: where they are needed, a window of several layers is looked at layer by layer, in a pass of its
+own, so that those of one layer are there at once.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning import seed_everything
@@ -18,40 +22,82 @@ from torch import Tensor
 from lit_recon.activations.boundary import Boundary
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import CALIBRATION
+from lit_recon.activations.window_grams import Grams
 from lit_recon.model.layerwise import float32_on
+from lit_recon.model.matrices import Matrix
 from lit_recon.model.windows import AnyWindow, Window
-from lit_recon.pruning.criteria import Criterion
+from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram
+from lit_recon.pruning.criteria.given import GivenMasks
+from lit_recon.pruning.decision import Decision, decide
 from lit_recon.pruning.patterns import Pattern
-from lit_recon.pruning.statistics import Statistics
+from lit_recon.pruning.refine import Refinement
+from lit_recon.pruning.statistics import InputStatistics
 from lit_recon.system.clock import Clock, timed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What stays of a window's matrices, by their names.
+
+    Attributes:
+        masks: Boolean masks (True = kept), in the weights' shapes.
+        weights: The weights that the criterion leaves, of those that it changes.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: "Pruning") -> None:
+        """Take over what stays of others."""
+        self.masks.update(other.masks)
+        self.weights.update(other.weights)
+
+    def of(self, names: Sequence[str]) -> "Pruning":
+        """Of some matrices alone, where they can be pruned."""
+        masks = {name: self.masks[name] for name in names if name in self.masks}
+        return Pruning(masks, {name: self.weights[name] for name in names if name in self.weights})
 
 
 @torch.no_grad()
-def prune(window: AnyWindow, masks: Mapping[str, Tensor]) -> bool:
-    """Zero the weights of a window that their masks (True = kept) remove, in place; whether that changed any."""
+def prune(window: AnyWindow, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> bool:
+    """Zero the weights of a window that their masks (True = kept) remove, in place; whether that changed any.
+
+    Args:
+        window: The window.
+        masks: By matrix.
+        weights: Those that stay, where the criterion has changed them.
+    """
     changed = False
     for matrix in window.matrices():
         if matrix.name in masks:
             changed |= bool(((matrix.weight != 0) & ~masks[matrix.name]).any())
+            if weights and matrix.name in weights:
+                matrix.weight.copy_(weights[matrix.name])
             matrix.weight.mul_(masks[matrix.name]).add_(0.0)  # which makes zeros of negative zeros
     return changed
 
 
 class Pruner:
-    """Makes the masks of one window after the other.
+    """Decides what stays of one window after the other.
 
     Args:
         criterion: Scores weights.
         pattern: Turns scores into masks.
         chain: The chain at the current window.
+        patterns: The pattern of each matrix or of each of its experts, by the matrix's name, if not `pattern`.
+        refinement: Refines masks; None where nothing does.
         pruning_windows: What is pruned at once, where that is not each window: each larger or smaller than the windows.
             They make a difference with sparse statistics only.
         seed: Seed of what statistics and scores draw; each window adds the index of its first layer.
         clock: Takes the seconds.
 
     Attributes:
-        by_magnitude: By matrix, labels of the experts that saw no token and were scored by magnitude.
-        has_pruned: Whether weights were zeroed already as the last masks were made, one pruning window after the other.
+        instead: By matrix, what was scored by another criterion than the one that was asked for: the label of the
+            matrix or expert, and that criterion. "magnitude": an expert that saw no token. "wanda": a matrix that could
+            not be solved for.
+        has_pruned: Whether weights were zeroed already in the last decision, one pruning window after the other.
     """
 
     def __init__(
@@ -60,57 +106,78 @@ class Pruner:
         pattern: Pattern,
         chain: Chain,
         *,
+        patterns: Mapping[str, Sequence[Pattern]] | None = None,
+        refinement: Refinement | None = None,
         pruning_windows: Sequence[Window] = (),
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
-        self.criterion, self.pattern, self.chain = criterion, pattern, chain
+        self.criterion, self.pattern, self.refinement, self.chain = criterion, pattern, refinement, chain
         self.pruning_windows = pruning_windows if chain.propagation.statistics == "sparse" else ()
         self.seed = seed
         self.clock = clock or Clock()
-        self.by_magnitude: dict[str, list[str]] = {}
+        self.patterns = dict(patterns or {})
+        self.instead: dict[str, list[tuple[str, str]]] = {}
         self.has_pruned = False
         self._larger: Window | None = None  # the pruning window, larger than a window, in which the walk is
-        self._masks: dict[str, Tensor] = {}  # of that pruning window
+        self._waiting = Pruning()  # of that pruning window
 
-    def labels(self) -> list[str]:
-        """Labels of all experts that were scored by magnitude."""
-        return [label for labels in self.by_magnitude.values() for label in labels]
+    def labels(self, criterion: str) -> list[str]:
+        """Labels of all matrices and experts that this criterion has scored instead."""
+        return [label for found in self.instead.values() for label, used in found if used == criterion]
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether Gram matrices of inputs are needed."""
+        return needs_gram(self.criterion) or needs_gram(self.refinement)
+
+    @property
+    def updates(self) -> bool:
+        """Whether the criterion changes the weights that stay."""
+        return changes_weights(self.criterion)
 
     @property
     def pending(self) -> tuple[str, dict[str, Tensor]] | None:
         """Name and masks of the pruning window, larger than a window, in which the walk is."""
-        return (self._larger.name, self._masks) if self._larger is not None else None
+        return (self._larger.name, self._waiting.masks) if self._larger is not None else None
 
-    def resume(self, pending: tuple[str, dict[str, Tensor]] | None, by_magnitude: Mapping[str, list[str]]) -> None:
+    def resume(
+        self, pending: tuple[str, dict[str, Tensor]] | None, instead: Mapping[str, Sequence[Sequence[str]]]
+    ) -> None:
         """Continue where another pruner had these `pending` masks and labels."""
-        self.by_magnitude = dict(by_magnitude)
+        self.instead = {name: [(label, used) for label, used in found] for name, found in instead.items()}
         if pending is not None:
             (self._larger,) = [window for window in self.pruning_windows if window.name == pending[0]]
-            self._masks = pending[1]
+            self._waiting = Pruning(pending[1])
 
     @timed("teacher")
     def begin(self, window: Window) -> None:
-        """Make all masks of a larger pruning window that starts here, before the first window's weights are moved.
+        """Decide on a larger pruning window that starts here, before the first window's weights are moved.
 
         Seeds what statistics and scores draw, by the window alone, so that a run can be resumed.
         """
         seed_everything(self.seed + window.indices.start, verbose=False)
         larger = next((one for one in self.pruning_windows if _names(window) < _names(one)), None)
         if larger is not None and larger is not self._larger:
-            assert self.chain.sparse
+            assert self.chain.sparse and not self.updates
             with float32_on(larger, self.chain.passes.compute.device):
-                self._masks = self._masks_at(larger, self.chain.sparse)
+                self._waiting = self._decide_at(larger, self.chain.sparse.states_STD)
         self._larger = larger
 
-    def statistics(self, window: Window) -> Statistics:
-        """Observes the dense pass over a window; of nothing where pruning windows have statistics of their own."""
-        own = self._larger is None and not self._smaller(window)
-        return Statistics(self.criterion, window.matrices() if own else ())
+    def statistics(self, window: Window, grams: Grams | None = None) -> InputStatistics:
+        """Observes the dense pass over a window; of nothing where it is looked at in passes of its own.
+
+        Args:
+            window: The window.
+            grams: Gram matrices that something else sums up in that pass.
+        """
+        own = self._larger is None and not self._smaller(window) and not self._goes_by_layer(window)
+        matrices = window.matrices() if own else ()
+        return InputStatistics(self.criterion, matrices, refinement=self.refinement, grams=grams)
 
     @timed("prune")
-    def masks(self, window: Window, statistics: Statistics) -> dict[str, Tensor]:
-        """Masks of a window's matrices by name, on their weights' device; of those that can be scored.
+    def decide(self, window: Window, statistics: InputStatistics) -> Pruning:
+        """What stays of a window's matrices, on their weights' device; of those that can be scored.
 
         Args:
             window: The window, dense, on the device.
@@ -118,53 +185,118 @@ class Pruner:
         """
         self.has_pruned = False
         if self._larger is not None:
-            found = self._masks
+            found = self._waiting
         elif smaller := self._smaller(window):
-            found = self._masks_in_turn(smaller)
+            found = self._decide_in_turn(smaller)
+        elif self._goes_by_layer(window):
+            boundary = self.chain.sparse if self.chain.propagation.statistics == "sparse" else self.chain.dense
+            assert boundary
+            found = self._decide_at(window, boundary.states_STD)
         else:
-            found = self._score(window, statistics)
+            found = self._decide(window, statistics)
+        found = found.of([matrix.name for matrix in window.matrices()])
         device = self.chain.passes.compute.device  # a resumed pruning window's masks are on the CPU
-        return {matrix.name: found[matrix.name].to(device) for matrix in window.matrices() if matrix.name in found}
+        return Pruning({name: mask.to(device) for name, mask in found.masks.items()}, found.weights)
+
+    def _goes_by_layer(self, window: Window) -> bool:
+        """Whether a window's layers are looked at one after the other."""
+        return self.needs_gram and len(window.indices) > 1
 
     def _smaller(self, window: Window) -> list[Window]:
         """The pruning windows in a window that is larger."""
         return [one for one in self.pruning_windows if _names(one) < _names(window)]
 
-    def _masks_in_turn(self, pruning_windows: Sequence[Window]) -> dict[str, Tensor]:
+    def _decide_in_turn(self, pruning_windows: Sequence[Window]) -> Pruning:
         """Score and prune one pruning window after the other, each on what the pruned ones before it output."""
         assert self.chain.sparse
         passes = self.chain.passes
         boundary = Boundary(passes.copy(self.chain.sparse.states_STD))
-        masks: dict[str, Tensor] = {}
+        made = Pruning()
         for window in pruning_windows:
-            found = self._masks_at(window, boundary)
-            self.has_pruned |= prune(window, found)
-            masks |= found
+            found = self._decide_at(window, boundary.states_STD)
+            self.has_pruned |= prune(window, found.masks, found.weights)
+            made.add(found)
             self.chain.step_over(boundary, window)
-        return masks
+        return made
 
-    def _masks_at(self, window: Window, boundary: Boundary) -> dict[str, Tensor]:
-        """The masks of a window by statistics of a pass that starts at `boundary`."""
-        statistics = Statistics(self.criterion, window.matrices())
-        self.chain.passes.run(window, boundary.states_STD, None, [statistics], CALIBRATION)
-        return self._score(window, statistics)
+    def _decide_at(self, window: Window, states_STD: Tensor) -> Pruning:
+        """What stays of a window by statistics of a pass over calibration samples that starts from these states."""
+        passes, made = self.chain.passes, Pruning()
+        layers = list(_layers(window)) if self._goes_by_layer(window) else [window]
+        outputs_STD = passes.copy(states_STD) if len(layers) > 1 else None
+        for layer in layers:
+            statistics = InputStatistics(self.criterion, layer.matrices(), refinement=self.refinement)
+            inputs_STD = states_STD if outputs_STD is None else outputs_STD
+            passes.run(layer, inputs_STD, outputs_STD, [statistics], CALIBRATION)
+            made.add(self._decide(layer, statistics))
+        return made
 
-    @torch.no_grad()
-    def _score(self, window: Window, statistics: Statistics) -> dict[str, Tensor]:
-        """The masks of a window's matrices, where they can be scored.
-
-        What is zero already is the first to go, and goes even where the pattern would have room for it.
-        """
-        masks = {}
+    def _decide(self, window: Window, statistics: InputStatistics) -> Pruning:
+        """What stays of a window's matrices, where they can be scored."""
+        made = Pruning()
         for matrix in window.matrices():
-            if matrix.input_dim is not None:
-                scores_EOI, self.by_magnitude[matrix.name] = statistics.scores(matrix)
-                zero_EOI = matrix.by_expert(matrix.weight) == 0
-                if zero_EOI.any():
-                    scores_EOI = torch.where(zero_EOI, -math.inf, scores_EOI)
-                mask_EOI = torch.stack([self.pattern(scores_OI) for scores_OI in scores_EOI])
-                masks[matrix.name] = matrix.as_weight(mask_EOI & ~zero_EOI)
-        return masks
+            if matrix.input_dim is None:
+                continue
+            if isinstance(self.criterion, GivenMasks):
+                made.add(self._given(self.criterion, matrix, statistics))
+                continue
+            decisions = [self._decision(matrix, expert, statistics) for expert in range(matrix.experts)]
+            self.instead[matrix.name] = [
+                (matrix.label(expert), one.instead) for expert, one in enumerate(decisions) if one.instead
+            ]
+            made.masks[matrix.name] = matrix.as_weight(torch.stack([one.mask_OI for one in decisions]))
+            if any(one.weight_OI is not None for one in decisions):
+                weight_EOI = matrix.by_expert(matrix.weight)
+                pairs = zip(decisions, weight_EOI, strict=True)
+                left = [weight_OI if one.weight_OI is None else one.weight_OI for one, weight_OI in pairs]
+                made.weights[matrix.name] = matrix.as_weight(torch.stack(left))
+        return made
+
+    def _given(self, criterion: GivenMasks, matrix: Matrix, statistics: InputStatistics) -> Pruning:
+        """What stays of a matrix by a mask that is given; its weights are the given ones where these stay."""
+        given, weight = (None if one is None else one.to(matrix.weight.device) for one in criterion.given(matrix))
+        assert given is not None
+        if weight is None:
+            given &= matrix.weight != 0
+        mask = given if self.refinement is None else self._refined(self.refinement, matrix, given, statistics)
+        left = {} if weight is None else {matrix.name: torch.where(given, weight.float(), matrix.weight)}
+        return Pruning({matrix.name: mask}, left)
+
+    def _refined(self, refinement: Refinement, matrix: Matrix, mask: Tensor, statistics: InputStatistics) -> Tensor:
+        """A mask, refined for each expert that saw a token; in a row, since no pattern is known that it has."""
+        mask_EOI = matrix.by_expert(mask).clone()
+        for expert, weight_OI in enumerate(matrix.by_expert(matrix.weight)):
+            known, was_reached = statistics.for_refinement(matrix, expert)
+            if was_reached:
+                mask_EOI[expert] = refinement.refine(weight_OI, mask_EOI[expert], known, None)
+        return matrix.as_weight(mask_EOI)
+
+    def _decision(self, matrix: Matrix, expert: int, statistics: InputStatistics) -> Decision:
+        """What stays of one matrix or expert, by its pattern."""
+        patterns = self.patterns.get(matrix.name)
+        pattern = self.pattern if patterns is None else patterns[expert % len(patterns)]
+        decision = decide(
+            matrix,
+            expert,
+            statistics,
+            criterion=self.criterion,
+            pattern=pattern,
+            refinement=self.refinement,
+        )
+        if decision.instead == "wanda":
+            log.warning(
+                "%s: its Gram matrix has no Cholesky factor even with much damping; pruned by Wanda instead of %s",
+                *(matrix.label(expert), type(self.criterion).__name__),
+            )
+        return decision
+
+
+def _layers(window: Window) -> Iterator[Window]:
+    """The layers of a window, each a window of its own."""
+    for index, layer in zip(window.indices, window.layers, strict=True):
+        mine = {id(parameter) for parameter in layer.parameters()}
+        matrices = [matrix for matrix in window.matrices() if id(matrix.weight) in mine]
+        yield Window(f"{window.name}.{index}", [layer], first=index, matrices=matrices)
 
 
 def check_nested(pruning_windows: Sequence[Window], windows: Sequence[AnyWindow]) -> None:

@@ -2,7 +2,7 @@
 
     1. move the window's dense weights to the device, in float32
     2. one dense pass: its targets and the criterion's statistics together
-    3. score, mask, prune in place
+    3. score, mask, prune in place; with a criterion that changes weights, to those that it leaves
     4. fit: a LightningModule over the window, a LightningDataModule over its activations, a fresh Trainer
     5. advance the chain: with dense inputs and targets, the targets are the next window's inputs
     6. move the window back; callbacks commit it: the point from which an interrupted run is resumed
@@ -23,7 +23,8 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.steps import steps
 from lit_recon.model.offload import WeightOffloader
 from lit_recon.model.windows import AnyWindow, Window
-from lit_recon.pruning.pruner import Pruner, prune
+from lit_recon.pruning.pruner import Pruner, Pruning, prune
+from lit_recon.pruning.statistics import InputStatistics
 from lit_recon.reconstruction.window_fit import WindowFitter
 from lit_recon.reconstruction.window_result import WindowResult, kept_pruned
 from lit_recon.system.finite import NotFinite, first_not_finite
@@ -34,6 +35,14 @@ NOTHING_PRUNED = "what pruning takes is zero already, so there is no error"
 
 class WalkCallback:
     """Hooks of a walk; each does nothing unless a subclass says otherwise."""
+
+    def on_window_pruned(self, window: Window, pruned: Pruning) -> None:
+        """A criterion that changes weights has decided on a window, which is still dense.
+
+        Args:
+            window: The window, on the device.
+            pruned: What stays of the matrices of the layers that it keeps; weights in the model's own dtypes.
+        """
 
     def on_window_fit(self, result: WindowResult) -> None:
         """One more window is fitted; it is committed when the chain has stepped over its layer."""
@@ -82,13 +91,16 @@ def walk(
             with _explaining(step.window, chain.passes.compute.precision):
                 pruner.begin(step.window)
                 weights.onload(step.window, prefetch=upcoming)  # 1
-                statistics = pruner.statistics(step.window)
+                statistics = pruner.statistics(step.window, step.observed_grams())
                 chain.dense_pass(step.window, [statistics, *step.observers])  # 2
-                masks = pruner.masks(step.window, statistics)  # 3
+                masks, changed = _decided(pruner, step.window, statistics, weights, callbacks)  # 3
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
                     start = fitter.start(window, masks, step.grams())  # of dense weights
-                    if prune(window, masks) or pruner.has_pruned or not _matches_itself(step.window, chain, results):
+                    was_dense = not (prune(window, masks, changed) or pruner.has_pruned)
+                    for matrix in window.matrices():  # where they are now
+                        changed.pop(matrix.name, None)
+                    if not was_dense or not _matches_itself(step.window, chain, results):
                         results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
                     else:
                         results.append(kept_pruned(window, NOTHING_PRUNED))
@@ -103,6 +115,23 @@ def walk(
                 for callback in callbacks:
                     callback.on_window_end(step.window, kept, results)
     return results
+
+
+def _decided(
+    pruner: Pruner,
+    window: Window,
+    statistics: InputStatistics,
+    weights: WeightOffloader,
+    callbacks: Sequence[WalkCallback],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks of a window's matrices, and the weights that the criterion has changed, as they will be stored."""
+    decided = pruner.decide(window, statistics)
+    changed = weights.as_stored(window, decided.weights)
+    kept = [matrix.name for matrix in window.kept_matrices()]
+    if changed:
+        for callback in callbacks:
+            callback.on_window_pruned(window, Pruning(decided.masks, changed).of(kept))
+    return decided.masks, changed
 
 
 def _matches_itself(window: Window, chain: Chain, results: Sequence[WindowResult]) -> bool:

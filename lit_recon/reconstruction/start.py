@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_recon.activations.steps import TrainingData
-from lit_recon.activations.window_grams import WindowGrams
+from lit_recon.activations.window_grams import Grams
 from lit_recon.model.errors import Errors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.conjugate_gradients import solve_damped
@@ -22,7 +22,7 @@ _LIMITS = {"tolerance": 1e-3, "max_iterations": 200}  # conf/module/least_square
 
 
 @torch.no_grad()
-def solutions(window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams) -> dict[str, Tensor]:
+def solutions(window: AnyWindow, masks: Mapping[str, Tensor], grams: Grams) -> dict[str, Tensor]:
     """The solution of each matrix by name, of those whose inputs were observed.
 
     Args:
@@ -32,10 +32,10 @@ def solutions(window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams
     """
     found = {}
     for matrix in window.matrices():
-        grams_EII = grams.of(matrix) if matrix.name in masks else None
-        if grams_EII is not None:
-            pairs = zip(matrix.by_expert(matrix.weight), matrix.by_expert(masks[matrix.name]), grams_EII, strict=True)
-            solved = [_solved(weight_OI, mask_OI, gram_II.double()) for weight_OI, mask_OI, gram_II in pairs]
+        sums = grams.of(matrix) if matrix.name in masks else None
+        if sums is not None:
+            pairs = zip(matrix.by_expert(matrix.weight), matrix.by_expert(masks[matrix.name]), sums, strict=True)
+            solved = [_solved(weight_OI, mask_OI, one.gram_II.double()) for weight_OI, mask_OI, one in pairs]
             found[matrix.name] = matrix.as_weight(torch.stack(solved))
     return found
 

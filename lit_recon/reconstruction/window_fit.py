@@ -20,7 +20,7 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from lit_recon.activations.steps import TrainingData
-from lit_recon.activations.window_grams import WindowGrams
+from lit_recon.activations.window_grams import Grams
 from lit_recon.model.errors import Errors
 from lit_recon.model.windows import AnyWindow
 from lit_recon.modules.trained import attached, changed_by, needs_gram, trained_by
@@ -91,7 +91,7 @@ class WindowFitter:
         return self.fitting.start == "least_squares"
 
     @timed("fit")
-    def start(self, window: AnyWindow, masks: Mapping[str, Tensor], grams: WindowGrams | None) -> dict[str, Tensor]:
+    def start(self, window: AnyWindow, masks: Mapping[str, Tensor], grams: Grams | None) -> dict[str, Tensor]:
         """What a window's matrices are to start from instead of their pruned weights, by name; it is dense now."""
         return solutions(window, masks, grams) if grams else {}
 

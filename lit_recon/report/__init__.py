@@ -1,9 +1,11 @@
 """Reports of finished runs, made from the files of a run alone: neither torch nor the model is loaded.
 
-__main__.py    the command python -m lit_recon.report: draw reports again, compare runs
-page.py        report.html, one page per run, from page.html.j2
-figures.py     the figures of a run: perplexity, error over depth, learning curves, time
-comparison.py  the table over several runs, for the terminal and in Markdown
-run_files.py   reads results.json and TensorBoard's event files
-format.py      numbers and keys of results.json as text
+__main__.py      the command python -m lit_recon.report: draw reports again, compare runs
+page.py          report.html, one page per run, from page.html.j2
+figures.py       the figures of a run: perplexity, error over depth, learning curves, time
+comparison.py    the table over several runs, for the terminal and in Markdown
+study.py         runs that differ in nothing but the criterion: their spread before and after reconstruction
+study_figure.py  its figure
+run_files.py     reads results.json and TensorBoard's event files
+format.py        numbers and keys of results.json as text
 """

@@ -7,7 +7,7 @@ runs share stand above the table.
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,25 @@ def by_short_name(runs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Mapping[s
     Args:
         runs: results.json by the folder of the run.
     """
-    folders = {run: Path(os.path.abspath(run)) for run in runs}
-    parent = os.path.commonpath([folder.parent for folder in folders.values()])
-    return {folders[run].relative_to(parent).as_posix(): results for run, results in runs.items()}
+    parent = common_folder(runs)
+    return {Path(os.path.abspath(run)).relative_to(parent).as_posix(): results for run, results in runs.items()}
+
+
+def common_folder(runs: Iterable[Path]) -> Path:
+    """The deepest folder that holds all runs, as an absolute path."""
+    return Path(os.path.commonpath([Path(os.path.abspath(run)).parent for run in runs]))
 
 
 def settings(results: Mapping[str, Any]) -> dict[str, str]:
-    """Settings of a run, each as text that needs no label."""
+    """Settings of a run, each as text that needs no label; what refined the masks is part of the criterion."""
     recipe, protocol = results["recipe"], results["protocol"]
     texts = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
+    texts.pop("refine", None)
     opening = protocol.get("opening", "none")  # which versions before 0.4 do not say
     sequences = f"{protocol['windows']} x {protocol['context']} tokens"
     sequences += f", each after {opening}" if opening != "none" else ""
-    texts |= {key: recipe[key] for key in ("criterion", "pattern", "windows", "module") if key in recipe}
+    texts |= {key: recipe[key] for key in ("pattern", "windows", "module") if key in recipe}
+    texts["criterion"] = " + ".join(recipe[key] for key in ("criterion", "refine") if recipe.get(key))
     if results.get("relative_error"):  # of two versions they do not compare: until 0.4 there was no typical error
         unit = "median energy" if results.get("typical_error") else "variance"
         texts["unit"] = f"error in units of the dense states' {unit}"
@@ -66,13 +72,12 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def shared_and_different(runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+def shared_and_different(by_run: Mapping[str, Mapping[str, str]]) -> tuple[str, dict[str, str]]:
     """Settings of runs as text: the main ones that all runs share, and for each run its window and what differs.
 
     Args:
-        runs: results.json by the name of the run.
+        by_run: The settings of each run by its name.
     """
-    by_run = {name: settings(results) for name, results in runs.items()}
     values = defaultdict(set)
     for texts in by_run.values():
         for key, text in texts.items():
@@ -107,7 +112,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     Args:
         runs: results.json by the name of the run.
     """
-    shared, different = shared_and_different(runs)
+    shared, different = shared_and_different({name: settings(results) for name, results in runs.items()})
     table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run\nwindow", overflow="fold", vertical="bottom")
     for header in list(COLUMNS.values())[2:]:
@@ -124,8 +129,13 @@ def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         runs: results.json by the name of the run.
     """
-    _, different = shared_and_different(runs)
+    _, different = shared_and_different({name: settings(results) for name, results in runs.items()})
     rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
     for name, results in runs.items():
-        rows.append([re.sub(r"([\\|*`<\[~])", r"\\\1", text) for text in (name, different[name], *cells(results))])
+        rows.append([escaped(text) for text in (name, different[name], *cells(results))])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\|*`<\[~])", r"\\\1", text)

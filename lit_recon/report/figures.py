@@ -34,6 +34,7 @@ from lit_recon.system.units import duration
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
 TRAINING, INK, MUTED, AXIS = "#7fb8dc", "#1f2933", "#5b6470", "#b6bdc7"
 GRID, BAND, REFUSED = "#e3e7ec", "#f6f7f9", "#fbe3d3"
+BETTER, WORSE = "#a9cfe6", "#f3c9a8"  # from the pruned to the reconstructed model
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same look on every machine
     "font.size": 9.5,
@@ -74,7 +75,7 @@ def write_figures(run: Path) -> list[Path]:
             "learning_curves": learning_curves(results["windows"], curves, results["recipe"].get("loss")),
             "time": time_per_phase(results["seconds"]),
         }
-        images = {name: _png(figure) for name, figure in figures.items() if figure is not None}
+        images = {name: png(figure) for name, figure in figures.items() if figure is not None}
     make_folder(run / "figures")
     paths = {run / "figures" / f"{name}.png": image for name, image in images.items()}
     for path, image in paths.items():
@@ -83,7 +84,7 @@ def write_figures(run: Path) -> list[Path]:
     return list(paths)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """PNG of a figure, drawn in memory: an interrupt leaves no partial file. 256 colours make it a third as large."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
@@ -106,7 +107,7 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
     values = {name: finite_or_nan(perplexities[name]) for name in ("dense", "pruned", "reconstructed")}
     colors = {"dense": DENSE, "pruned": PRUNED, "reconstructed": RECONSTRUCTED}
     share = finite_or_nan(gap_recovered)
-    for end, color in (("dense", "#dfe3e8"), ("reconstructed", "#f3c9a8" if share < 0 else "#a9cfe6")):
+    for end, color in (("dense", "#dfe3e8"), ("reconstructed", WORSE if share < 0 else BETTER)):
         axes.plot([values["pruned"], values[end]], [0, 0], color=color, linewidth=7, solid_capstyle="round")
     ranked = sorted((value, name) for name, value in values.items() if not math.isnan(value))
     # label of the lowest to its left, of the highest to its right, of the middle above it: labels never meet
@@ -167,8 +168,8 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
     hollow: Any = {"color": MUTED, "markersize": size, "markerfacecolor": "white", "label": "typical token"}
     both = [Line2D([], [], linestyle=":", linewidth=1, marker="o", **hollow)] if has_units(windows) else []
     lines = [line for line in upper.lines if line.get_linestyle() == "-"]
-    _legend(upper, [*lines, *both, *_shade_refused(upper, windows)])
-    _legend(lower, lower.lines)
+    legend(upper, [*lines, *both, *_shade_refused(upper, windows)])
+    legend(lower, lower.lines)
     _shade_refused(lower, windows)
     return figure
 
@@ -214,7 +215,7 @@ def learning_curves(
         Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),
         Line2D([], [], color=RECONSTRUCTED, linewidth=1.4, marker="o", markersize=3.5, label="held-out samples"),
     ]
-    _legend(axes, [*lines, *_shade_refused(axes, windows)])
+    legend(axes, [*lines, *_shade_refused(axes, windows)])
     return figure
 
 
@@ -274,7 +275,7 @@ def _shade_refused(axes: Axes, windows: Sequence[Mapping[str, Any]]) -> list[Pat
     return [Patch(color=REFUSED, label="not accepted, pruned weights kept")] if refused else []
 
 
-def _legend(axes: Axes, handles: Sequence[Line2D | Patch]) -> None:
+def legend(axes: Axes, handles: Sequence[Line2D | Patch]) -> None:
     """Put a legend in one line above the axes, where it hides nothing."""
     spacing = {"borderaxespad": 0.2, "borderpad": 0.2, "handlelength": 1.6, "columnspacing": 1.8}
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), **spacing)

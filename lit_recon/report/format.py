@@ -39,6 +39,11 @@ def as_error(value: float | None) -> str:
     return f"{value:#.3g}" if math.isfinite(value) else "not finite"
 
 
+def as_nats(value: float) -> str:
+    """Difference of log perplexities with three decimals; "not finite" for NaN and infinity."""
+    return f"{value:.3f}" if math.isfinite(value) else "not finite"
+
+
 def as_factor(value: float | None) -> str:
     """Factor of a learning rate as it is, such as 0.25; a dash for None and 0, where nothing was trained."""
     return f"{value:g}" if value else "–"

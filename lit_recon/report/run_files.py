@@ -15,12 +15,13 @@ from lit_recon.system.clock import WALK
 
 NUMBER, MAYBE, TEXT, FLAG = "a number", "a number or null", "text", "true or false"
 LARGEST = 1e150  # that figures can still compute with
+STUDY_FIGURE = "criteria{}.png"  # lies beside the runs that it compares; a number where there are several
 RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be absent or null; str: any other name
     "perplexity": {"dense": MAYBE, "pruned": MAYBE, "reconstructed": MAYBE},
     "gap_recovered": MAYBE,
     "protocol": {"dataset": None, "windows": None, "context": None},
     "model": {"name": TEXT, "covered?": MAYBE},
-    "recipe": {"criterion": TEXT, "pattern": TEXT, "windows": TEXT, "module?": TEXT},
+    "recipe": {"criterion": TEXT, "refine?": TEXT, "pattern": TEXT, "windows": TEXT, "module?": TEXT},
     "sparsity": {"total": MAYBE, "prunable": MAYBE, "by_matrix": {str: NUMBER}},
     "windows": [
         {
@@ -97,6 +98,11 @@ def _is(value: Any, kind: str) -> bool:
     if value is None or type(value) not in (int, float):
         return value is None and kind == MAYBE
     return abs(value) < LARGEST or (kind == MAYBE and isinstance(value, float))  # one that is not finite is named
+
+
+def is_study_figure(path: Path) -> bool:
+    """Whether a path is the figure of a study, which runs/* matches as well as the runs beside it."""
+    return path.match(STUDY_FIGURE.format("*")) and path.is_file()
 
 
 def read_curves(run: Path) -> dict[str, Curve]:

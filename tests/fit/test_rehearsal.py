@@ -88,7 +88,7 @@ def test_many_samples_are_not_gone_through() -> None:
 
 LATE = {  # settings that would end the first window, and what is said of each
     ("criterion._target_=builtins.dict",): ["criterion._target_=builtins.dict", "Criterion"],
-    ("~criterion._target_",): ["~criterion._target_", "custom, magnitude, wanda"],
+    ("~criterion._target_",): ["~criterion._target_", "custom, file, magnitude"],
     ("module.loss=abc",): ["module.loss=abc", "a function"],
     ("module.loss=null",): ["module.loss=null", "a function"],
     ("module.loss={_target_:torch.nn.MSELoss}",): ["module.loss={_target_:torch.nn.MSELoss}", "energies_N"],

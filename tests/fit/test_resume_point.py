@@ -102,7 +102,7 @@ class Walk(WalkCallback):
             "masks": self.resume_point.masks.unpack(),
             "pending": {} if pending is None else dict(pending[1]),
             "pruning window": None if pending is None else pending[0],
-            "by magnitude": dict(self.pruner.by_magnitude),
+            "instead": dict(self.pruner.instead),
             "step": self.logger.last_step,
             "done": list(self.resume_point.done),
         }

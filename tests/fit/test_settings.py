@@ -100,7 +100,7 @@ def test_tracebacks_of_refusals_are_shown_on_demand(
 def test_ctrl_c_while_planning_does_not_advise_to_resume(
     tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lit_recon.fit.run.load", interrupt)

@@ -26,7 +26,7 @@ def test_a_refused_run_does_not_stop_the_sweep_but_shows_in_its_exit_status(tiny
 
 
 def test_one_folder_for_all_runs_of_a_sweep_is_refused_before_the_first(tiny_run: Callable[..., Ended]) -> None:
-    ended = tiny_run("experiment=criterion")  # tiny_run gives output_dir=run
+    ended = tiny_run("experiment=criteria")  # tiny_run gives output_dir=run
     assert ended.status == 2 and "experiment_dir=<folder>" in ended.err
     assert list(Path().iterdir()) == []
 

@@ -18,15 +18,15 @@ from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.matrices import routers
 from lit_recon.model.partition import layer_windows, partition
-from lit_recon.model.products import Product
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import MatrixWindow, Window
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
+from lit_recon.pruning.decision import decide
 from lit_recon.pruning.patterns import NM, Pattern, Unstructured
 from lit_recon.pruning.pruner import Pruner, check_nested, prune
-from lit_recon.pruning.statistics import Statistics
+from lit_recon.pruning.statistics import InputStatistics
 from lit_recon.system.finite import NotFinite
 
 CALIBRATION = 3
@@ -321,7 +321,7 @@ def unreachable_expert(**changes: Any) -> PreTrainedModel:
 
 def listed(pruner: Pruner) -> list[str]:
     """The experts that were scored by magnitude."""
-    return [label for labels in pruner.by_magnitude.values() for label in labels]
+    return pruner.labels("magnitude")
 
 
 def labels(layers: Sequence[int], expert: int) -> list[str]:
@@ -537,8 +537,9 @@ def test_scores_that_are_not_finite_name_their_matrix_and_what_overflowed(inputs
     matrix = window.matrices()[0]
     if inputs == 1.0:
         matrix.weight.data[3, 5] = float("inf")
-    statistics = Statistics(Wanda(), [matrix])
-    statistics.note(Product(matrix, torch.full((4, matrix.weight.shape[1]), inputs), 0, 1))
+    statistics = InputStatistics(Wanda(), [matrix])
+    with statistics.observing("calibration"):
+        nn.functional.linear(torch.full((4, matrix.weight.shape[1]), inputs), matrix.weight)
     first = "output 0 and input 0" if inputs > 1 else "output 3 and input 5"
     with pytest.raises(NotFinite, match=rf"{said} {re.escape(matrix.name)} are not finite, first for {first}"):
-        statistics.scores(matrix)
+        decide(matrix, 0, statistics, criterion=Wanda(), pattern=HALF, refinement=None)

@@ -55,7 +55,8 @@ def test_solutions_are_those_of_least_squares_on_what_each_matrix_is_multiplied_
     calls = chain.passes.batching.calls(torch.arange(32))
     with observing_products(window.matrices(), lambda one: rows.setdefault(one.matrix.name, []).append(one.rows_NI)):
         window(chain.inputs_STD[:32], calls)
-    masks, grams = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), window), WindowGrams(window)
+    masks = masks_of(Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), window)
+    grams = WindowGrams(window.matrices())
     chain.dense_pass(window, [grams])
     found = solutions(window, masks, grams)
     for matrix in window.matrices():

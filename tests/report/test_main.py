@@ -115,8 +115,11 @@ def test_help_and_refusals_load_no_library(argument: str) -> None:
 
 
 def test_reports_are_made_without_torch(two_windows: Path) -> None:
-    loaded = libraries(two_windows)
+    other = results_of(2)
+    other["recipe"]["criterion"] = "Magnitude"
+    loaded = libraries(two_windows, make_run(two_windows.parent / "other", other, curves=False))
     assert (two_windows / "figures" / "learning_curves.png").exists()
+    assert (two_windows.parent / "criteria.png").exists()
     assert loaded >= DRAWING and not loaded & TRAINING
 
 

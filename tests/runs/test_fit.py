@@ -52,7 +52,9 @@ def test_results_have_every_field_of_the_contract(finished: Ended) -> None:
         assert 0 < errors["reconstructed"] < errors["pruned"]
     propagation = {key: results["recipe"][key] for key in ("inputs", "targets", "statistics")}
     assert propagation == {"inputs": "sparse", "targets": "dense", "statistics": "dense"}
-    assert {"total", "prunable", "by_matrix", "by_magnitude"} == set(results["sparsity"])
+    assert {"total", "prunable", "by_matrix", "by_magnitude", "by_wanda", "target_by_matrix"} == set(
+        results["sparsity"]
+    )
     assert results["sparsity"]["by_magnitude"] == []
     assert len(results["sparsity"]["by_matrix"]) == 21
     assert [window["name"] for window in results["windows"]] == ["block_00", "block_01", "block_02"]

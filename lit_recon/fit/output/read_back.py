@@ -1,6 +1,7 @@
 """The checkpoint read back as a user will read it: checked, and measured next to the dense and the pruned model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.model.errors import Errors
 from lit_recon.model.loading import HubModel, LanguageModel
-from lit_recon.pruning.masks import Masks
+from lit_recon.pruning.masks import Masks, StoredWeights
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Saved:
         folder: The checkpoint.
         masks: Its masks.
         logits_BTV: Its logits of a few tokens.
+        pruned: The weights that the criterion left before training, where it changes them.
     """
 
     folder: Path
     masks: Masks
     logits_BTV: Tensor
+    pruned: StoredWeights = field(default_factory=StoredWeights)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found
     del model
     with evaluator.clock.phase("load"):
         model = dense.load()
-    measured["pruned"] = evaluator.measure(model, saved.masks.applied)
+    measured["pruned"] = evaluator.measure(model, partial(saved.masks.applied, changed=saved.pruned))
     dense_STD = evaluator.final_states(model)
     return Found(
         nats={state: one.nats for state, one in measured.items()},

@@ -2,7 +2,8 @@
 
 import torch
 
-from lit_recon.fit.job import Job
+from lit_recon.fit.allocate import describe_patterns, target_sparsity
+from lit_recon.fit.job import Job, Method
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.global_fit import describe_global_fit
 from lit_recon.fit.session import Session
@@ -32,8 +33,8 @@ def describe_plan(
     zeros = _share_of_zeros(session)
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
-        "prune": f"{plan.prunable * job.method.pattern.sparsity / plan.parameters:.1%} of the parameters: "
-        f"{job.method.pattern.describe()} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of "
+        "prune": f"{_removed(session, job.method) / plan.parameters:.1%} of the parameters: "
+        f"{job.recipe['pattern']} by {job.recipe['criterion']}, in {plan.prunable / plan.parameters:.1%} of "
         + ("them" if not plan.unscored else f"them; {plan.unscored} matrices stay dense")
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
@@ -50,6 +51,8 @@ def describe_plan(
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output.folder),
     }
+    if session.pruner.patterns:
+        lines["sparsity"] = f"\n{'':12}".join(describe_patterns(session.pruner.patterns))
     if job.method.walk == "global":
         lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
     if session.retrained:
@@ -58,6 +61,12 @@ def describe_plan(
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
         lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""
     return lines
+
+
+def _removed(session: Session, method: Method) -> float:
+    """How many weights will be removed."""
+    shares = target_sparsity(method, session.pruner.patterns, session.matrices)
+    return sum(shares.get(one.name, 0) * one.weight.numel() for layer in session.matrices for one in layer)
 
 
 def _share_of_zeros(session: Session) -> float:

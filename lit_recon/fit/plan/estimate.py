@@ -15,7 +15,15 @@ from lit_recon.activations.store import Needed
 from lit_recon.fit.job import Schedule
 from lit_recon.fit.plan.global_fit import GlobalFit, batches_of, head_bytes, plan_global_fit, steps_per_window
 from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
-from lit_recon.fit.plan.peak_memory import common_bytes, name_of, peaks_of, single_bytes, windows_bytes, with_solutions
+from lit_recon.fit.plan.peak_memory import (
+    common_bytes,
+    name_of,
+    peaks_of,
+    single_bytes,
+    windows_bytes,
+    with_grams,
+    with_solutions,
+)
 from lit_recon.fit.session import Session
 from lit_recon.model.decoder import examining
 from lit_recon.model.matrices import find_matrices, routers
@@ -23,6 +31,7 @@ from lit_recon.model.partition import layer_windows
 from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
+_GRAM = 0.1  # Gram matrices and what is solved from them, about a dense pass or two of all that a run computes
 _FLOAT32 = 4
 
 
@@ -127,6 +136,8 @@ def make_plan(
     blocks = [profiles[repr(layer)] for layer in layers]
     halves = _profiled_halves(session.windows, session.model, chain, batch_size, work)
     bytes_of_kind = windows_bytes(blocks, halves, single.memory, largest=largest, size=size, depth=depth)
+    if session.pruner.needs_gram:
+        bytes_of_kind = with_grams(bytes_of_kind, layers, chain, batch_size, updates=session.pruner.updates)
     if work.solves_first:
         bytes_of_kind = with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
     common = common_bytes(session, work.evaluation_tokens, array_bytes, largest)
@@ -153,7 +164,16 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
+        seconds=_seconds_of_run(
+            forward * (1 + session.pruner.needs_gram * _GRAM),
+            layers,
+            chain,
+            work,
+            batch_size,
+            largest,
+            kind,
+            again.samples,
+        ),
     )
 
 
@@ -235,4 +255,5 @@ def _disk_bytes(session: Session, array_bytes: Needed, *, linked: bool) -> int:
     states = sum(array_STD.nbytes for array_STD in session.chain.state().values())
     share = len(first.enclosing.indices) / len(session.matrices) * (2 if isinstance(first, HalfWindow) else 1)
     copies = (1 if linked else 2) if session.weights.files else 3
-    return int(weights * (copies + share)) + 2 * masks + 3 * states + array_bytes.disk
+    pruned = weights if session.pruner.updates else 0  # as the criterion leaves them
+    return int(weights * (copies + share)) + pruned + 2 * masks + 3 * states + array_bytes.disk

@@ -189,6 +189,33 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 
 
+def with_grams(
+    bytes_of_kind: dict[str, tuple[int, int]],
+    layers: Sequence[Window],
+    chain: Chain,
+    batch_size: int,
+    *,
+    updates: bool,
+) -> dict[str, tuple[int, int]]:
+    """The same where Gram matrices are needed to prune: those of one layer at a time, before anything is trained.
+
+    Args:
+        bytes_of_kind: Bytes of the weights, and of training, for each kind.
+        layers: The layers.
+        chain: Its samples.
+        batch_size: Samples per batch.
+        updates: Whether new weights for the whole window are made from them.
+    """
+    sums, aside = gram_bytes(layers, chain, batch_size)
+    states = chain.inputs_STD.nbytes  # a window of several layers is looked at in a pass of its own
+    found = {}
+    for kind, (masters, training) in bytes_of_kind.items():
+        copies = masters if updates else 0
+        more = states if kind not in (WindowKind.MATRIX, WindowKind.HALF, WindowKind.BLOCK) else 0
+        found[kind] = masters, max(training, sums + aside + copies + more)
+    return found
+
+
 def with_solutions(
     bytes_of_kind: dict[str, tuple[int, int]], layers: Sequence[Window], chain: Chain, batch_size: int, largest: int
 ) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,102 @@
+"""Patterns of all matrices of a model: the same for all, by rules on their names, or shared out by an allocation.
+
+Rules need the names alone. An allocation, and one threshold for a layer or the whole model, first look at the dense
+model (pruning/survey.py); what they decide is kept with the run, which is resumed with the same patterns.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lit_recon.activations.chain import Chain
+from lit_recon.fit.job import Method
+from lit_recon.model.matrices import LayerMatrices, Matrix
+from lit_recon.model.partition import layer_windows
+from lit_recon.pruning.allocation.global_threshold import SharedThreshold
+from lit_recon.pruning.allocation.table import table
+from lit_recon.pruning.criteria.given import GivenMasks
+from lit_recon.pruning.patterns import NM, Pattern, Unstructured
+from lit_recon.pruning.survey import Allocation, Survey
+
+log = logging.getLogger(__name__)
+
+Patterns = dict[str, Sequence[Pattern]]  # of each matrix, or of each of its experts, by the matrix's name
+
+
+def allocation_of(method: Method) -> Allocation | None:
+    """What shares the sparsity out after a look at the dense model; None where nothing does."""
+    pattern = method.pattern
+    if isinstance(pattern, Unstructured) and pattern.scope in ("layer", "model"):
+        return SharedThreshold()
+    return method.allocation
+
+
+def by_rules(method: Method, matrices: Sequence[Matrix]) -> Patterns:
+    """Patterns of matrices by the rules of a method; none where it has no rules.
+
+    Raises:
+        ValueError: A rule matches no matrix, or a matrix has no rule.
+    """
+    if method.rules is None:
+        return {}
+    names = [matrix.name for matrix in matrices if matrix.input_dim is not None]
+    base = None if method.is_covered else method.pattern
+    scope = method.pattern.scope if isinstance(method.pattern, Unstructured) else "row"
+    return {name: [pattern] for name, pattern in method.rules.resolve(names, base, scope=scope).items()}
+
+
+def allocate(method: Method, chain: Chain, matrices: LayerMatrices, *, seed: int) -> Patterns:
+    """Patterns of all matrices of a loaded model, where they are not the method's pattern.
+
+    Args:
+        method: What will be done.
+        chain: At the first layer.
+        matrices: The model's matrices by layer.
+        seed: Of what statistics and scores draw.
+
+    Raises:
+        ValueError: A rule does not fit, or the sparsity cannot be reached.
+        NotFinite: A score or an error is not finite.
+    """
+    allocation = allocation_of(method)
+    if isinstance(method.criterion, GivenMasks) or allocation is None:
+        return by_rules(method, [matrix for layer in matrices for matrix in layer])
+    model = chain.passes.decoder.model
+    boundary = chain.dense or chain.sparse
+    assert boundary is not None
+    log.info("looking at all layers for %s", allocation.describe())
+    with chain.clock.phase("teacher"):
+        survey = Survey(layer_windows(model, matrices), chain.passes, boundary.states_STD, seed)
+        return {**allocation.allocate(survey, method.criterion, method.pattern)}
+
+
+def target_sparsity(method: Method, patterns: Patterns, matrices: LayerMatrices) -> dict[str, float]:
+    """The share of weights that is to be removed of each matrix, by name."""
+    names = [matrix.name for layer in matrices for matrix in layer if matrix.input_dim is not None]
+    if isinstance(method.criterion, GivenMasks):
+        return {name: method.criterion.shares[name] for name in names}
+    found = {name: patterns.get(name, [method.pattern]) for name in names}
+    return {name: sum(one.sparsity for one in of_experts) / len(of_experts) for name, of_experts in found.items()}
+
+
+def describe_patterns(patterns: Patterns) -> list[str]:
+    """Rows of a table for people: matrices, the share that is removed of them, and their pattern."""
+    of_one = {name: of_experts[0] for name, of_experts in patterns.items()}
+    rows = table(of_one)
+    width = max((len(row.what) for row in rows), default=0)
+    return [f"{row.what:{width}}  {row.share:>6}  {row.pattern}" for row in rows]
+
+
+def as_json(patterns: Patterns) -> dict[str, list[dict[str, Any]]]:
+    """Patterns as they are kept with a run."""
+    return {name: [asdict(one) for one in of_experts] for name, of_experts in patterns.items()}  # type: ignore[call-overload]
+
+
+def from_json(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> Patterns:
+    """The inverse of `as_json`."""
+    return {name: [_pattern(one) for one in of_experts] for name, of_experts in stored.items()}
+
+
+def _pattern(stored: Mapping[str, Any]) -> Pattern:
+    return NM(**stored) if "n" in stored else Unstructured(**stored)
