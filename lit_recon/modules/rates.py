@@ -1,8 +1,9 @@
-"""Learning rates relative to the weights: a step of AdamW changes each weight by about the same share of its matrix.
+"""Learning rates relative to the weights: a step of AdamW changes each weight by about a share of what is usual.
 
 Rates do not carry over between models: 2e-3 is 1% of the root mean square of SmolLM2's weights, and 5 to 12% of that
-of Gemma 3 270M's. With `lr=probe` each parameter's rate is a share of its own root mean square, and which share is
-found by trying (reconstruction/rate_search.py).
+of Gemma 3 270M's. With `lr=probe` the rate is a share of the median over a window's matrices of their root mean square,
+and which share is found by trying (reconstruction/rate_search.py). One rate for all of a window: where each parameter
+had a share of its own size, Gemma 3 270M won back 28% of what pruning cost instead of 35%, in nats.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 PROBE: Final = "probe"
-REFERENCE = 0.01  # of the root mean square of what is trained: the rate that a probe starts from
+REFERENCE = 0.01  # of that median: the rate that a probe starts from
 
 
 def is_probed(make: Callable[..., Any]) -> bool:
@@ -35,9 +36,9 @@ def make_optimizer(
     """An optimizer over matrices, with norms and biases in groups of their own, which no weight decay pulls to zero.
 
     Args:
-        make: Makes it from parameters or their groups; with `lr=probe` each parameter has a rate of its own.
+        make: Makes it from parameters or their groups; with `lr=probe` each has a rate by their sizes.
         parameters: What is trained.
-        sizes: What counts as the root mean square of some of them, with `lr=probe`; of the others, their own.
+        sizes: By what the rates of some of them are scaled, with `lr=probe`; those of the others, by what is usual.
     """
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == wide] for wide in (True, False))
     given: dict[str, Any] = getattr(make, "keywords", {})
@@ -57,11 +58,15 @@ def make_optimizer(
 
 
 def relative_rates(parameters: Sequence[Tensor], sizes: Mapping[Tensor, float] | None = None) -> list[float]:
-    """REFERENCE times the size of each parameter: its `root_mean_square`; of one that is zero, the median's."""
+    """REFERENCE times the size of each parameter that has one in `sizes`, and the median of all sizes for the others.
+
+    Sizes of the others are the `root_mean_square` of matrices; of norms and biases where no matrix is trained.
+    """
     known = sizes or {}
-    found = [known[one] if one in known else root_mean_square(one) for one in parameters]
-    usual = median([value for value in found if value] or [1.0])
-    return [REFERENCE * (value or usual) for value in found]
+    found = [(one.dim() > 1, known[one] if one in known else root_mean_square(one)) for one in parameters]
+    wide, narrow = ([value for is_wide, value in found if value and is_wide == kind] for kind in (True, False))
+    usual = median(wide or narrow or [1.0])
+    return [REFERENCE * (known.get(one) or usual) for one in parameters]
 
 
 @torch.no_grad()

@@ -17,18 +17,27 @@ MATRIX, NORM, BIAS, ZEROS = [[3.0, 0.0], [0.0, -4.0]], [30.0, 40.0], [0.1, 0.7],
 RMS = {"matrix": 12.5**0.5, "norm": 1250**0.5, "bias": 0.5}  # of what is not zero
 
 
-def test_a_rate_is_a_share_of_the_root_mean_square_of_what_pruning_left() -> None:
-    found = relative_rates(parameters_of(MATRIX, NORM, BIAS))
-    assert found == pytest.approx([REFERENCE * rms for rms in RMS.values()])
+def test_a_rate_is_a_share_of_the_root_mean_square_of_what_pruning_left_of_the_median_matrix() -> None:
+    larger = (10 * torch.tensor(MATRIX)).tolist()
+    found = relative_rates(parameters_of(MATRIX, larger, larger, ZEROS, NORM, BIAS))
+    assert found == pytest.approx([REFERENCE * 10 * RMS["matrix"]] * 6)
     scaled = relative_rates([1000 * one.detach().bfloat16().float() for one in parameters_of(MATRIX)])
     assert scaled == pytest.approx([1000 * REFERENCE * RMS["matrix"]])
 
 
-def test_a_matrix_of_zeros_has_the_rate_of_the_median_of_the_others() -> None:
-    found = relative_rates(parameters_of(MATRIX, ZEROS, NORM, BIAS))
-    assert found[1] == pytest.approx(REFERENCE * RMS["matrix"])
+def test_where_no_matrix_is_trained_norms_and_biases_are_what_is_usual() -> None:
+    assert relative_rates(parameters_of(NORM, BIAS, NORM)) == pytest.approx([REFERENCE * RMS["norm"]] * 3)
     assert relative_rates(parameters_of(ZEROS)) == [REFERENCE]
     assert relative_rates([]) == []
+
+
+def test_a_parameter_with_a_size_of_its_own_has_a_rate_by_that() -> None:
+    matrix, norm = parameters_of(MATRIX, NORM)
+    assert relative_rates([matrix, norm], {matrix: 7.0}) == pytest.approx([REFERENCE * 7.0] * 2)
+    other = nn.Parameter(torch.tensor(MATRIX))
+    found = relative_rates([matrix, other, norm], {matrix: 7.0})
+    assert found[0] == pytest.approx(REFERENCE * 7.0)
+    assert found[1] == found[2] == pytest.approx(REFERENCE * (7.0 + RMS["matrix"]) / 2)
 
 
 @pytest.mark.parametrize("decay", [{"weight_decay": 0.1}, {}], ids=["decay", "the class's own decay"])
@@ -54,7 +63,7 @@ def test_what_knows_no_decay_is_given_none_and_what_has_no_members_no_group() ->
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_first_step_of_a_probed_rate_changes_each_parameter_by_a_share_of_its_own_size(fused: bool) -> None:
+def test_the_first_step_of_a_probed_rate_changes_each_parameter_by_a_share_of_the_matrix(fused: bool) -> None:
     given = parameters_of(MATRIX, NORM, BIAS)
     make = partial(torch.optim.AdamW, lr="probe", eps=1e-15, weight_decay=0.0, fused=fused)
     optimizer = make_optimizer(make, given)
@@ -62,8 +71,9 @@ def test_the_first_step_of_a_probed_rate_changes_each_parameter_by_a_share_of_it
     for one in given:
         one.grad = torch.full_like(one, 1e-12)  # AdamW's first step does not depend on the size
     optimizer.step()
-    for one, start, rms in zip(given, before, RMS.values(), strict=True):
-        torch.testing.assert_close(start - one, torch.full_like(start, REFERENCE * rms), rtol=1e-2, atol=0)
+    for one, start in zip(given, before, strict=True):
+        step = torch.full_like(start, REFERENCE * RMS["matrix"])
+        torch.testing.assert_close(start - one, step, rtol=1e-2, atol=1e-5)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0] * 3
 
 

@@ -136,10 +136,7 @@ def make_plan(
     blocks = [profiles[repr(layer)] for layer in layers]
     halves = _profiled_halves(session.windows, session.model, chain, batch_size, work)
     bytes_of_kind = windows_bytes(blocks, halves, single.memory, largest=largest, size=size, depth=depth)
-    if session.pruner.needs_gram:
-        bytes_of_kind = with_grams(bytes_of_kind, layers, chain, batch_size, updates=session.pruner.updates)
-    if work.solves_first:
-        bytes_of_kind = with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
+    bytes_of_kind = _with_products(bytes_of_kind, session, work, layers, batch_size, largest)
     common = common_bytes(session, work.evaluation_tokens, array_bytes, largest)
     again = plan_global_fit(
         session,
@@ -152,7 +149,7 @@ def make_plan(
     peaks, owned = peaks_of(bytes_of_kind, common, again, copies=2 if chain.recompute else 1)
     name = name_of(kind, size)
     disk_bytes = _disk_bytes(session, array_bytes, linked=linked) + again.disk_bytes
-    forward = sum(block.seconds for block in blocks)
+    forward = sum(block.seconds for block in blocks) * (1 + session.pruner.needs_gram * _GRAM)
     return Plan(
         windows=session.num_fits,
         **_counts(session),
@@ -164,17 +161,25 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(
-            forward * (1 + session.pruner.needs_gram * _GRAM),
-            layers,
-            chain,
-            work,
-            batch_size,
-            largest,
-            kind,
-            again.samples,
-        ),
+        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
     )
+
+
+def _with_products(
+    bytes_of_kind: dict[str, tuple[int, int]],
+    session: Session,
+    work: Workload,
+    layers: Sequence[Window],
+    batch_size: int,
+    largest: int,
+) -> dict[str, tuple[int, int]]:
+    """Bytes by kind of window with what Gram matrices take, and what is made of them."""
+    pruner, chain = session.pruner, session.chain
+    if pruner.needs_gram:
+        bytes_of_kind = with_grams(bytes_of_kind, layers, chain, batch_size, updates=pruner.updates)
+    if work.solves_first:
+        bytes_of_kind = with_solutions(bytes_of_kind, layers, chain, batch_size, largest)
+    return bytes_of_kind
 
 
 def _counts(session: Session) -> dict[str, int]:
