@@ -30,10 +30,10 @@ class Swaps:
     """Swaps of one kept for one pruned weight, the best first, each of which lowers the squared error of its row.
 
     Args:
-        max_swaps: Most swaps of a row. With 576 inputs rows make about 30 until none helps, with 1536 about 75.
-        candidates: How many pruned and how many kept weights of a row are compared at once: those that are best by
-            themselves, chosen anew after a few swaps. None: all pairs of weights, for each swap; of matrices with few
-            inputs. Groups of N:M patterns are compared whole, and the best of them with each other.
+        max_swaps: Most swaps of a row. Until none helps, rows make about 30 with 576 inputs and 75 with 1536.
+        candidates: How many pruned and how many kept weights of a row are compared at once, all pairs of them: those
+            that are best by themselves, chosen anew after a few swaps. In N:M patterns whole groups of about as many
+            weights, chosen likewise. None: all weights, before each swap; for small matrices.
 
     Raises:
         ValueError: A setting is not a whole number from 1 on.
@@ -41,12 +41,12 @@ class Swaps:
 
     needs_gram: ClassVar[bool] = True
 
-    def __init__(self, max_swaps: int = 100, candidates: int | None = 8) -> None:
+    def __init__(self, max_swaps: int = 200, candidates: int | None = 4) -> None:
         if type(max_swaps) is not int or max_swaps < 1:
-            raise ValueError(f"refine.max_swaps={max_swaps}: expected a whole number of swaps from 1 on, such as 100.")
+            raise ValueError(f"refine.max_swaps={max_swaps}: expected a whole number of swaps from 1 on, such as 200.")
         if candidates is not None and (type(candidates) is not int or candidates < 1):
             raise ValueError(
-                f"refine.candidates={candidates}: expected a whole number of weights from 1 on, such as 8, or null to "
+                f"refine.candidates={candidates}: expected a whole number of weights from 1 on, such as 4, or null to "
                 "compare all pairs."
             )
         self.max_swaps, self.candidates = max_swaps, candidates
@@ -119,7 +119,7 @@ class _Rows:
         self.error_R = self.first_R.clone()
         twice_RI *= self.weight_RI
         square_RI = self.weight_RI.square() * gram_II.diag()
-        self.restore_RI = (square_RI - twice_RI).masked_fill_(mask_RI | (self.weight_RI == 0), math.inf)
+        self.restore_RI = (square_RI - twice_RI).masked_fill_(mask_RI, math.inf)
         self.remove_RI = (square_RI + twice_RI).masked_fill_(~mask_RI, math.inf)
 
     @property
@@ -143,14 +143,11 @@ class _Rows:
         return torch.cat([one.indices for one in best], dim=1)
 
     def best_groups(self, count: int, width: int) -> Tensor:
-        """Columns (R, count * width) of the `count` groups of a row with the best swaps within."""
-        by_group = (len(self.weight_RI), -1, width)
-        best = [cost_RI.view(by_group).amin(2) for cost_RI in (self.restore_RI, self.remove_RI)]
-        cost_RG = best[0] + best[1]
-        groups = cost_RG.shape[1]
-        group_RC = cost_RG.topk(min(count, groups), largest=False, sorted=False).indices
-        within = torch.arange(width, device=group_RC.device)
-        return (group_RC[:, :, None] * width + within).flatten(1)
+        """Columns (R, count * width) of each row's `count` groups with the best weights to restore and to remove."""
+        by_group = (len(self.weight_RI), self.weight_RI.shape[1] // width, width)
+        cost_RG = self.restore_RI.view(by_group).amin(2) + self.remove_RI.view(by_group).amin(2)
+        group_RC = cost_RG.topk(min(count, by_group[1]), largest=False, sorted=False).indices
+        return (group_RC[:, :, None] * width + torch.arange(width, device=group_RC.device)).flatten(1)
 
     def swap(self, columns_RC: Tensor, removed_from: int, width: int | None, *, most: int) -> Tensor:
         """Make at most `most` swaps of each row, the best one each time, of weights that have not moved in this call.
