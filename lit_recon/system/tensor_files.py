@@ -5,7 +5,7 @@ import mmap
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +51,12 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fingerprint:
+def write_tensors(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    make: Callable[[str], Tensor] | None = None,
+) -> Fingerprint:
     """Write the safetensors format (length of the header, header, content) in chunks, and compute its checksum.
 
     save_file of the safetensors library copies everything in older versions, refuses tensors that share memory, and
@@ -61,6 +66,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         file: The file, at its start.
         tensors: Tensors by name, of any device and any strides.
         metadata: Texts for the header.
+        make: Makes a tensor by its name when its turn comes, one at a time; `tensors` then only tell types and shapes.
 
     Returns:
         Size and CRC-32 of what was written.
@@ -72,13 +78,14 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         tensor, end = tensors[name], offset + tensors[name].nbytes
         entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    header = json.dumps(entries).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()  # as safetensors itself writes it
     header += b" " * (-len(header) % 8)
-    size, checksum = 0, 0
-    for chunk in _chunks(len(header).to_bytes(8, "little") + header, [tensors[name] for name in names]):
-        file.write(chunk)
-        size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
-    return {"bytes": size, "crc32": checksum}
+    start = len(header).to_bytes(8, "little") + header
+    file.write(start)
+    checksum = zlib.crc32(start)
+    for name in names:
+        checksum = _append(file, make(name) if make else tensors[name], checksum)
+    return {"bytes": len(start) + offset, "crc32": checksum}
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -103,12 +110,13 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
-    """Bytes of a file: header, then each tensor, CHUNK bytes at a time."""
-    yield header
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)  # a copy only if it must be
-        if flat.stride() != (1,):
-            flat = flat.clone(memory_format=torch.contiguous_format)
-        for part in flat.split(max(1, CHUNK // flat.element_size())) if len(flat) else ():
-            yield memoryview(part.cpu().view(torch.uint8).numpy())
+def _append(file: BinaryIO, tensor: Tensor, checksum: int) -> int:
+    """Write a tensor's bytes, CHUNK at a time; return the checksum with them. No reference to the tensor stays."""
+    flat = tensor.detach().reshape(-1)  # a copy only if it must be
+    if flat.stride() != (1,):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    for part in flat.split(max(1, CHUNK // flat.element_size())) if len(flat) else ():
+        chunk = memoryview(part.cpu().view(torch.uint8).numpy())
+        file.write(chunk)
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum

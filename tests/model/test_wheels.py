@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 from packaging.version import Version
+from safetensors.torch import load_file
 from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_recon.fit.parts import CONF
 from lit_recon.model import gguf as gguf_files  # whose `transformers` may be another object: it reloads itself
 from lit_recon.model import wheels as of_wheels
+from lit_recon.model.gguf import dequantise
 from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined
 from lit_recon.system.cache import cache_folder
 
@@ -77,9 +80,16 @@ def left_in_cache() -> list[str]:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, add_bos_token: bool = False
+    path: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    add_bos_token: bool = False,
+    feed_forward_length: int | None = None,
+    matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    missing: str | None = None,
 ) -> None:
-    """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, float32."""
+    """As llama.cpp's converter does it: rotary halves interleaved in the query and key matrices, tied tensors once."""
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny Llama Instruct")
     writer.add_size_label("37K")
@@ -87,7 +97,7 @@ def write_gguf(
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(feed_forward_length or config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -104,11 +114,15 @@ def write_gguf(
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
+        if name == missing or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
         array = tensor.numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads:
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+        kind = matrices if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        array = gguf.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,6 +157,62 @@ def test_a_wheel_becomes_a_model_with_the_ggufs_weights_and_tokenizer_and_is_fet
     monkeypatch.setattr(of_wheels.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
     wheel_model(sha256).check()
     assert wheel_model(sha256, dtype="bfloat16").load().dtype == torch.bfloat16
+
+
+@reads_gguf
+@pytest.mark.parametrize(
+    ("matrices", "tied", "missing"),
+    [
+        ("F32", False, None),
+        ("Q8_0", True, None),
+        ("Q4_1", False, None),
+        ("Q8_0", False, "model.norm.weight"),  # which only transformers itself fills in, with ones
+    ],
+)
+def test_a_dequantised_gguf_is_the_folder_that_transformers_writes_byte_for_byte(
+    tmp_path: Path, matrices: str, tied: bool, missing: str | None
+) -> None:
+    model = tiny_llama(tie_word_embeddings=tied, hidden_size=32, intermediate_size=64)
+    kind = gguf.GGMLQuantizationType[matrices]
+    write_gguf(tmp_path / "tiny.gguf", model, byte_level_tokenizer(), matrices=kind, missing=missing)
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    dequantise(tmp_path / "tiny.gguf", tmp_path / "ours")
+
+    location = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "tiny.gguf"}
+    if hasattr(transformers, "GgufConfig"):
+        location["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32).save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes(), path.name
+    own = {"gguf.json", "tokenizer.json", "tokenizer_config.json"}
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
+    assert names[0] - names[1] == own and ("lm_head.weight" in load_file(tmp_path / "ours/model.safetensors")) != tied
+
+
+@reads_gguf
+def test_a_gguf_is_dequantised_in_the_memory_of_its_largest_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_files, "CHUNK", 1 << 18)  # of which gguf takes several times the bytes
+    for name, sizes in {"warm up": (32, 32), "large": (256, 4096)}.items():
+        folder = tmp_path / name
+        (folder / "model").mkdir(parents=True)
+        model = tiny_llama(hidden_size=sizes[0], intermediate_size=sizes[1])
+        write_gguf(folder / "tiny.gguf", model, byte_level_tokenizer(), matrices=gguf.GGMLQuantizationType.Q8_0)
+        tracemalloc.start()  # which sees NumPy's memory
+        dequantise(folder / "tiny.gguf", folder / "model")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    largest = 4 * 256 * 4096
+    assert peak < 2 * largest < sum(4 * tensor.numel() for tensor in model.parameters()) / 3
+
+
+def test_a_tensor_whose_shape_is_not_the_models_is_refused_by_name(index: Path) -> None:
+    write_gguf(index / "tiny.gguf", tiny_llama(), byte_level_tokenizer(), feed_forward_length=48)
+    message = refusal(wheel_model(sha256sum(build_wheel(index, (index / "tiny.gguf").read_bytes()))))
+    assert "model.layers.0.mlp.down_proj.weight is (16, 32) in its file, and (16, 48) in the model" in message
+    assert left_in_cache() == []
 
 
 @reads_gguf
@@ -208,9 +278,9 @@ def test_the_wheels_of_qwen_hold_the_recorded_file_whose_header_and_first_layer_
     fetch_joined(wheels, file)
     nbytes, sha256, title, count, kinds = QWEN[name]
     assert file.stat().st_size == nbytes and sha256sum(file) == sha256
-    said = gguf_files.header(file)
-    assert said["general.name"] == title and said["general.file_type"] == 15
     reader = gguf.GGUFReader(file)
+    said = gguf_files.header(reader)
+    assert said["general.name"] == title and said["general.file_type"] == 15
     assert len(reader.tensors) == count
     width = reader.fields["qwen2.embedding_length"].contents()
     layer = [tensor for tensor in reader.tensors if tensor.name.startswith("blk.0.")]

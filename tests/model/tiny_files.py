@@ -23,12 +23,14 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def tiny_llama(*, tie_word_embeddings: bool = False) -> LlamaForCausalLM:
+def tiny_llama(
+    *, tie_word_embeddings: bool = False, hidden_size: int = 16, intermediate_size: int = 32
+) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
