@@ -255,7 +255,7 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
             problems.check(check_writable, Path(call["output_dir"]), about=with_folder)
         else:
             problems.check(check_output, Path(call["output_dir"]), overwrite=call["overwrite"], about=with_folder)
-    if all(part for name, part in parts.items() if name not in OPTIONAL) and "output_dir" in call:
+    if all(parts[name] for name in (*PARTS, *MADE_LATER) if name not in OPTIONAL) and "output_dir" in call:
         problems.check(check_inputs, Path(call["output_dir"]), plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
