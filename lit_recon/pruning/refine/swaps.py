@@ -119,7 +119,7 @@ class _Rows:
         self.error_R = self.first_R.clone()
         twice_RI *= self.weight_RI
         square_RI = self.weight_RI.square() * gram_II.diag()
-        self.restore_RI = (square_RI - twice_RI).masked_fill_(mask_RI, math.inf)
+        self.restore_RI = (square_RI - twice_RI).masked_fill_(mask_RI | (self.weight_RI == 0), math.inf)
         self.remove_RI = (square_RI + twice_RI).masked_fill_(~mask_RI, math.inf)
 
     @property
