@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ class Study:
         """The same in nats over the dense model."""
         both = zip(self.perplexities(state), self.perplexities("dense"), strict=True)
         return [math.log(found / dense) if found > 0 and dense > 0 else math.nan for found, dense in both]
+
+    @property
+    def worst(self) -> str:
+        """The criterion whose pruned model is the worst: it broke, or has the most nats."""
+        order = {name: math.inf if math.isnan(n) else n for name, n in zip(self.runs, self.nats("pruned"), strict=True)}
+        return max(order, key=order.__getitem__)
+
+    def without(self, name: str) -> "Study":
+        """The study of all other criteria."""
+        return replace(self, runs={other: results for other, results in self.runs.items() if other != name})
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,16 @@ def _figures(folders: Sequence[Path]) -> list[Path]:
 
 
 def spread_rows(study: Study) -> list[list[str]]:
-    """Spread of a study as text: what it is, of the pruned and the reconstructed models, and the share that is left."""
+    """Spread of a study as text: what it is, of the pruned and the reconstructed models, and the share that is left.
+
+    Of three runs or more, also without the worst: random masks alone would decide it, and say nothing of the others.
+    """
+    rows = _rows(study, "")
+    return rows + _rows(study.without(study.worst), f", without {study.worst}") if len(study.runs) > 2 else rows
+
+
+def _rows(study: Study, remark: str) -> list[list[str]]:
+    """The same of all runs."""
     rows = []
     measures = ((study.perplexities, "perplexity", as_perplexity), (study.nats, "nats", as_nats))
     for values, unit, as_text in measures:
@@ -128,7 +147,7 @@ def spread_rows(study: Study) -> list[list[str]]:
             ("standard deviation", pruned.deviation, reconstructed.deviation),
         ):
             left = after / before if before else math.nan
-            rows.append([f"{name}, {unit}", as_text(before), as_text(after), as_share(left)])
+            rows.append([f"{name}, {unit}{remark}", as_text(before), as_text(after), as_share(left)])
     return rows
 
 
@@ -136,17 +155,17 @@ def spread_table(study: Study) -> Group:
     """Spread of a study for the terminal: its settings, and a table."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     first, *others = _header(study)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for header in others:
         table.add_column(header, justify="right", no_wrap=True)
-    for row in spread_rows(study):
-        table.add_row(*row)
+    for what, *numbers in spread_rows(study):
+        table.add_row(Text(what), *numbers)  # Text: what looks like markup in a name is not read as markup
     return Group(Text(study.about, style="table.title"), table)
 
 
 def spread_markdown(study: Study) -> str:
     """Spread of a study in GitHub's Markdown."""
-    rows = [_header(study), ["---", "---:", "---:", "---:"], *spread_rows(study)]
+    rows = [_header(study), ["---", "---:", "---:", "---:"], *(map(escaped, row) for row in spread_rows(study))]
     return f"{escaped(study.about)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

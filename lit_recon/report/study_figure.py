@@ -1,7 +1,8 @@
 """The figure of a study: what each criterion costs before and after reconstruction, in nats over the dense model.
 
 A row per criterion, from the pruned to the reconstructed model, the best of the pruned ones first; below them the range
-of both. In the colours of figures.py.
+of both. At the scale of random masks the others would lie on each other: a worst criterion that is far from them is
+written, not drawn. In the colours of figures.py.
 """
 
 import math
@@ -36,6 +37,7 @@ COLORS = {"pruned": PRUNED, "reconstructed": RECONSTRUCTED}
 DOT: Any = {"marker": "o", "markersize": 10, "markeredgecolor": "white", "markeredgewidth": 1.5}
 TEXT: Any = {"textcoords": "offset points", "bbox": {"color": "white", "pad": 0.5}}  # also where a line crosses it
 ROW = 0.36  # inches
+FAR = 5  # times the nats of the second worst criterion, from which the worst one is off the scale
 
 
 def write_study_figure(study: Study) -> None:
@@ -52,32 +54,45 @@ def write_study_figure(study: Study) -> None:
 
 def criteria(study: Study) -> Figure:
     """Nats over the dense model of each criterion, pruned and reconstructed, and the spread of both."""
-    nats = {state: study.nats(state) for state in STATES}
-    by_run = [dict(zip(STATES, both, strict=True)) for both in zip(*nats.values(), strict=True)]
-    runs = list(zip(study.runs, by_run, strict=True))
-    runs.sort(key=lambda run: (math.isnan(run[1]["pruned"]), run[1]["pruned"]))
-    figure = Figure((WIDTH, 1.5 + ROW * (len(runs) + 2.6)), layout="constrained")
+    off = study.worst if _is_far(study) else None
+    drawn = study if off is None else study.without(off)
+    pairs = zip(study.nats("pruned"), study.nats("reconstructed"), strict=True)
+    rows = [(name, dict(zip(STATES, pair, strict=True))) for name, pair in zip(study.runs, pairs, strict=True)]
+    rows.sort(key=lambda named: (math.isnan(named[1]["pruned"]), named[1]["pruned"]))
+    figure = Figure((WIDTH, 1.5 + ROW * (len(rows) + 2.6)), layout="constrained")
     axes = figure.add_subplot()
-    _limit(axes, [*nats["pruned"], *nats["reconstructed"]])
+    _limit(axes, [*drawn.nats("pruned"), *drawn.nats("reconstructed")])
     axes.axvline(0, color=DENSE, linewidth=1.5, zorder=1)
-    for row, (_, values) in enumerate(runs):
-        _draw_run(axes, row, values)
-    axes.axhline(len(runs) - 0.3, color=GRID, linewidth=1)
-    places = {state: len(runs) + 0.6 + 1.1 * index for index, state in enumerate(STATES)}
+    for row, (name, nats) in enumerate(rows):
+        (_write_run if name == off else _draw_run)(axes, row, nats)
+    axes.axhline(len(rows) - 0.3, color=GRID, linewidth=1)
+    places = {state: len(rows) + 0.6 + 1.1 * index for index, state in enumerate(STATES)}
     for state, place in places.items():
-        _draw_spread(axes, place, nats[state], COLORS[state])
-    labels = [*(_drawable(_label(*run)) for run in runs), *(f"spread, {state}" for state in STATES)]
-    axes.set_yticks([*range(len(runs)), *places.values()], labels)
-    axes.set(ylim=(len(runs) + 2.2, -0.7), xlabel="nats over the dense model (lower is better)")
+        _draw_spread(axes, place, drawn.nats(state), COLORS[state])
+    labels = [name if name == off else _label(name, nats) for name, nats in rows]
+    labels += [f"spread, {state}" + ("" if off is None else f"\nwithout {off}") for state in STATES]
+    axes.set_yticks([*range(len(rows)), *places.values()], [_drawable(label) for label in labels])
+    axes.set(ylim=(len(rows) + 2.2, -0.7), xlabel="nats over the dense model (lower is better)")
+    _finish(axes)
+    about = textwrap.fill(_drawable(study.about), 140)
+    figure.suptitle(about, x=0.01, ha="left", color=MUTED, fontsize=STYLE["font.size"])
+    return figure
+
+
+def _is_far(study: Study) -> bool:
+    """Whether the worst criterion is so far from the others that these could not be told apart at its scale."""
+    *_, second, worst = sorted(math.inf if math.isnan(nats) else nats for nats in study.nats("pruned"))
+    return len(study.runs) > 2 and worst > FAR * second
+
+
+def _finish(axes: Axes) -> None:
+    """Grid, labels and legend."""
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     dots = [Line2D([], [], linestyle="", color=color, label=state, **DOT) for state, color in COLORS.items()]
     legend(axes, [Line2D([], [], color=DENSE, linewidth=1.5, label="dense"), *dots])
-    about = textwrap.fill(_drawable(study.about), 140)
-    figure.suptitle(about, x=0.01, ha="left", color=MUTED, fontsize=STYLE["font.size"])
-    return figure
 
 
 def _limit(axes: Axes, nats: Sequence[float]) -> None:
@@ -108,6 +123,13 @@ def _draw_run(axes: Axes, row: int, nats: Mapping[str, float]) -> None:
             axes.plot(value, row, color=color, **DOT)
             offset, align = ((9, 0), "left") if is_right else ((-9, 0), "right")
             axes.annotate(as_nats(value), (value, row), offset, color=color, ha=align, va="center", **TEXT)
+
+
+def _write_run(axes: Axes, row: int, nats: Mapping[str, float]) -> None:
+    """A row that is off the scale, as text at the right edge."""
+    text = ", ".join(f"{state} {as_nats(value)}" for state, value in nats.items())
+    edge = axes.get_xlim()[1]
+    axes.annotate(f"off the scale: {text} \u25b8", (edge, row), (-4, 0), color=MUTED, ha="right", va="center", **TEXT)
 
 
 def _draw_spread(axes: Axes, place: float, nats: Sequence[float], color: str) -> None:

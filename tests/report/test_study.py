@@ -63,6 +63,10 @@ def test_where_all_gain_as_many_nats_the_spread_in_nats_stays_though_that_in_per
         "| standard deviation, perplexity | 24.94 | 14.97 | 60.0% |",
         "| range, nats | 1.386 | 1.386 | 100.0% |",
         "| standard deviation, nats | 0.566 | 0.566 | 100.0% |",
+        "| range, perplexity, without Magnitude | 20.00 | 12.00 | 60.0% |",
+        "| standard deviation, perplexity, without Magnitude | 10.00 | 6.00 | 60.0% |",
+        "| range, nats, without Magnitude | 0.693 | 0.693 | 100.0% |",
+        "| standard deviation, nats, without Magnitude | 0.347 | 0.347 | 100.0% |",
         "",
         "![nats of each criterion](<runs/criteria/tiny/criteria.png>)",
     ]
@@ -77,12 +81,13 @@ def test_the_terminal_shows_the_spread_below_the_table_and_where_the_figure_is(
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "block, Wanda + Swaps" in lines and "block, Wanda" in lines and "block, Magnitude" in lines
     below = lines[lines.index(ABOUT) :]
-    assert [" ".join(line.split()) for line in below[2:3] + below[4:8]] == [
+    assert [" ".join(line.split()) for line in below[2:3] + below[4:9]] == [
         "spread between criteria, 3 runs pruned reconstructed left",
         "range, perplexity 60.00 36.00 60.0%",
         "standard deviation, perplexity 24.94 14.97 60.0%",
         "range, nats 1.386 1.386 100.0%",
         "standard deviation, nats 0.566 0.566 100.0%",
+        "range, perplexity, without Magnitude 20.00 12.00 60.0%",
     ]
     assert below[-1] == f"Figure: {runs[0].parent / 'criteria.png'}"
 
@@ -163,8 +168,7 @@ def dots(figure: Figure, row: int) -> list[float]:
 def test_the_figure_has_a_row_per_criterion_the_best_first_and_brackets_over_both_ranges(tmp_path: Path) -> None:
     (study,) = found(*make_runs(tmp_path))
     figure = criteria(study)
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["Wanda + Swaps", "Wanda", "Magnitude", "spread, pruned", "spread, reconstructed"]
+    assert labels(figure) == ["Wanda + Swaps", "Wanda", "Magnitude", "spread, pruned", "spread, reconstructed"]
     assert figure.axes[0].yaxis_inverted(), "the first row is at the top"
     nats = [
         [math.log(perplexity / DENSE) for perplexity in PERPLEXITIES[case]] for case in ("swaps", "wanda", "magnitude")
@@ -185,21 +189,47 @@ def test_names_that_are_no_utf_8_are_drawn_and_printed(tmp_path: Path) -> None:
     assert criteria(study).get_suptitle().startswith("caf\\udce9 $x$, unstructured")
 
 
+def labels(figure: Figure) -> list[str]:
+    """What stands beside the rows, from the top."""
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+@pytest.mark.parametrize(("far", "is_drawn"), [(DENSE * 2**9, True), (DENSE * 2**11, False)])
+def test_a_criterion_that_is_far_worse_than_all_others_is_written_and_the_spread_drawn_is_that_of_the_others(
+    far: float, is_drawn: bool, tmp_path: Path
+) -> None:
+    runs = make_runs(tmp_path)[1:]  # log 4 and log 2 nats: the limit is five times log 4
+    worst = results_by("magnitude")
+    worst["perplexity"] |= {"pruned": far, "reconstructed": 30.0}
+    (study,) = found(*runs, make_run(tmp_path / "worst", worst, curves=False))
+    figure = criteria(study)
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert bool(dots(figure, 2)) == is_drawn
+    assert ("off the scale: pruned 7.625, reconstructed 1.099 \u25b8" in written) != is_drawn
+    assert ("range 0.693, standard deviation 0.347" in written) != is_drawn
+    assert labels(figure)[2:4] == ["Magnitude", "spread, pruned" if is_drawn else "spread, pruned\nwithout Magnitude"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_model_that_broke_is_named_and_makes_the_spread_of_its_state_not_finite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = make_runs(tmp_path)
-    broken = results_by("magnitude")
-    broken["perplexity"] |= {"pruned": None}
-    runs[0] = make_run(tmp_path / "broken", broken, curves=False)
+    broken = results_by("wanda")
+    broken["perplexity"] |= {"reconstructed": None}
+    runs[1] = make_run(tmp_path / "broken", broken, curves=False)
     main(["--markdown", *map(str, runs)])
     said = capsys.readouterr().out
-    assert (
-        "| range, perplexity | not finite | 36.00 | – |" in said and "| range, nats | not finite | 1.386 | – |" in said
-    )
+    assert "| range, perplexity | 60.00 | not finite | – |" in said
+    assert "| range, nats | 1.386 | not finite | – |" in said
     (study,) = found(*runs)
     figure = criteria(study)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels[2] == "Magnitude (pruned: not finite)"
-    assert dots(figure, 2) == [pytest.approx(math.log(4.8))]
+    assert labels(figure)[1] == "Wanda (reconstructed: not finite)" and dots(figure, 1) == [pytest.approx(math.log(4))]
+    assert figure.axes[0].texts[-1].get_text() == "not finite"
+
+
+def test_the_worst_is_one_whose_pruned_model_broke(tmp_path: Path) -> None:
+    broken = results_by("swaps")
+    broken["perplexity"] |= {"pruned": None}
+    (study,) = found(make_run(tmp_path / "broken", broken, curves=False), *make_runs(tmp_path)[:2])
+    assert study.worst == "Wanda + Swaps" and list(study.without(study.worst).runs) == ["Magnitude", "Wanda"]
