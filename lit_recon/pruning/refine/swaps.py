@@ -189,17 +189,16 @@ class _Rows:
         return (moved_RC != 0).any(1)
 
     def _move(self, columns_RC: Tensor, change_RC: Tensor, moved_RC: Tensor) -> None:
-        """Change r by `change_RC` at some columns, those that moved between restored (-1) and removed (1)."""
-        twice_RI = embedding_bag(columns_RC, self.gram_II, per_sample_weights=change_RC, mode="sum").mul_(2)  # G r
-        twice_RI *= self.weight_RI
+        """Change r by `change_RC` at some columns, which are restored (-1) or removed (1) where they moved."""
+        change_RI = embedding_bag(columns_RC, self.gram_II, per_sample_weights=change_RC, mode="sum")  # of G r
+        twice_RI = change_RI.mul_(self.weight_RI).mul_(2)
         self.restore_RI -= twice_RI
         self.remove_RI += twice_RI
         for sign, before_RI, after_RI in ((-1, self.restore_RI, self.remove_RI), (1, self.remove_RI, self.restore_RI)):
             row, place = (moved_RC == sign).nonzero(as_tuple=True)
             column = columns_RC[row, place]
-            weight = self.weight_RI[row, column]
-            cost = 2 * weight.square() * self.gram_II.diag()[column] - before_RI[row, column]
-            after_RI[row, column] = cost.masked_fill_(weight == 0, math.inf)  # a zero that was removed stays away
+            square = self.weight_RI[row, column].square() * self.gram_II.diag()[column]
+            after_RI[row, column] = 2 * square - before_RI[row, column]
             before_RI[row, column] = math.inf
 
 

@@ -133,14 +133,18 @@ def test_masks_without_an_exchange_to_gain_from_stay(width: int | None) -> None:
         assert torch.equal(refine(DSnoT(), weight, mask, inputs, width), mask)
 
 
-def test_dead_inputs_are_not_grown_and_constant_inputs_first() -> None:
-    weight_OI, inputs_NI = torch.ones(1, 5), torch.ones(10, 5)
-    inputs_NI[:, 1] += torch.arange(10) / 100  # nearly constant, and larger
+@pytest.mark.parametrize("rounding", [0, 1e-15, -1e-15])
+def test_constant_inputs_are_grown_first_and_dead_inputs_not(rounding: float) -> None:
+    inputs_NI = torch.ones(10, 5)
+    inputs_NI[:, 1] += torch.arange(10) / 1000  # nearly constant, and larger
     inputs_NI[:, 2] = 0
-    inputs_NI[:, 3:] = -0.4
+    inputs_NI[:, 3:] *= -0.4
+    statistics = DSnoT().update(DSnoT().start(torch.ones(1, 5)), inputs_NI)
+    statistics.squares_I[0] *= 1 + rounding
     mask_OI = torch.tensor([[False, False, False, True, True]])
-    # epsilon = 2.045; 0 grown, 3 pruned: 0.645; 1 grown, 4 pruned would be -0.8
-    assert refine(DSnoT(), weight_OI, mask_OI, inputs_NI).tolist() == [[True, False, False, False, True]]
+    # epsilon = 2; 0 grown, 3 pruned: 0.6 are left; with 1 grown, 4 pruned it would be -0.8
+    refined_OI = DSnoT().refine(torch.ones(1, 5), mask_OI, statistics, None)
+    assert refined_OI.tolist() == [[True, False, False, False, True]]
 
 
 def test_variances_of_inputs_far_from_zero_are_exact_over_batches() -> None:
