@@ -25,7 +25,6 @@ from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
-from lit_recon.fit.parts import CONF
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
@@ -46,6 +45,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_result import WindowResult
+from lit_recon.settings.conf import CONF
 from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
