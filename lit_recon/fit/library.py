@@ -147,7 +147,7 @@ def prune_and_reconstruct(
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
         allocation: Shares the sparsity out (pruning.allocation.owl.Owl()), or patterns by name (rules.Rules); none.
         windows: What is reconstructed at once; blocks.
-        propagation: What windows see; dense inputs, targets and statistics.
+        propagation: What windows see; sparse inputs, dense targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
         fitting: How windows are tried, and what is kept.
