@@ -13,11 +13,12 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_model, check_module, check_pruning, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
+from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import CALL, PATHS
@@ -182,6 +183,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             rules=rules,
             allocation=parts["allocation"],
             propagation=parts["chain"],
+            windows=parts["windows"],
+            fitting=fitting,
         )
         if parts["trainer"]:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
