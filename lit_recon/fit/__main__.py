@@ -38,7 +38,15 @@ from lit_recon.fit.resume_config import resumed
 from lit_recon.fit.run import run
 from lit_recon.fit.settings import earlier_run, is_text
 from lit_recon.fit.sweep import fit_apart
-from lit_recon.system.command_line import Refusal, as_argument, concerning, in_hydras_grammar, shortened, stop
+from lit_recon.system.command_line import (
+    Refusal,
+    as_argument,
+    concerning,
+    import_from_here,
+    in_hydras_grammar,
+    shortened,
+    stop,
+)
 from lit_recon.system.commits import CommitError
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
@@ -91,6 +99,7 @@ def _refusing(look: Any, *given: Any) -> Any:
 def main() -> None:
     """The command line, which signals end at any moment with a message."""
     readable_output()
+    import_from_here()
     allow_open_files()
     try:
         with stoppable():
