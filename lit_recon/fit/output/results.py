@@ -55,6 +55,7 @@ class Results:
     predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int
+    provenance: dict[str, Any]
 
     @property
     def perplexity(self) -> dict[str, float]:
