@@ -3,6 +3,7 @@
 __main__.py      the command python -m lit_recon.report: draw reports again, compare runs
 page.py          report.html, one page per run, from page.html.j2
 figures.py       the figures of a run: perplexity, error over depth, learning curves, time
+drift_figure.py  the figure of drift over depth, of an evaluation
 comparison.py    the table over several runs, for the terminal and in Markdown
 study.py         runs that differ in nothing but the criterion: their spread before and after reconstruction
 study_figure.py  its figure
