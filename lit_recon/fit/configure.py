@@ -13,20 +13,22 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_model, check_module, check_pruning, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
 from lit_recon.fit.plan.memory_limit import parse_limit
+from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
-from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain
+from lit_recon.fit.settings import CALL, PATHS
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.settings.values import check_call, expand_home, given, given_of, plain
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
 
@@ -98,7 +100,7 @@ def prepare(cfg: DictConfig) -> Job:
             cause.
     """
     problems = Problems()
-    problems.check(expand_home, cfg)
+    problems.check(expand_home, cfg, PATHS)
     chosen = _choose(cfg, problems)
     found = problems.check(folder_state, Path(chosen.call.get("output_dir", "")), about="output_dir: ")
     limit = _check_call(cfg, chosen.call, chosen.parts, problems)
@@ -145,7 +147,7 @@ def prepare(cfg: DictConfig) -> Job:
 
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
-    call = check_call(cfg, problems)
+    call = check_call(cfg, problems, CALL, paths=PATHS)
     cfg, rules = take_rules(cfg, problems)
     parts = {name: make_part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
     parts["rules"] = rules
@@ -181,6 +183,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             rules=rules,
             allocation=parts["allocation"],
             propagation=parts["chain"],
+            windows=parts["windows"],
+            fitting=fitting,
         )
         if parts["trainer"]:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])

@@ -23,9 +23,9 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_pruning, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
-from lit_recon.fit.parts import CONF
+from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
@@ -45,6 +45,7 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_result import WindowResult
+from lit_recon.settings.conf import CONF
 from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
@@ -292,7 +293,7 @@ def _checked(
         name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
     }
     check_settings(problems, **related, store=store, trainer=settings)
-    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation")
+    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation", "windows", "fitting")
     check_pruning(problems, **{name: parts[name] for name in pruning})
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

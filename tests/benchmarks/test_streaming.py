@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from lit_recon.fit.parts import CONF
+from lit_recon.settings.conf import CONF
 
 pytestmark = pytest.mark.slow
 

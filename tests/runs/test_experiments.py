@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.report.__main__ import main as report
+from lit_recon.settings.conf import CONF
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "matrix_least_squares": ({"by": "matrix"}, "LeastSquares"),

@@ -11,10 +11,11 @@ from lit_recon.system.command_line import stop
 from lit_recon.system.signals import Terminated, stoppable
 
 
-def fit_apart(ended: dict[str, int], *, tracebacks: bool) -> None:
+def run_apart(program: str, ended: dict[str, int], *, tracebacks: bool) -> None:
     """The run of a sweep that Hydra has composed; its exit status goes into `ended`, by what is its own.
 
     Args:
+        program: The module that is run, such as "lit_recon.fit".
         ended: Exit statuses of the runs so far.
         tracebacks: Whether the traceback of what is refused is shown as well.
     """
@@ -25,10 +26,10 @@ def fit_apart(ended: dict[str, int], *, tracebacks: bool) -> None:
         stop("output_dir is one folder, but a sweep has several runs; experiment_dir=<folder> moves all.", status=2)
     settings = HydraConfig.get().overrides.task
     name = " ".join([one for one in settings if one.partition("=")[0].lstrip("+~") not in same] or settings)
-    ended[name] = _run(name, tracebacks=tracebacks)
+    ended[name] = _run(program, name, tracebacks=tracebacks)
 
 
-def _run(name: str, *, tracebacks: bool) -> int:
+def _run(program: str, name: str, *, tracebacks: bool) -> int:
     """One run of a sweep as a process of its own; its exit status.
 
     In one process, each run would find the memory that those before it left, and the end of one would be that of all.
@@ -38,7 +39,7 @@ def _run(name: str, *, tracebacks: bool) -> int:
     sys.stdout.flush()
     own = [*about.overrides.hydra, "hydra.mode=RUN", f"hydra.job.num={about.job.num}", f"hydra.job.id={about.job.id}"]
     environment = os.environ | {"HYDRA_FULL_ERROR": str(int(tracebacks))}
-    command = [sys.executable, "-m", "lit_recon.fit", *about.overrides.task, *own]
+    command = [sys.executable, "-m", program, *about.overrides.task, *own]
     with stoppable(), subprocess.Popen(command, env=environment) as process:
         try:
             status = process.wait()
