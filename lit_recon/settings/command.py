@@ -29,7 +29,7 @@ from rich.logging import RichHandler
 
 from lit_recon.settings.conf import CONF, members
 from lit_recon.settings.sweep import Member, composed, run_all
-from lit_recon.system.command_line import Refusal, concerning, in_hydras_grammar, shortened, stop
+from lit_recon.system.command_line import Refusal, concerning, import_from_here, in_hydras_grammar, shortened, stop
 from lit_recon.system.commits import CommitError
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
@@ -87,6 +87,7 @@ class Command:
     def main(self) -> None:
         """The command line, which signals end at any moment with a message."""
         readable_output()
+        import_from_here()
         allow_open_files()
         try:
             with stoppable():

@@ -93,9 +93,9 @@ class Watched(NamedTuple):
     kept: list[int]
 
 
-def watched(folder: Path, *settings: str) -> Watched:
-    """Run the command in a process of its own and watch it."""
-    command = [sys.executable, "-m", "lit_recon.fit", *settings]
+def watched(folder: Path, *settings: str, program: str = "lit_recon.fit") -> Watched:
+    """Run a command in a process of its own and watch it."""
+    command = [sys.executable, "-m", program, *settings]
     samples: list[dict[str, int]] = []
     kept: dict[int, int] = {}  # by windows done: what is there beside what the window in work takes
     path = folder / "log"
