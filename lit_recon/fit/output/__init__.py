@@ -6,4 +6,5 @@ checkpoint.py  the Hugging Face folder, written whole or growing with the walk
 read_back.py   the checkpoint read as a user will read it
 provenance.py  where all that a run reads came from
 results.py     results.json, the final table, the model card
+library_run.py the same files of what the library has done to a model object
 """
