@@ -303,11 +303,11 @@ def command(
 
 
 def numbers(run: Path) -> dict:
-    """results.json without what is different each time."""
+    """results.json without what is different each time, and without where the inputs lie."""
     results = json.loads((run / "results.json").read_text())
     for window in results["windows"]:
         window.pop("seconds")
-    return {key: value for key, value in results.items() if key not in TIMES}
+    return {key: value for key, value in results.items() if key not in (*TIMES, "provenance")}
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -156,6 +156,10 @@ class TextSource(ABC):
         if problems:
             raise ValueError("\n".join(problems))
 
+    def text_files(self) -> list[Path]:
+        """The files of the user's own that its text is read from, by which a run can be traced back to it."""
+        return []
+
     @property
     def needs_model(self) -> bool:
         """Whether samples can be made only with the dense model, which generates them."""

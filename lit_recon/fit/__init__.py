@@ -13,6 +13,8 @@ job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report
 session.py         a loaded model and the objects that walk over it; `reconstruct`
 library.py         load, prune_and_reconstruct: the same for a model object, in place
+study.py           the runs of a sweep: what is done is skipped, what was interrupted resumed, a report at the end
+forecast.py        how long they will take
 signature.py       what a resumed run must share with the one before
 resume_point.py    what a commit of a walk holds
 walk_callbacks.py  progress bar, growing checkpoint

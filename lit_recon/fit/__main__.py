@@ -18,6 +18,7 @@ from lit_recon.fit.output.folder import finish
 from lit_recon.fit.resume_config import resumed
 from lit_recon.fit.run import run
 from lit_recon.fit.settings import earlier_run, is_text
+from lit_recon.fit.study import run_study
 from lit_recon.settings.command import Call, Command, refusing
 from lit_recon.system.command_line import as_argument
 
@@ -45,7 +46,9 @@ def _renamed(word: str) -> str:
     return re.sub(r"^([+~]*)module\.loss\.", r"\1loss.", word)  # its name up to 0.4
 
 
-main = Command(config="fit", task=fit, is_text=is_text, example="output_dir=runs/first", renamed=_renamed).main
+main = Command(
+    config="fit", task=fit, is_text=is_text, example="output_dir=runs/first", renamed=_renamed, sweep=run_study
+).main
 
 
 if __name__ == "__main__":

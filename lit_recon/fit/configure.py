@@ -4,7 +4,7 @@ With parts.py, settings.py and resume_config.py the only file that sees the conf
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
@@ -92,8 +93,12 @@ class _Chosen:
         )
 
 
-def prepare(cfg: DictConfig) -> Job:
+def prepare(cfg: DictConfig, *, samples_of: Callable[..., Samples] = make_samples) -> Job:
     """Build what a run needs and check it all, before any weight is loaded or any file written.
+
+    Args:
+        cfg: The composed configuration.
+        samples_of: Makes the samples of a source of text.
 
     Raises:
         ValueError: With every problem that could be found at once. What is raised while settings are looked at is its
@@ -120,7 +125,7 @@ def prepare(cfg: DictConfig) -> Job:
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        samples = make_samples(source, tokenizer, model, execution)
+        samples = samples_of(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)

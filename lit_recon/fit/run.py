@@ -31,6 +31,7 @@ from lit_recon.fit.output.folder import (
     left_behind,
     made,
 )
+from lit_recon.fit.output.provenance import provenance
 from lit_recon.fit.output.read_back import Saved, read_back
 from lit_recon.fit.output.results import Results, model_card, sparsity, table
 from lit_recon.fit.plan.description import describe_plan
@@ -200,6 +201,7 @@ class _Walked:
     target: dict[str, float]
     peak_bytes: int
     walk_peak_bytes: int
+    provenance: dict[str, Any]
 
 
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
@@ -230,6 +232,8 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         facts["dense_nats"] = commit.state["dense_nats"]
         with protected():
             mend_config(job.output.folder, _config(job))
+    with session.clock.phase("load"):
+        traced = provenance(job, facts["signature"])
     session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
@@ -251,6 +255,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
+        provenance=traced,
     )
 
 
@@ -340,9 +345,13 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.pruned_by | {"target_by_matrix": walked.target},
+        sparsity={
+            **sparsity(saved.masks, found.zeros, plan.parameters),
+            **walked.pruned_by,
+            "target_by_matrix": walked.target,
+        },
         windows=walked.windows,
-        seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
+        seconds=clock.summary(),
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
         predicted={
@@ -352,6 +361,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         },
         tokens={"calibration": job.samples.num_tokens},
         seed=job.execution.seed,
+        provenance=walked.provenance,
     )
     walked.logger.log_results(results.as_dict())
     walked.logger.close()

@@ -3,7 +3,7 @@
     main = Command(config="fit", ...).main       python -m lit_recon.fit [group=member] [key=value] ...
 
 What is refused ends with status 2 before any work, what fails later with status 1, neither with a traceback
-(HYDRA_FULL_ERROR=1 in the environment shows it). -m makes a process of each run.
+(HYDRA_FULL_ERROR=1 in the environment shows it). -m makes a process of each run (sweep.py).
 """
 
 import difflib
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lit_recon.settings.conf import CONF, members
-from lit_recon.settings.sweep import run_apart
-from lit_recon.system.command_line import Refusal, concerning, in_hydras_grammar, shortened, stop
+from lit_recon.settings.sweep import Member, composed, run_all
+from lit_recon.system.command_line import Refusal, concerning, import_from_here, in_hydras_grammar, shortened, stop
 from lit_recon.system.commits import CommitError
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.quiet_libraries import quiet
@@ -73,6 +73,8 @@ class Command:
         is_text: Whether a setting is a text, or a list of texts.
         example: A setting of it, for messages.
         renamed: A word of the command line with its setting's name of today.
+        sweep: What it does with the runs of a sweep; given the module that is run, the runs and whether tracebacks are
+            shown, it returns their exit statuses by their names.
     """
 
     config: str
@@ -80,10 +82,12 @@ class Command:
     is_text: Callable[[str], bool]
     example: str
     renamed: Callable[[str], str] = str
+    sweep: Callable[..., dict[str, int]] = run_all
 
     def main(self) -> None:
         """The command line, which signals end at any moment with a message."""
         readable_output()
+        import_from_here()
         allow_open_files()
         try:
             with stoppable():
@@ -101,7 +105,7 @@ class Command:
 
     def _compose(self) -> None:
         """Hydra composes the configuration, one for each run of a sweep."""
-        ended: dict[str, int] = {}
+        members: list[Member] = []
         failures: list[Exception] = []
         with _hydra_that_raises() as tracebacks, tempfile.TemporaryDirectory(prefix="lit_recon.") as scratch:
             os.environ["LIT_RECON_SCRATCH"] = scratch  # conf/: where Hydra leaves a file per sweep
@@ -109,7 +113,7 @@ class Command:
             def task(cfg: DictConfig) -> None:
                 try:
                     if HydraConfig.get().mode == RunMode.MULTIRUN:
-                        run_apart(f"lit_recon.{self.config}", ended, tracebacks=tracebacks)
+                        members.append(composed(cfg))
                     else:
                         self._call(cfg, tracebacks=tracebacks)
                 except Exception as error:  # Hydra would print the whole command line in front of it
@@ -123,11 +127,8 @@ class Command:
                 stop(message, status=2, cause=error if tracebacks else None)
         if failures:
             raise failures[0]
-        failed = [name for name, status in ended.items() if status]
-        if failed:
-            alike = len(set(ended.values())) == 1  # refused all: 2; else 1
-            message = f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}"
-            stop(message, status=ended[failed[0]] if alike else 1)
+        if members:
+            _conclude(self.sweep(f"lit_recon.{self.config}", members, tracebacks=tracebacks))
 
     def _call(self, cfg: DictConfig, *, tracebacks: bool) -> None:
         """Do the task; how it ends is said in one message.
@@ -196,6 +197,15 @@ class Command:
                 break
             node = child
         return sorted(str(name) for name in node)
+
+
+def _conclude(ended: Mapping[str, int]) -> None:
+    """End the process where runs of a sweep failed: with their exit status if all ended alike, else with status 1."""
+    failed = [name for name, status in ended.items() if status]
+    if failed:
+        alike = len(set(ended.values())) == 1  # refused all: 2; else 1
+        message = f"{len(failed)} of {len(ended)} runs failed: {'; '.join(failed)}"
+        stop(message, status=ended[failed[0]] if alike else 1)
 
 
 @contextmanager

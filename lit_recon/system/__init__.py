@@ -4,6 +4,7 @@ device.py           device and precision of a run
 atomic_files.py     files and folders that are whole or absent
 tensor_files.py     tensors in safetensors files, memory maps
 commits.py          resume points of a run, found whole or refused
+git_state.py        commit and state of a repository
 lock.py             one process per output folder
 cache.py            folders that are built once and kept
 environment.py      variables that end libraries as they are imported

@@ -55,6 +55,7 @@ class Results:
     predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int
+    provenance: dict[str, Any]
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -78,17 +79,17 @@ class Results:
         sync_folder(path.parent)  # before the commits that these come from are removed
 
 
-def sparsity(masks: Masks, zeros: Mapping[str, int], plan: Plan) -> dict[str, Any]:
+def sparsity(masks: Masks, zeros: Mapping[str, int], parameters: int) -> dict[str, Any]:
     """Share of zeros in the file: of all parameters, of what was prunable, and of each matrix.
 
     Args:
         masks: The masks.
         zeros: Zeros in the file, by matrix.
-        plan: Counts the parameters.
+        parameters: All parameters of the model.
     """
     sizes = {name: masks[name].numel() for name in masks}
     return {
-        "total": sum(zeros.values()) / plan.parameters,
+        "total": sum(zeros.values()) / parameters,
         "prunable": sum(zeros.values()) / max(1, sum(sizes.values())),
         "by_matrix": {name: zeros[name] / sizes[name] for name in masks},
     }
