@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from rich.logging import RichHandler
 
 from lit_recon.fit.configure import prepare
 from lit_recon.fit.job import Job
-from lit_recon.fit.output.folder import finish
+from lit_recon.fit.output.folder import finish, is_finished
+from lit_recon.fit.output.push import NotPushed, check_push, upload
 from lit_recon.fit.parts import CONF
 from lit_recon.fit.resume_config import resumed
 from lit_recon.fit.run import run
@@ -73,18 +74,39 @@ def fit(cfg: DictConfig, *, tracebacks: bool = False) -> None:
         earlier = _refusing(earlier_run, cfg)
         if earlier is not None:
             remedy = f"resume it with {as_argument('resume', earlier)}"
-            if finish(earlier, console):
+            drawn = finish(earlier, console)
+            if drawn or cfg.get("push") is not None and is_finished(earlier):
+                _upload(cfg, earlier, console)
                 return
         job: Job = _refusing(lambda: prepare(cfg if earlier is None else resumed(cfg)))
         if not job.output.plan_only:
             remedy = f"resume it with {as_argument('resume', job.output.folder)}"
-        run(job, console)
+        folder = run(job, console)
+        if folder is not None:
+            _upload(job.output.config, folder, console, checked=True)
     except Refusal as error:
         stop(str(error), status=2, cause=error if tracebacks else None)
-    except (CommitError, NotFinite) as error:
+    except (CommitError, NotFinite, NotPushed) as error:
         stop(str(error), status=1)
     except KeyboardInterrupt as interrupt:
         stop(f"interrupted: {str(interrupt) or remedy}", status=1)
+
+
+def _upload(cfg: Mapping[Any, Any], folder: Path, console: Console, *, checked: bool = False) -> None:
+    """Upload a finished run to the Hub, if that is asked for.
+
+    Args:
+        cfg: The configuration.
+        folder: The run's folder.
+        console: Where to say so.
+        checked: Whether it has been found out that it can be uploaded.
+    """
+    push = cfg.get("push")
+    if push is None:
+        return
+    if not checked:
+        _refusing(check_push, push)
+    upload(folder, push, console)
 
 
 def _refusing(look: Any, *given: Any) -> Any:

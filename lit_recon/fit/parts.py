@@ -30,6 +30,7 @@ from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.tensorboard import LoggedWindows
 from lit_recon.system.command_line import Problems, in_words
 
 PARTS: dict[str, type] = {  # what each is an object of
@@ -41,6 +42,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "store": StoreSettings,
     "windows": Partition,
     "retraining": Retraining,
+    "logger": LoggedWindows,
     "refine": Refinement,
     "allocation": Allocation,
 }

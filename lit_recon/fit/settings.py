@@ -23,6 +23,7 @@ CALL: dict[str, Any] = {
     "plan": bool,
     "resume": str | None,
     "stop_after": int | None,
+    "push": str | None,
     "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
@@ -34,6 +35,7 @@ CALL: dict[str, Any] = {
 PATHS = ("output_dir", "resume", "experiment_dir", "data.paths", "data.evaluation_paths", "model.name")
 TEXTS = (  # a number among these is a name: output_dir=2024, model.revision=5e10123
     *PATHS,
+    "push",
     "model.revision",
     "model.transformers",
     "data.name",

@@ -23,6 +23,10 @@ def fit_apart(ended: dict[str, int], *, tracebacks: bool) -> None:
     same = {key for key, override in given.items() if not override.is_sweep_override()}  # in all runs
     if "output_dir" in same and "$" not in str(given["output_dir"].input_line):
         stop("output_dir is one folder, but a sweep has several runs; experiment_dir=<folder> moves all.", status=2)
+    if "push" in same and "$" not in str(given["push"].input_line):
+        stop(
+            "push is one model of the Hub, but a sweep has several runs; upload one of them when it is done.", status=2
+        )
     settings = HydraConfig.get().overrides.task
     name = " ".join([one for one in settings if one.partition("=")[0].lstrip("+~") not in same] or settings)
     ended[name] = _run(name, tracebacks=tracebacks)
