@@ -32,7 +32,6 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.data.packing import PADDING
 from lit_recon.fit import __main__ as fit
-from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import partition
@@ -42,6 +41,7 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.settings.conf import CONF
 from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow

@@ -49,6 +49,12 @@ def shown(notebook: NotebookNode) -> dict[str, str]:
     }
 
 
+def figures(notebook: NotebookNode) -> list[str]:
+    """The cells, by their ids, below which there is a figure."""
+    outputs = [(cell.id, output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [name for name, output in outputs if "image/png" in output.get("data", {})]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebook_has_no_outputs(path: Path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -74,13 +80,7 @@ def test_inspect_a_run_shows_what_the_run_found(
     assert text["zeros"] == f"0 of {PRUNED:,} pruned weights are not zero\n"
     prompt = " ".join("the for statement is used to")  # how the tokenizer of letters spells it
     assert prompt in text["generate"] and text["generate"].partition(prompt)[2].strip()
-    figures = [
-        cell.id
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert figures == ["depth", "curves"]
+    assert figures(notebook) == ["depth", "curves"]
 
 
 def test_prune_in_a_notebook_prunes_reconstructs_and_saves(
@@ -98,6 +98,17 @@ def test_prune_in_a_notebook_prunes_reconstructs_and_saves(
     masks = Masks.load(tmp_path / "elsewhere" / "sparse-model" / "masks.safetensors")
     assert sum(int((~masks[name]).sum()) for name in masks) == PRUNED
     assert all(not saved.get_parameter(name)[~masks[name]].any() for name in masks)
+
+
+def test_your_own_module_is_trained_and_compared(
+    execute: Callable[..., NotebookNode], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_RECON_MODEL", str(model_folder))
+    notebook = execute(ROOT / "notebooks" / "02_your_own_module.ipynb")
+    lines = [line.split() for line in shown(notebook)["runs"].splitlines() if "perplexity" in line]
+    assert [words[0] for words in lines] == ["MaskedWeights", "FocusedWeights"]
+    assert lines[0][-1] != lines[1][-1]
+    assert figures(notebook) == ["errors"]
 
 
 def test_without_a_choice_the_notebook_takes_the_newest_finished_run(

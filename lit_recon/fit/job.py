@@ -18,7 +18,7 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.allocation.rules import Rules
-from lit_recon.pruning.criteria import Criterion
+from lit_recon.pruning.criteria import Criterion, permutes
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.pruning.refine import Refinement
@@ -120,7 +120,7 @@ class Method:
         """The method in the words of the settings, for results, report and model card."""
         accumulated = f", {self.schedule.accumulate} per step" if self.schedule.accumulate > 1 else ""
         found = {
-            "criterion": type(self.criterion).__name__,
+            "criterion": type(self.criterion).__name__ + (", channels reordered" if permutes(self.criterion) else ""),
             "pattern": self.describe_pattern(),
             **({} if self.refinement is None else {"refine": type(self.refinement).__name__}),
             "windows": self.windows.describe(),

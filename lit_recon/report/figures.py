@@ -118,7 +118,7 @@ def perplexity(perplexities: Mapping[str, float], gap_recovered: float | None) -
         axes.annotate(f"{name} {value:,.2f}", (value, 0), xytext=offset, textcoords="offset points", **style)
     middle = (values["pruned"] + values["reconstructed"]) / 2
     if ranked and 0 < 20 * ranked[0][0] < ranked[-1][0]:
-        _make_logarithmic(axes.xaxis)
+        make_logarithmic(axes.xaxis)
         middle = math.sqrt(values["pruned"] * values["reconstructed"])
     if share >= 0.25:
         axes.text(middle, -0.45, f"{share:.1%} of the gap recovered", ha="center", va="top", color=RECONSTRUCTED)
@@ -147,7 +147,7 @@ def error_over_depth(windows: Sequence[Mapping[str, Any]]) -> Figure:
         if has_units(windows):
             style: Any = {"color": color, "linewidth": 1, "markersize": size, "markerfacecolor": "white"}
             upper.plot(depth, typical[when], "o:", label=f"{label}, typical token", **style)
-    _make_logarithmic(upper.yaxis)
+    make_logarithmic(upper.yaxis)
     in_units = has_units(windows) and measure(windows) == "relative error"
     upper.set_ylabel(f"held-out {measure(windows)}" + ("\n(median dense update = 1)" if in_units else ""))
     lower.axhline(1, color=PRUNED, linewidth=1.2, label="pruned")
@@ -206,7 +206,7 @@ def learning_curves(
             x = [index + 0.4 - 0.8 * (max(steps) - step) / span for step, _ in curve]
             y = [finite_or_nan(value) for _, value in curve]
             axes.plot(x, y, color=color, linewidth=1.4, markersize=3.5, marker="o" if len(curve) <= crowd else "")
-    _make_logarithmic(axes.yaxis)
+    make_logarithmic(axes.yaxis)
     unit = "median dense update" if has_units(windows) else "variance of the target"
     in_units = measure(windows) == "relative error" and (loss in IN_UNITS or not has_units(windows))
     axes.set_ylabel(f"loss ({unit} = 1)" if in_units else "loss")
@@ -239,7 +239,7 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _make_logarithmic(axis: XAxis | YAxis) -> None:
+def make_logarithmic(axis: XAxis | YAxis) -> None:
     """Give an axis a logarithmic scale with plain numbers, also below one decade; not if no value is positive."""
     if not math.isfinite(axis.get_minpos()):
         return

@@ -1,7 +1,7 @@
 """Clock of a run: seconds in each of its phases, and in total, resumed runs included."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -13,11 +13,15 @@ PHASES = ("load", *WALK, "evaluate")
 
 
 class Clock:
-    """Seconds per phase of a run; phases do not nest."""
+    """Seconds per phase of a run; phases do not nest.
 
-    def __init__(self) -> None:
+    Args:
+        phases: Their names.
+    """
+
+    def __init__(self, phases: Iterable[str] = PHASES) -> None:
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

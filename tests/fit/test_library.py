@@ -36,7 +36,7 @@ from lit_recon import (
 )
 from lit_recon.activations.datamodule import Batch
 from lit_recon.fit.library import TRAINER
-from lit_recon.fit.parts import CONF
+from lit_recon.settings.conf import CONF
 
 ROOT = Path(__file__).parents[2]
 FAST = partial(MaskedWeights, optimizer=partial(AdamW, lr=1e-2, eps=1e-15, weight_decay=0.0, fused=True))

@@ -24,6 +24,7 @@ ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is i
 NEXT_CONFIG = "config.next.yaml"  # of a run that has begun to clear the folder
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
+    "evaluations.json",  # of the checkpoint
     *("commits", MARK, f"{MARK}.partial", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began

@@ -5,22 +5,21 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from lit_recon import __version__
-from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
+from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
+from lit_recon.system.finite import without_nan
 from lit_recon.system.units import duration, in_gb
+from lit_recon.system.versions import versions
 
-_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
 
 
@@ -58,35 +57,18 @@ class Results:
     @property
     def gap_recovered(self) -> float | None:
         """Share of the perplexity that pruning cost and reconstruction won back; None where there is none to tell."""
-        return _share_recovered(self.perplexity)
+        return share_recovered(**self.perplexity)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of results.json; None for what is not finite, which JSON has no number for."""
-        gaps = {"gap_recovered": self.gap_recovered, "gap_recovered_nats": _share_recovered(self.nats)}
-        versions = {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES}
-        return _without_nan({"perplexity": self.perplexity} | asdict(self) | gaps | {"versions": versions})
+        gaps = {"gap_recovered": self.gap_recovered, "gap_recovered_nats": share_recovered(**self.nats)}
+        return without_nan({"perplexity": self.perplexity} | asdict(self) | gaps | {"versions": versions()})
 
     def save(self, path: Path) -> None:
         """Write results.json, whole or not at all."""
         with replaced(path) as file:
             file.write((json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n").encode())
         sync_folder(path.parent)  # before the commits that these come from are removed
-
-
-def _share_recovered(values: Mapping[str, float]) -> float | None:
-    """Share of pruned minus dense that was won back; None where pruning cost nothing or a value is not finite."""
-    dense, pruned, reconstructed = (values[state] for state in ("dense", "pruned", "reconstructed"))
-    is_known = all(math.isfinite(value) for value in values.values()) and pruned > dense
-    return (pruned - reconstructed) / (pruned - dense) if is_known else None
-
-
-def _without_nan(value: Any) -> Any:
-    """A value, or what it holds, with None for each number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sparsity(masks: Masks, zeros: Mapping[str, int], plan: Plan) -> dict[str, Any]:
