@@ -1,4 +1,4 @@
-"""Reports of finished runs, made from the files of a run alone: neither torch nor the model is loaded.
+"""Reports of runs, made from the files of a run alone: neither torch nor the model is loaded.
 
 __main__.py      the command python -m lit_recon.report: draw reports again, compare runs
 page.py          report.html, one page per run, from page.html.j2
@@ -7,6 +7,9 @@ drift_figure.py  the figure of drift over depth, of an evaluation
 comparison.py    the table over several runs, for the terminal and in Markdown
 study.py         runs that differ in nothing but the criterion: their spread before and after reconstruction
 study_figure.py  its figure
+runs.py          folders of runs in any state: finished, running, unfinished, failed, damaged
 run_files.py     reads results.json and TensorBoard's event files
+evaluations.py   reads evaluations.json
+shapes.py        what parts of such files must look like
 format.py        numbers and keys of results.json as text
 """

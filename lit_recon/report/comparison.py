@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -19,6 +19,7 @@ from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, 
 from lit_recon.system.clock import WALK
 from lit_recon.system.units import duration
 
+Found = TypeVar("Found")
 DEFAULT_MODULES = {"MaskedWeights", "ReconstructionModule"}  # not named in rows; the second is its name up to 0.2.0
 COLUMNS = {  # of the comparison: as a line of text, and on the terminal
     "run": "run",
@@ -36,14 +37,14 @@ COLUMNS = {  # of the comparison: as a line of text, and on the terminal
 }
 
 
-def by_short_name(runs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Results by the short name of their run: its path below the folder that holds all runs.
+def by_short_name(runs: Mapping[Path, Found]) -> dict[str, Found]:
+    """What was found in folders by the short name of each: its path below the folder that holds all.
 
     Args:
-        runs: results.json by the folder of the run.
+        runs: Such as results.json, by the folder of the run.
     """
     parent = common_folder(runs)
-    return {Path(os.path.abspath(run)).relative_to(parent).as_posix(): results for run, results in runs.items()}
+    return {Path(os.path.abspath(run)).relative_to(parent).as_posix(): found for run, found in runs.items()}
 
 
 def common_folder(runs: Iterable[Path]) -> Path:
@@ -106,36 +107,45 @@ def cells(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Table for the terminal, 120 columns wide; the settings of a run stand below its name.
+def comparison(runs: Mapping[str, Mapping[str, Any] | str]) -> Table:
+    """Table for the terminal, 120 columns wide; the settings of a run, or its state, stand below its name.
 
     Args:
-        runs: results.json by the name of the run.
+        runs: By the name of the run its results.json, or the state of a run that has none.
     """
-    shared, different = shared_and_different({name: settings(results) for name, results in runs.items()})
+    shared, rows = _rows(runs)
     table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run\nwindow", overflow="fold", vertical="bottom")
     for header in list(COLUMNS.values())[2:]:
         table.add_column(header, justify="right", no_wrap=True)
-    for name, results in runs.items():
+    for name, different, *numbers in rows:
         # Text: what looks like markup in a name is not read as markup
-        table.add_row(Text.assemble((name, "bold"), f"\n{different[name]}"), *cells(results))
+        table.add_row(Text.assemble((name, "bold"), f"\n{different}"), *numbers)
     return table
 
 
-def as_markdown(runs: Mapping[str, Mapping[str, Any]]) -> str:
+def as_markdown(runs: Mapping[str, Mapping[str, Any] | str]) -> str:
     """Table in GitHub's Markdown, without the settings that all runs share.
 
     Args:
-        runs: results.json by the name of the run.
+        runs: As for `comparison`.
     """
-    _, different = shared_and_different({name: settings(results) for name, results in runs.items()})
     rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
-    for name, results in runs.items():
-        rows.append([escaped(text) for text in (name, different[name], *cells(results))])
+    rows += [[escaped(text) for text in row] for row in _rows(runs)[1]]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def _rows(runs: Mapping[str, Mapping[str, Any] | str]) -> tuple[str, list[list[str]]]:
+    """The settings that all runs share, and a row of texts for each."""
+    results = {name: found for name, found in runs.items() if not isinstance(found, str)}
+    shared, different = shared_and_different({name: settings(found) for name, found in results.items()})
+    none = ["–"] * (len(COLUMNS) - 2)
+    states = {name: [name, found, *none] for name, found in runs.items() if isinstance(found, str)}
+    rows = {name: [name, different[name], *cells(found)] for name, found in results.items()} | states
+    return shared, [rows[name] for name in runs]
+
+
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\|*`<\[~])", r"\\\1", text)
+    """Text that Markdown shows as it is, in one line."""
+    text = re.sub(r"([\\|*`<&\[~$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)

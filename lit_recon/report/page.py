@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_recon.report.figures import write_figures
 from lit_recon.report.format import LABELS, as_error, as_factor, as_memory, as_perplexity, as_share
-from lit_recon.report.run_files import LARGEST, finite_or_nan, has_units, measure, read_results
+from lit_recon.report.run_files import finite_or_nan, has_units, measure, read_results
+from lit_recon.report.shapes import LARGEST
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration
 

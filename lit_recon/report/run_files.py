@@ -6,19 +6,19 @@ folder, not the model, nor the version of lit_recon that made the run.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lit_recon.report.shapes import FLAG, LARGEST, MAYBE, NUMBER, TEXT, problems_of
 from lit_recon.system.clock import WALK
 
-NUMBER, MAYBE, TEXT, FLAG = "a number", "a number or null", "text", "true or false"
-LARGEST = 1e150  # that figures can still compute with
 STUDY_FIGURE = "criteria{}.png"  # lies beside the runs that it compares; a number where there are several
 RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be absent or null; str: any other name
     "perplexity": {"dense": MAYBE, "pruned": MAYBE, "reconstructed": MAYBE},
     "gap_recovered": MAYBE,
+    "gap_recovered_nats?": MAYBE,
     "protocol": {"dataset": None, "windows": None, "context": None},
     "model": {"name": TEXT, "covered?": MAYBE},
     "recipe": {"criterion": TEXT, "refine?": TEXT, "pattern": TEXT, "windows": TEXT, "module?": TEXT},
@@ -58,46 +58,16 @@ def read_results(run: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}); {expected}.") from error
-    if problems := list(islice(_problems(results, RESULTS, ""), 3)):
-        raise ValueError(f"{path}: {'; '.join(problems)}; {expected}, as lit_recon.fit writes it.")
+    if problems := list(islice(problems_of(results, RESULTS, ""), 3)):
+        raise ValueError(f"{path}: {'; '.join(problems)}; {expected}, as lit_recon.fit writes it{_origin(results)}.")
     return results
 
 
-def _problems(value: Any, shape: Any, where: str) -> Iterator[str]:
-    """What is missing in a value, or of another kind than reports can show."""
-    if isinstance(shape, dict):
-        yield from _problems_within(value, shape, where)
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            yield f"{where} is no list"
-        for index, each in enumerate(value if isinstance(value, list) else []):
-            yield from _problems(each, shape[0], f"{where}[{index}]")
-    elif shape is not None and not _is(value, shape):
-        yield f"{where} is {str(value)[:40]!r} instead of {shape}"
-
-
-def _problems_within(value: Any, shape: Mapping[Any, Any], where: str) -> Iterator[str]:
-    """The same for a mapping."""
-    if not isinstance(value, dict):
-        yield f"{where or 'it'} is no mapping of names to values"
-        return
-    names = {str(name).removesuffix("?"): each for name, each in shape.items() if name is not str}
-    needed = [name for name in shape if name is not str and not name.endswith("?")]
-    if absent := [f"{where}.{name}".lstrip(".") for name in needed if name not in value]:
-        yield f"without {', '.join(absent)}"
-    for name, each in value.items():
-        optional = f"{name}?" in shape and each is None
-        if (name in names or str in shape) and not optional:
-            yield from _problems(each, names.get(name, shape.get(str)), f"{where}.{name}".lstrip("."))
-
-
-def _is(value: Any, kind: str) -> bool:
-    """Whether a value of JSON is of a kind."""
-    if kind in (TEXT, FLAG):
-        return isinstance(value, str if kind == TEXT else bool)
-    if value is None or type(value) not in (int, float):
-        return value is None and kind == MAYBE
-    return abs(value) < LARGEST or (kind == MAYBE and isinstance(value, float))  # one that is not finite is named
+def _origin(results: Any) -> str:
+    """The version that wrote results which are not as they are today, where they say so."""
+    versions = results.get("versions") if isinstance(results, dict) else None
+    version = versions.get("lit_recon") if isinstance(versions, dict) else None
+    return f"; this was written by lit_recon {version[:20]}" if isinstance(version, str) else ""
 
 
 def is_study_figure(path: Path) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 
@@ -55,6 +56,32 @@ def hold(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # Windows removes no open file, and the folder may be gone
                 path.unlink()
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder now, found out without writing there; the lock is taken for a moment at most.
+
+    Of a folder that only its owner may write to, what lease.json says counts.
+    """
+    lock, about = folder / "lease.lock", folder / "lease.json"
+    if not lock.exists() or _has_ended(about):
+        return False
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return about.exists()
+
+
+def _has_ended(about: Path) -> bool:
+    """Whether lease.json names a process of this machine that is no more."""
+    try:
+        owner = json.loads(about.read_text(encoding="utf-8"))
+        return owner["host"] == socket.gethostname() and not psutil.pid_exists(int(owner["pid"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not written yet, or garbled
+        return False
 
 
 def _check_owner(folder: Path) -> None:

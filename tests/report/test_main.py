@@ -53,19 +53,21 @@ def test_the_command_rewrites_each_report_and_prints_one_table(
     assert (other / "report.html").exists() and (other / "figures" / "time.png").exists()
 
 
-def test_a_folder_that_is_no_run_gets_one_message_and_exit_status_2(two_windows: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_runs_get_one_message_each_and_status_2_and_other_runs_are_shown(
+    two_windows: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     runs = [str(two_windows), str(tmp_path / "empty"), str(tmp_path / "nowhere")]
     done = subprocess.run(
         [sys.executable, "-m", "lit_recon.report", *runs], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and "67.8%" in done.stdout
     expected = "expected the folder of a finished run, with its results.json in it."
     assert done.stderr.splitlines() == [
         f"{runs[1]}: no results.json here; {expected}",
         f"{runs[2]}: not a folder; {expected}",
     ]
-    assert not (two_windows / "report.html").exists(), "nothing is rewritten if one of the folders is wrong"
+    assert (two_windows / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -82,10 +84,8 @@ def test_a_results_file_of_something_else_is_refused(
     content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text(content, encoding="utf-8")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path)])
+    assert main([str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert stopped.value.code == 2
     assert words in message and str(tmp_path / "results.json") in message and message.count("\n") == 1
 
 
@@ -93,9 +93,7 @@ def test_a_report_that_cannot_be_written_gets_one_message(
     two_windows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (two_windows / "report.html").mkdir()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(two_windows)])
-    assert stopped.value.code == 2
+    assert main([str(two_windows)]) == 2
     assert "the report cannot be written" in capsys.readouterr().err
 
 

@@ -80,11 +80,8 @@ def test_results_are_refused_with_a_message_or_drawn(
     for number in range(count):
         place, other = draw.choice(list(places(whole))), draw.choice(OTHERS)
         run = make_run(tmp_path / str(number), changed(whole, place, other), curves=False)
-        try:
-            refused = main([str(run)]) != 0
-        except SystemExit as end:
-            refused, message = end.code == 2, capsys.readouterr().err
-            assert message.count("\n") == 1 and "as lit_recon.fit writes it" in message, (place, other)
+        refused, message = main([str(run)]) == 2, capsys.readouterr().err
+        assert (message.count("\n") == 1 and "as lit_recon.fit writes it" in message) == refused, (place, other)
         assert (run / "report.html").exists() != refused, (place, other)
         drawn += not refused
     assert 0 < drawn < count
