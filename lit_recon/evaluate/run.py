@@ -70,10 +70,9 @@ def _states(evaluation: Evaluation, clock: Clock) -> dict[str, State]:
         model = evaluation.subject.model.load()
         dense = evaluation.dense.load() if evaluation.dense is not None else None
     with clock.phase("verify"):
-        for one in (model, dense):
-            if one is not None and evaluation.text is not None:
-                tokens_ST = evaluation.text.windows.tokens_ST
-                verify(one, tokens_ST[:1], lengths={"data.evaluation_length": tokens_ST.shape[1]})
+        for one in _unlike(model, dense) if evaluation.text is not None else ():
+            tokens_ST = evaluation.text.windows.tokens_ST
+            verify(one, tokens_ST[:1], lengths={"data.evaluation_length": tokens_ST.shape[1]})
     device, states = evaluation.compute.device, {}
     if dense is not None:
         decoder = Decoder(dense, device)
@@ -83,6 +82,11 @@ def _states(evaluation: Evaluation, clock: Clock) -> dict[str, State]:
             _check_masks(masks, dense, evaluation)
             states["pruned"] = State(decoder, partial(masks.applied, changed=None))
     return states | {"checkpoint": State(Decoder(model, device))}
+
+
+def _unlike(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[PreTrainedModel]:
+    """The models that are called in other ways: what holds of layers holds in another model of the class."""
+    return [model] if dense is None or type(dense) is type(model) else [model, dense]
 
 
 def _check_masks(masks: Masks, dense: PreTrainedModel, evaluation: Evaluation) -> None:
