@@ -108,6 +108,10 @@ class Mixture(OtherEvaluation):
         named = [path for source in [*self._used().values(), self.evaluation] for path in source.text_files()]
         return list(dict.fromkeys(named))
 
+    def hub_datasets(self) -> list[str]:
+        """Those of all sources of which there are samples."""
+        return sorted({name for source in self._used().values() for name in source.hub_datasets()})
+
     def _used(self) -> dict[str, TextSource]:
         """The sources of which there are samples."""
         calibration, held_out = self._counts(self.num_samples), self._counts(self.num_held_out)

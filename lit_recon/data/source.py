@@ -160,6 +160,10 @@ class TextSource(ABC):
         """The files of the user's own that its text is read from, by which a run can be traced back to it."""
         return []
 
+    def hub_datasets(self) -> list[str]:
+        """The Hub's ids of the data sets that calibration samples are taken from, for the model card."""
+        return []
+
     @property
     def needs_model(self) -> bool:
         """Whether samples can be made only with the dense model, which generates them."""

@@ -70,9 +70,10 @@ def _states(evaluation: Evaluation, clock: Clock) -> dict[str, State]:
         model = evaluation.subject.model.load()
         dense = evaluation.dense.load() if evaluation.dense is not None else None
     with clock.phase("verify"):
-        for one in _unlike(model, dense) if evaluation.text is not None else ():
+        if evaluation.text is not None:
             tokens_ST = evaluation.text.windows.tokens_ST
-            verify(one, tokens_ST[:1], lengths={"data.evaluation_length": tokens_ST.shape[1]})
+            for one in _unlike(model, dense):
+                verify(one, tokens_ST[:1], lengths={"data.evaluation_length": tokens_ST.shape[1]})
     device, states = evaluation.compute.device, {}
     if dense is not None:
         decoder = Decoder(dense, device)

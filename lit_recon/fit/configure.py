@@ -18,6 +18,7 @@ from lit_recon.fit.checks import check_model, check_module, check_samples, check
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
+from lit_recon.fit.output.push import check_push
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
@@ -35,7 +36,18 @@ from lit_recon.system.memory import parse_limit
 
 log = logging.getLogger(__name__)
 
-NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
+NOT_REHEARSED = (
+    "model",
+    "data",
+    "output_dir",
+    "overwrite",
+    "plan",
+    "resume",
+    "stop_after",
+    "push",
+    "memory_limit",
+    "seed",
+)
 COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
 
 
@@ -90,6 +102,7 @@ class _Chosen:
             memory_limit=limit,
             stop_after=self.call["stop_after"],
             seed=self.call["seed"],
+            logged=self.parts["logger"],
         )
 
 
@@ -268,6 +281,8 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
         problems.check(check_inputs, Path(call["output_dir"]), plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
+    if call.get("push") is not None:
+        problems.check(check_push, call["push"])
     if "seed" in call and not 0 <= call["seed"] < 2**31:
         problems.add(f"seed={call['seed']}: expected a whole number from 0 to 2147483647.")
     if call.get("memory_limit") is None:

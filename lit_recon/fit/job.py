@@ -25,6 +25,7 @@ from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.tensorboard import LoggedWindows
 from lit_recon.system.device import Compute
 
 USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
@@ -149,6 +150,7 @@ class Execution:
         memory_limit: Bytes; None for no limit.
         stop_after: Stop after so many windows, of which a fit of all layers at once is the last; None for all.
         seed: Of everything that is drawn.
+        logged: Which windows have curves in TensorBoard.
     """
 
     compute: Compute
@@ -157,6 +159,7 @@ class Execution:
     memory_limit: int | None = None
     stop_after: int | None = None
     seed: int = 0
+    logged: LoggedWindows = LoggedWindows()
 
 
 @dataclass(frozen=True, kw_only=True)

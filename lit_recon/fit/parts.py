@@ -25,6 +25,7 @@ from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.tensorboard import LoggedWindows
 from lit_recon.settings import parts
 from lit_recon.settings.conf import members
 from lit_recon.settings.values import given_of, plain
@@ -39,6 +40,7 @@ PARTS: dict[str, type] = {  # what each is an object of
     "store": StoreSettings,
     "windows": Partition,
     "retraining": Retraining,
+    "logger": LoggedWindows,
     "refine": Refinement,
     "allocation": Allocation,
 }

@@ -95,7 +95,8 @@ def _read(path: Path) -> DictConfig:
     """A configuration that was saved; a ValueError that says how it is damaged."""
     try:
         loaded = OmegaConf.load(path)
-        missing = [key for key in CALL if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
+        needed = [key for key in CALL if key not in OF_ONE_CALL]
+        missing = [key for key in needed if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
         OmegaConf.to_container(loaded, resolve=True)
     except Exception as error:  # half of it, zeros, a tab: whatever a file can hold
         raise ValueError(" ".join(str(error).split())[:100]) from error

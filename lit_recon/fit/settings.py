@@ -21,6 +21,7 @@ CALL: dict[str, Any] = {
     "plan": bool,
     "resume": str | None,
     "stop_after": int | None,
+    "push": str | None,
     "memory_limit": str | int | None,
     "prune_by": str,
     "allow_unscored": bool,
@@ -31,7 +32,7 @@ CALL: dict[str, Any] = {
 }
 OWN_PATHS = ("output_dir", "resume", "experiment_dir")
 PATHS = (*OWN_PATHS, *GROUP_PATHS)
-TEXTS = (*OWN_PATHS, *GROUP_TEXTS)  # a number among these is a name: output_dir=2024
+TEXTS = (*OWN_PATHS, "push", *GROUP_TEXTS)  # a number among these is a name: output_dir=2024
 
 
 def is_text(setting: str) -> bool:

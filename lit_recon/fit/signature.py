@@ -22,8 +22,8 @@ from lit_recon.model.loading import LanguageModel
 from lit_recon.system.atomic_files import sha256
 
 # Settings of how a run is carried out, which may differ when it is resumed.
-OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not kept from the call before
-OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit")
+OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after", "push")  # not kept from the call before
+OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit", "logger")
 _LIBRARIES = ("torch", "lightning", "transformers")
 _INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")  # what may bound them
 _PACKAGE = Path(lit_recon.__file__).parent

@@ -27,7 +27,7 @@ from lit_recon.fit.signature import OF_THE_CALL, differences
 from lit_recon.report.run_files import read_results
 from lit_recon.settings.sweep import Member, run_apart
 from lit_recon.settings.values import expand_home, plain
-from lit_recon.system.command_line import as_argument
+from lit_recon.system.command_line import as_argument, stop
 from lit_recon.system.units import duration
 
 _MAY_DIFFER = (*OF_THE_CALL, "experiment_dir")  # between two calls that mean the same run
@@ -151,6 +151,7 @@ def run_study(program: str, members: Sequence[Member], *, tracebacks: bool) -> d
     Returns:
         Exit statuses by the names of the members; that of a run that is done is 0.
     """
+    _check_push(members)
     found = {member.name: standing(member) for member in members}
     left = [member for member in members if found[member.name].kind in ("left", "new")]
     ended = {member.name: 2 if found[member.name].kind == "other" else 0 for member in members}
@@ -169,6 +170,16 @@ def run_study(program: str, members: Sequence[Member], *, tracebacks: bool) -> d
         if number < len(left):
             _say(f"\n{number} of {len(left)} runs have ended; {_time_left(pace, left[number:]) or 'time left unknown'}")
     return ended | _report(members)
+
+
+def _check_push(members: Sequence[Member]) -> None:
+    """End the command where several runs would be uploaded to one place."""
+    places = [push for member in members if (push := (member.config or {}).get("push")) is not None]
+    if several := [push for push in places if places.count(push) > 1]:
+        stop(
+            f"push={several[0]} is one model of the Hub, but a sweep has several runs; upload one that is done.",
+            status=2,
+        )
 
 
 def _survey(found: Mapping[str, Standing]) -> Iterable[str]:

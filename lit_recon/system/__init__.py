@@ -10,6 +10,7 @@ cache.py            folders that are built once and kept
 environment.py      variables that end libraries as they are imported
 signals.py          Ctrl-C, SIGTERM and SIGHUP, held back in protected sections
 terminal.py         letters that the terminal lacks, and its end
+markdown.py         any text as Markdown without markup
 clock.py            seconds per phase
 memory.py           peak memory, a limit of it, giving memory back
 finite.py           numbers that are not finite, found and named

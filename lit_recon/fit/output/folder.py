@@ -113,6 +113,11 @@ def clear_output(folder: Path) -> None:
         remove(folder / name)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run with results, that no other has begun to clear."""
+    return [(folder / name).is_file() for name in ("config.yaml", "results.json", NEXT_CONFIG)] == [True, True, False]
+
+
 @contextmanager
 def made(output: Output) -> Iterator[Output]:
     """Make the output folder; where the run is refused, nothing of it stays.
@@ -220,8 +225,7 @@ def finish(output: Path, console: Console) -> bool:
 
 
 def _lacks_report(output: Path) -> bool:
-    there = [(output / name).is_file() for name in ("config.yaml", "results.json", "report.html", NEXT_CONFIG)]
-    return there == [True, True, False, False]
+    return is_finished(output) and not (output / "report.html").is_file()
 
 
 def draw_report(output: Path) -> None:

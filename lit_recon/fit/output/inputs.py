@@ -13,7 +13,7 @@ from lit_recon.fit.output.folder import ACTIVATIONS, RUN_FILES
 from lit_recon.settings.values import targets, texts
 from lit_recon.system.cache import cache_folder
 
-OUTPUTS = ("output_dir", "resume", "hydra")  # settings that name no input
+OUTPUTS = ("output_dir", "resume", "push", "hydra")  # settings that name no input
 
 
 def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:

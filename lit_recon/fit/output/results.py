@@ -1,4 +1,4 @@
-"""What a run found, as results.json (other programs read it), as a table and as a model card."""
+"""What a run found, as results.json (other programs read it) and as a table."""
 
 import json
 import math
@@ -11,9 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from lit_recon import __version__
 from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
-from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
@@ -22,13 +20,6 @@ from lit_recon.system.units import duration, in_gb
 from lit_recon.system.versions import versions
 
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
-
-HOW = {  # of a walk: how a model is made, for its card
-    "local": "reconstructed one window at a time to match the dense model's activations",
-    "global": "retrained, all layers at once",
-    "local_then_global": "reconstructed one window at a time to match the dense model's activations and retrained, all "
-    "layers at once",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,41 +131,3 @@ def remarks(windows: Sequence[WindowResult]) -> list[tuple[str, str]]:
         )
         found.append(("rounding", text))
     return found
-
-
-def model_card(
-    model: str,
-    recipe: Mapping[str, str],
-    plan: Plan,
-    windows: Sequence[WindowResult],
-    auto_class: str = "AutoModelForCausalLM",
-) -> str:
-    """README.md of the checkpoint: how it was made and how to read it, by a class of transformers."""
-    accepted = sum(window.accepted for window in windows)
-    rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
-    left = plan.windows - len(windows)
-    unfinished = f"| unfinished | {len(windows)} of {plan.windows} windows done, the rest is dense |\n" if left else ""
-    made = HOW[recipe.get("walk", "local")]
-    return f"""---
-library_name: transformers
-tags: [pruning, sparse, local-reconstruction]
----
-# {model}, pruned and reconstructed
-
-Made with lit_recon {__version__}: pruned, then {made}
-(Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are exact zeros.
-
-| | |
-|---|---|
-| dense model | {model} |
-{rows}
-| prunable | {plan.prunable / plan.parameters:.1%} of all parameters |
-| windows reconstructed | {accepted} of {len(windows)} |
-{unfinished}
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("checkpoint")
-tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-```
-"""
