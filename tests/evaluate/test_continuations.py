@@ -1,5 +1,6 @@
 """Continuations are those of transformers' own generate, whatever the batch, and repetition is told."""
 
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -131,6 +132,13 @@ def test_a_text_degenerates_where_a_loop_is_most_of_it() -> None:
     words, loop = tuple(range(100, 140)), (1, 2, 3, 4, 5)
     assert not Continuation("", words + 4 * loop).degenerates
     assert Continuation("", words[:20] + 9 * loop).degenerates
+
+
+def test_no_text_by_people_degenerates() -> None:
+    words = " ".join(topics.values()).split()
+    numbers = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    pieces = [tuple(numbers[word] for word in words[start : start + 64]) for start in range(0, len(words), 64)]
+    assert len(pieces) > 500 and not any(Continuation("", piece).degenerates for piece in pieces)
 
 
 def test_states_stand_side_by_side() -> None:
