@@ -180,8 +180,8 @@ def layout(names: Iterable[str]) -> dict[str, Any]:
     Args:
         names: Of the windows; those that differ in numbers only are of one kind.
     """
-    kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
-    curves = {kind: re.escape(kind).replace("N", r"\d+") for kind in kinds}
+    parts = (re.split(r"(?<![A-Za-z\d])\d+", name) for name in names)
+    curves = {"N".join(fixed): r"\d+".join(map(re.escape, fixed)) for fixed in parts}
     return {
         "windows": {
             f"loss of {kind}": ["Multiline", [rf"^{curve}/loss/{part}$" for part in ("held_out", "train")]]
