@@ -42,10 +42,12 @@ def card_metadata(model: LanguageModel, datasets: Sequence[str]) -> ModelCardDat
     """
     folder = model.files()[0].parent
     base = _base_card(model, folder)
-    known = {name: _plain(base[name]) for name in _FROM_BASE if _is_text(base.get(name))}
+    known: dict[str, Any] = {name: _plain(base[name]) for name in _FROM_BASE if _is_text(base.get(name))}
     base_model = _hub_id(model, folder)
     return ModelCardData(
-        **{"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS} | known,
+        **{"pipeline_tag": "text-generation"} | known,
+        library_name="transformers",
+        tags=TAGS,
         base_model=base_model and one_line(base_model),
         base_model_relation="finetune" if base_model else None,  # of those that the Hub knows, the nearest
         datasets=[one_line(name) for name in datasets] or None,
