@@ -11,12 +11,12 @@ from rich.table import Table
 from lit_recon.system.units import duration, in_gb
 
 
-def table(entry: Mapping[str, Any], record: Path) -> Table:
+def table(entry: Mapping[str, Any], record: Path | None) -> Table:
     """An entry of a record as a table.
 
     Args:
         entry: The entry.
-        record: The file that it was added to.
+        record: The file that it was added to; None: it was not.
     """
     shown = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     shown.add_column(style="bold")
@@ -41,5 +41,6 @@ def table(entry: Mapping[str, Any], record: Path) -> Table:
     phases = ", ".join(f"{name} {value:.1f}" for name, value in entry["seconds"].items() if name != "total")
     shown.add_row("seconds", f"{phases}; {duration(entry['seconds']['total'])} in total")
     shown.add_row("peak memory", in_gb(entry["peak_memory_bytes"]))
-    shown.add_row("added to", escape(str(record)))
+    if record is not None:
+        shown.add_row("added to", escape(str(record)))
     return shown

@@ -23,7 +23,7 @@ from lit_recon.model.loading import LanguageModel
 from lit_recon.model.verify import verify
 from lit_recon.pruning.masks import Masks
 from lit_recon.system.clock import Clock
-from lit_recon.system.command_line import Refusal, shortened
+from lit_recon.system.command_line import Refusal, in_words, shortened, stop
 from lit_recon.system.memory import peak_memory_bytes
 from lit_recon.system.versions import versions
 
@@ -35,6 +35,7 @@ def run(evaluation: Evaluation, console: Console) -> None:
 
     Raises:
         Refusal: What only the models' weights show; nothing has been written then.
+        SystemExit: With status 1, where the result is shown but cannot be written.
     """
     clock = Clock(PHASES)
     try:
@@ -45,7 +46,11 @@ def run(evaluation: Evaluation, console: Console) -> None:
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False, soft_wrap=True)
     measured = _measure(evaluation, states, clock, console)
     entry = _entry(evaluation, measured, clock)
-    add(evaluation.record, entry)
+    try:
+        add(evaluation.record, entry)
+    except (OSError, ValueError) as error:  # a full disk, hours after it was looked at
+        console.print(table(entry, None))
+        stop(f"{evaluation.record}: the numbers above could not be added ({in_words(error)}).", status=1)
     console.print(table(entry, evaluation.record))
 
 

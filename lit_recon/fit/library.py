@@ -23,6 +23,7 @@ from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.output.library_run import Done, write_run
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
@@ -75,11 +76,37 @@ class Reconstruction:
         windows: The result of each window, in order: its errors, and whether its reconstruction was accepted.
         masks: By the name of each pruned matrix, its boolean mask (True = kept).
         by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
+        recipe: What was done, in the words of the settings.
+        seconds: Per phase, and in total.
+        seed: Of everything that was drawn.
     """
 
     windows: list[WindowResult]
     masks: Masks
     by_magnitude: list[str]
+    recipe: dict[str, str]
+    seconds: dict[str, float]
+    seed: int
+
+    def report(
+        self, folder: str | Path, model: PreTrainedModel, samples: Samples, *, perplexity: Mapping[str, float]
+    ) -> Path:
+        """Write results.json, the masks and report.html, with which `python -m lit_recon.report` compares runs.
+
+        Args:
+            folder: A new folder, or an empty one.
+            model: The reconstructed model.
+            samples: The samples that it was made with.
+            perplexity: That of the "dense", the "pruned" and the "reconstructed" model on samples.evaluation_ST.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: The folder holds something, a perplexity is missing, or a pruned weight is not zero.
+        """
+        done = Done(self.windows, self.masks, self.recipe, self.seconds, self.seed)
+        return write_run(Path(folder), done, model, samples, perplexity)
 
 
 def load(
@@ -213,7 +240,8 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
                 )
         finally:
             session.weights.discard()
-    return Reconstruction(results, masks.masks, session.pruner.labels("magnitude"))
+    recipe, labels = method.recipe(execution.batch_size), session.pruner.labels("magnitude")
+    return Reconstruction(results, masks.masks, labels, recipe, session.clock.summary(), execution.seed)
 
 
 def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:

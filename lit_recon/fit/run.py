@@ -356,9 +356,13 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.pruned_by | {"target_by_matrix": walked.target},
+        sparsity={
+            **sparsity(saved.masks, found.zeros, plan.parameters),
+            **walked.pruned_by,
+            "target_by_matrix": walked.target,
+        },
         windows=walked.windows,
-        seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
+        seconds=clock.summary(),
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
         predicted={

@@ -36,6 +36,10 @@ class Clock:
         """Seconds since the clock was made, plus those of the runs that it resumed."""
         return time.perf_counter() - self.started
 
+    def summary(self) -> dict[str, float]:
+        """Seconds per phase, and in total, to the millisecond."""
+        return {name: round(value, 3) for name, value in (self.seconds | {"total": self.total()}).items()}
+
     def resume(self, seconds: Mapping[str, float], elapsed: float) -> None:
         """Add the time of the run that is resumed: seconds per phase, and in total."""
         for name, value in seconds.items():

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from conftest import Ended, letter_tokenizer
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
+from lit_recon import Files, load
 from lit_recon.evaluate import __main__ as evaluate
 from lit_recon.model.architectures import tiny_model
 
@@ -161,6 +165,54 @@ def test_what_cannot_be_is_one_message_with_status_2_before_anything_is_written(
     assert sorted(Path().rglob("*")) == before and not (model_folder / "evaluations.json").exists()
 
 
+def test_a_result_that_cannot_be_written_is_shown(
+    run_evaluation: Evaluate, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_recon.evaluate.run.add", full)
+    ended = run_evaluation(f"checkpoint={model_folder}", "record=record.json")
+    assert ended.status == 1 and "perplexity checkpoint" in ended.out
+    assert ended.err == "record.json: the numbers above could not be added (No space left on device).\n"
+
+
+@pytest.mark.slow
+def test_several_checkpoints_are_evaluated_one_after_the_other(run_evaluation: Evaluate, model_folder: Path) -> None:
+    ended = run_evaluation("-m", f"checkpoint={model_folder},./nowhere", "record=record.json")
+    assert ended.status == 1 and ended.err.endswith("1 of 2 runs failed: checkpoint=./nowhere\n"), ended.err
+    assert len(entries("record.json")) == 1
+
+
 def test_all_problems_are_told_at_once(run_evaluation: Evaluate) -> None:
     ended = run_evaluation("checkpoint=./a", "dense=./b", "memory_limit=much", "trainer.precision=8-true")
     assert ended.status == 2 and len(ended.err.splitlines()) == 4, ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="this transformers is refused for the GGUF file"
+)
+@pytest.mark.parametrize("stride", [None, 160])
+def test_perplexity_of_smollm2_is_that_of_transformers_loss_on_the_same_windows(
+    run_evaluation: Evaluate, text_file: Path, monkeypatch: pytest.MonkeyPatch, stride: int | None
+) -> None:
+    monkeypatch.delenv("LIT_RECON_CACHE")  # the user's own cache, where the model is
+    length, number = 256, 3
+    words = [f"data.evaluation_samples={number}", f"data.evaluation_length={length}", f"data.stride={stride or 'null'}"]
+    ended = run_evaluation("checkpoint=smollm2", "record=record.json", *words)
+    assert ended.status == 0, ended.err
+    model, tokenizer = load("smollm2")
+    tokens_1T = Files(paths=[str(text_file)]).evaluation_stream(tokenizer)[None]
+    total, tokens, last = 0.0, 0, 0
+    for begin in range(0, number * (stride or length), stride or length):
+        labels_1T = tokens_1T[:, begin : begin + length].clone()
+        given = max(1, last - begin)
+        labels_1T[:, :given] = -100
+        with torch.no_grad():
+            loss = model(tokens_1T[:, begin : begin + length], labels=labels_1T, use_cache=False).loss.double().item()
+        total, tokens, last = total + loss * (length - given), tokens + length - given, begin + length
+    (found,) = entries("record.json")
+    assert found["perplexity"]["nats"]["checkpoint"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["perplexity"]["protocol"]["tokens"] == tokens

@@ -42,12 +42,11 @@ def card_metadata(model: LanguageModel, datasets: Sequence[str]) -> ModelCardDat
     """
     folder = model.files()[0].parent
     base = _base_card(model, folder)
-    known: dict[str, Any] = {name: _plain(base[name]) for name in _FROM_BASE if _is_text(base.get(name))}
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    found |= {name: _plain(base[name]) for name in _FROM_BASE if _is_text(base.get(name))}
     base_model = _hub_id(model, folder)
     return ModelCardData(
-        **{"pipeline_tag": "text-generation"} | known,
-        library_name="transformers",
-        tags=TAGS,
+        **found,
         base_model=base_model and one_line(base_model),
         base_model_relation="finetune" if base_model else None,  # of those that the Hub knows, the nearest
         datasets=[one_line(name) for name in datasets] or None,

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
-from lit_recon.fit.plan.estimate import Plan
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
@@ -71,17 +70,17 @@ class Results:
         sync_folder(path.parent)  # before the commits that these come from are removed
 
 
-def sparsity(masks: Masks, zeros: Mapping[str, int], plan: Plan) -> dict[str, Any]:
+def sparsity(masks: Masks, zeros: Mapping[str, int], parameters: int) -> dict[str, Any]:
     """Share of zeros in the file: of all parameters, of what was prunable, and of each matrix.
 
     Args:
         masks: The masks.
         zeros: Zeros in the file, by matrix.
-        plan: Counts the parameters.
+        parameters: All parameters of the model.
     """
     sizes = {name: masks[name].numel() for name in masks}
     return {
-        "total": sum(zeros.values()) / plan.parameters,
+        "total": sum(zeros.values()) / parameters,
         "prunable": sum(zeros.values()) / max(1, sum(sizes.values())),
         "by_matrix": {name: zeros[name] / sizes[name] for name in masks},
     }
