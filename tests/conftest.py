@@ -32,7 +32,6 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.data.packing import PADDING
 from lit_recon.fit import __main__ as fit
-from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import SHAPES, VOCABULARY, tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.partition import partition
@@ -42,6 +41,7 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter
+from lit_recon.settings.conf import CONF
 from lit_recon.system.device import Compute
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads that wait for each other are slow
@@ -303,11 +303,11 @@ def command(
 
 
 def numbers(run: Path) -> dict:
-    """results.json without what is different each time."""
+    """results.json without what is different each time, and without where the inputs lie."""
     results = json.loads((run / "results.json").read_text())
     for window in results["windows"]:
         window.pop("seconds")
-    return {key: value for key, value in results.items() if key not in TIMES}
+    return {key: value for key, value in results.items() if key not in (*TIMES, "provenance")}
 
 
 def content(folder: Path) -> dict[str, bytes]:

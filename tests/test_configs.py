@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 
-from lit_recon.fit.parts import CONF
 from lit_recon.pruning.masks import Masks
+from lit_recon.settings.conf import CONF
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
 MEMBERS = [

@@ -49,6 +49,12 @@ def shown(notebook: NotebookNode) -> dict[str, str]:
     }
 
 
+def figures(notebook: NotebookNode) -> list[str]:
+    """The cells, by their ids, below which there is a figure."""
+    outputs = [(cell.id, output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [name for name, output in outputs if "image/png" in output.get("data", {})]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebook_has_no_outputs(path: Path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -74,30 +80,39 @@ def test_inspect_a_run_shows_what_the_run_found(
     assert text["zeros"] == f"0 of {PRUNED:,} pruned weights are not zero\n"
     prompt = " ".join("the for statement is used to")  # how the tokenizer of letters spells it
     assert prompt in text["generate"] and text["generate"].partition(prompt)[2].strip()
-    figures = [
-        cell.id
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert figures == ["depth", "curves"]
+    assert figures(notebook) == ["depth", "curves"]
 
 
-def test_prune_in_a_notebook_prunes_reconstructs_and_saves(
+def test_one_run_prunes_reconstructs_reports_and_saves(
     execute: Callable[..., NotebookNode], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIT_RECON_MODEL", str(model_folder))
-    text = shown(execute(ROOT / "notebooks" / "prune_in_a_notebook.ipynb"))
+    notebook = execute(ROOT / "notebooks" / "01_one_run.ipynb")
+    text = shown(notebook)
     numbers = re.findall(r"[\d,]+\.\d+", text["reconstructed"].splitlines()[-1])
     dense, pruned, reconstructed = (float(number.replace(",", "")) for number in numbers)
     assert f"{dense:,.2f}" in text["dense"] and f"{pruned:,.2f}" in text["pruned"]
     assert len({dense, pruned, reconstructed}) == 3
-    assert [line.split()[0] for line in text["windows"].splitlines()] == ["block_00", "block_01", "block_02"]
+    assert figures(notebook) == ["windows"]
     assert text["masks"] == f"{PRUNED:,} weights were removed, and 0 of them are not zero\n"
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "sparse-model")
-    masks = Masks.load(tmp_path / "elsewhere" / "sparse-model" / "masks.safetensors")
+    run = tmp_path / "elsewhere" / "one-run"
+    assert f"{reconstructed:,.2f}" in (run / "report.html").read_text()
+    saved, masks = AutoModelForCausalLM.from_pretrained(run / "checkpoint"), Masks.load(run / "masks.safetensors")
     assert sum(int((~masks[name]).sum()) for name in masks) == PRUNED
     assert all(not saved.get_parameter(name)[~masks[name]].any() for name in masks)
+    prompt = " ".join("the for statement is used to")  # how the tokenizer of letters spells it
+    assert prompt in text["generate"] and text["generate"].partition(prompt)[2].strip()
+
+
+def test_your_own_module_is_trained_and_compared(
+    execute: Callable[..., NotebookNode], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_RECON_MODEL", str(model_folder))
+    notebook = execute(ROOT / "notebooks" / "02_your_own_module.ipynb")
+    lines = [line.split() for line in shown(notebook)["runs"].splitlines() if "perplexity" in line]
+    assert [words[0] for words in lines] == ["MaskedWeights", "FocusedWeights"]
+    assert lines[0][-1] != lines[1][-1]
+    assert figures(notebook) == ["errors"]
 
 
 def test_without_a_choice_the_notebook_takes_the_newest_finished_run(

@@ -55,6 +55,10 @@ class Files(TextSource):
         names = [path.name.encode(errors="replace").decode() for path in _found(self.paths if own is None else own)]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
+    def text_files(self) -> list[Path]:
+        """The files that paths, folders and patterns name."""
+        return [*_found(self.paths), *([] if self.evaluation_paths is None else _found(self.evaluation_paths))]
+
     def _problems(self) -> list[str]:
         problems = super()._problems()
         files, wrong = _find(self.paths)

@@ -86,7 +86,7 @@ def generate(
     """
     _check(model, sampling, room)
     rows: list[list[int]] = [[] for _ in names]
-    with _evaluating(model), _Shown(total=len(names) * room) as shown:
+    with evaluating(model), _Shown(total=len(names) * room) as shown:
         for turn in itertools.count():
             left = [i for i, row in enumerate(rows) if len(row) < room and (joined or not row)]
             left.sort(key=lambda i: len(rows[i]))  # those of a batch take about as long
@@ -160,7 +160,7 @@ class _Draw(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, names: Sequence[str], shown: "_Shown") -> None:
         self.sampling, self.shown = sampling, shown
-        self.generators = [torch.Generator().manual_seed(_number(f"{sampling.seed} {name}")) for name in names]
+        self.generators = [torch.Generator().manual_seed(seed_of(f"{sampling.seed} {name}")) for name in names]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits of the next tokens, (B, V), with Gumbel numbers."""
@@ -175,14 +175,24 @@ class _Draw(LogitsProcessor):
         scores[:, self.sampling.vocabulary :] = -torch.inf
         if token == 0 and self.sampling.end is not None:
             scores[:, self.sampling.end] = -torch.inf
-        # In float64 no exponential number is 0, of which the logarithm would win whatever its logit; on the CPU, so
-        # that all devices draw the same.
-        rows, width = scores.shape
-        drawn = torch.empty(rows, width, dtype=torch.float64)
-        for row, generator in zip(drawn, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        self.shown.step(rows)
-        return scores / self.sampling.temperature - drawn.log_().to(scores.device)
+        self.shown.step(len(scores))
+        return with_gumbel_numbers(scores, self.sampling.temperature, self.generators)
+
+
+def with_gumbel_numbers(scores: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Logits (B, V) over the temperature plus Gumbel numbers, in float64: the largest of each row is a draw.
+
+    Args:
+        scores: Logits of the next token of each row.
+        temperature: Divides them.
+        generators: On the CPU, one for each row.
+    """
+    # In float64 no exponential number is 0, of which the logarithm would win whatever its logit; on the CPU, so that
+    # all devices draw the same.
+    drawn = torch.empty(scores.shape, dtype=torch.float64)
+    for row, generator in zip(drawn, generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores.double() / temperature - drawn.log_().to(scores.device)
 
 
 class _Shown:
@@ -224,7 +234,7 @@ class _Shown:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """A context in which a model has no dropout, and none of its own settings of `generate`, such as a top_p."""
     training = {module: module.training for module in model.modules()}
     settings = model.generation_config
@@ -238,7 +248,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = was
 
 
-def _number(name: str) -> int:
+def seed_of(name: str) -> int:
     """A seed made of a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 

@@ -100,6 +100,10 @@ class Hub(TextSource):
         source = self._evaluation if part == "evaluation" and self.evaluation else self
         return " ".join(word for word in (source.name, source.config, source.split) if word)
 
+    def hub_datasets(self) -> list[str]:
+        """Its id, where it is no folder."""
+        return [] if Path(self.name).expanduser().is_dir() else [self.name]
+
     def check(self) -> None:
         """Find what is wrong with the settings, then read the first row of each split.
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class OtherEvaluation(TextSource):
     def describe(self, part: Part) -> str:
         """Name of the evaluation text."""
         return self.evaluation.describe("evaluation")
+
+    def text_files(self) -> list[Path]:
+        """Those of the evaluation text."""
+        return self.evaluation.text_files()
 
     def _problems(self) -> list[str]:
         return [*super()._problems(), *_problems_of(self.evaluation, "data.evaluation")]
@@ -97,6 +102,15 @@ class Mixture(OtherEvaluation):
         counts = self._counts(self.num_held_out if part == "held_out" else self.num_samples)
         used = [(counts[name], source) for name, source in self.sources.items() if counts[name]]
         return " and ".join(f"{number} samples of {source.describe(part)}" for number, source in used)
+
+    def text_files(self) -> list[Path]:
+        """Those of all sources of which there are samples, and of the evaluation text."""
+        named = [path for source in [*self._used().values(), self.evaluation] for path in source.text_files()]
+        return list(dict.fromkeys(named))
+
+    def hub_datasets(self) -> list[str]:
+        """Those of all sources of which there are samples."""
+        return sorted({name for source in self._used().values() for name in source.hub_datasets()})
 
     def _used(self) -> dict[str, TextSource]:
         """The sources of which there are samples."""

@@ -75,6 +75,26 @@ def pack(
     return cached_pieces(key, make, length=length, cache=cache)
 
 
+def token_stream(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, cache: Path, bos: Bos = "auto"
+) -> Tensor:
+    """All tokens that `fixed` pieces are cut from, without what opens each piece: int64, (T), from the cache or made.
+
+    Args:
+        documents: Texts without a common context; the end-of-text token stands between two.
+        tokenizer: Fast or slow.
+        cache: Folder that keeps the result, in `tokens/`.
+        bos: See `find_opening`.
+    """
+    opening = find_opening(tokenizer, bos)
+
+    def make() -> Tensor:
+        return _cut(_runs(documents, tokenizer, "fixed", opening), opening=[], stride=1, least=1)
+
+    key = _key(documents, tokenizer, opening=opening, length=1, packing="fixed")  # pieces are longer than their opening
+    return cached_pieces(key, make, length=1, cache=cache)[:, 0].long()
+
+
 def cached_pieces(key: str, make: Callable[[], Tensor], *, length: int, cache: Path) -> Tensor:
     """Pieces of `length` tokens from the cache, or made and kept there.
 

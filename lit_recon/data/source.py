@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_recon.data.documents import render
 from lit_recon.data.generation import DenseModel
-from lit_recon.data.packing import PADDING, Bos, Packing, draw, find_opening, pack
+from lit_recon.data.packing import PADDING, Bos, Packing, draw, find_opening, pack, token_stream
 from lit_recon.system.cache import cache_folder
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,14 @@ class TextSource(ABC):
         if problems:
             raise ValueError("\n".join(problems))
 
+    def text_files(self) -> list[Path]:
+        """The files of the user's own that its text is read from, by which a run can be traced back to it."""
+        return []
+
+    def hub_datasets(self) -> list[str]:
+        """The Hub's ids of the data sets that calibration samples are taken from, for the model card."""
+        return []
+
     @property
     def needs_model(self) -> bool:
         """Whether samples can be made only with the dense model, which generates them."""
@@ -197,6 +205,22 @@ class TextSource(ABC):
             opening=opening,
             opening_length=opening_length,
         )
+
+    def evaluation_stream(self, tokenizer: PreTrainedTokenizerBase, *, cache: Path | None = None) -> Tensor:
+        """Tokens of the evaluation part in one row, without any opening, of which `samples` cuts its sequences.
+
+        Args:
+            tokenizer: Of the model that will see them.
+            cache: Folder in which `tokens/` keeps what was tokenized before; None: the cache folder.
+
+        Returns:
+            int64, (T): all tokens, or enough of them for `evaluation_samples` sequences.
+
+        Raises:
+            ValueError: The text cannot be read.
+        """
+        texts = render(self._read("evaluation", set()), tokenizer, origin=self.describe("evaluation"))
+        return token_stream(texts, tokenizer, cache=cache or cache_folder(), bos=self.bos)
 
     def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
         """Calibration and held-out samples; where there is too little text fewer, with problems in the request."""

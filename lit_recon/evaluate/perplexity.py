@@ -7,7 +7,7 @@ the model.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -35,10 +35,11 @@ class EvaluationProtocol:
         dataset: Name of the text.
         split: Part of it.
         context: Tokens per sequence.
-        windows: Number of sequences, which do not overlap.
+        windows: Number of sequences.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
         opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
+        stride: Tokens from the start of one sequence to that of the next; None: they do not overlap.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class EvaluationProtocol:
     tokens: int
     precision: str
     opening: str = "none"
+    stride: int | None = None
 
     @classmethod
     def from_tokens(
@@ -60,8 +62,9 @@ class EvaluationProtocol:
     def describe(self) -> str:
         """One line."""
         opened = f", each after {self.opening}" if self.opening != "none" else ""
+        overlapping = f" every {self.stride}" if self.stride is not None else ""
         return (
-            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{opened}, "
+            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{overlapping}{opened}, "
             f"{self.tokens} predicted, {self.precision}"
         )
 
@@ -110,6 +113,12 @@ def perplexity_of(nats: float) -> float:
     return math.exp(nats) if not nats > math.log(sys.float_info.max) else math.inf
 
 
+def share_recovered(dense: float, pruned: float, reconstructed: float) -> float | None:
+    """Share of pruned minus dense that was won back; None where pruning cost nothing or a value is not finite."""
+    is_known = all(map(math.isfinite, (dense, pruned, reconstructed))) and pruned > dense
+    return (pruned - reconstructed) / (pruned - dense) if is_known else None
+
+
 class NegativeLogLikelihood(Metric):
     """Mean negative log-likelihood of the predicted tokens of each sequence, in nats.
 
@@ -151,23 +160,40 @@ def negative_log_likelihoods(
         compute: Device and precision.
         given: First tokens of each sequence that are not predicted.
     """
-    metric = NegativeLogLikelihood(len(tokens_ST)).to(compute.device)
-    for row, logits_CV, targets_C in _slices(decoder, hidden_STD, tokens_ST, compute, given):
-        metric.update(row, logits_CV, targets_C)
+    metric, head = NegativeLogLikelihood(len(tokens_ST)).to(compute.device), Head(decoder)
+    with head.on(compute.device):
+        for row, start, stop in spans(tokens_ST, [given] * len(tokens_ST), num_logits(decoder)):
+            logits_CV = logits(head, hidden_STD[row, start:stop], compute)
+            metric.update(row, logits_CV, tokens_ST[row, start + 1 : stop + 1].to(compute.device))
     return metric.compute().reshape(-1).tolist()  # torchmetrics makes a scalar of one entry
 
 
-def _slices(
-    decoder: Decoder, hidden_STD: Tensor, tokens_ST: Tensor, compute: Compute, given: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """A sequence, logits (C, V) and the tokens (C) they predict; C keeps a slice of logits within LOGITS_BYTES."""
+def num_logits(decoder: Decoder) -> int:
+    """Tokens of a slice, which keep their logits in float32 within LOGITS_BYTES."""
     vocabulary = decoder.model.config.get_text_config().vocab_size
-    width = max(1, LOGITS_BYTES // (4 * vocabulary))
-    head = Head(decoder)
-    with head.on(compute.device):
-        for row, (hidden_TD, tokens_T) in enumerate(zip(hidden_STD, tokens_ST, strict=True)):
-            for start in range(given - 1, len(tokens_T) - 1, width):
-                stop = min(start + width, len(tokens_T) - 1)
-                with compute.autocast():
-                    logits_BCV = head(hidden_TD[None, start:stop].to(compute.device)).float()
-                yield row, logits_BCV[0], tokens_T[start + 1 : stop + 1].to(compute.device)
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
+
+
+def spans(tokens_ST: Tensor, first_S: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
+    """Row, start and stop of slices of positions whose next tokens are predicted, `width` positions at most.
+
+    Args:
+        tokens_ST: Token ids, PADDING at the end of a row that is shorter.
+        first_S: The first token of each row that is predicted.
+        width: Positions of a slice.
+    """
+    for row, (first, length) in enumerate(zip(first_S, (tokens_ST != PADDING).sum(1).tolist(), strict=True)):
+        for start in range(first - 1, length - 1, width):
+            yield row, start, min(start + width, length - 1)
+
+
+def logits(head: Head, hidden_CD: Tensor, compute: Compute) -> Tensor:
+    """Logits of some positions, (C, V) in float32; the head is on the device.
+
+    Args:
+        head: Of the model.
+        hidden_CD: Hidden states after the last layer.
+        compute: Device and precision.
+    """
+    with compute.autocast():
+        return head(hidden_CD[None].to(compute.device))[0].float()

@@ -5,7 +5,7 @@ Each raises a ValueError, or adds a problem, that says what was given, what is a
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from lit_recon.activations.teacher import check_halves
 from lit_recon.data.source import Samples
 from lit_recon.fit.allocate import by_rules
 from lit_recon.fit.job import PRUNE_BY, Method, callable_name
-from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices
+from lit_recon.fit.pruning_checks import check_pattern, check_scored
+from lit_recon.model.matrices import LayerMatrices, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
 from lit_recon.modules.mask_lora import MaskLora
@@ -28,13 +29,9 @@ from lit_recon.modules.norms_biases import NormsBiases
 from lit_recon.modules.rates import make_optimizer
 from lit_recon.modules.trained import needs_gram, trained_by
 from lit_recon.modules.untrained import Untrained
-from lit_recon.pruning.allocation.rules import Rules
-from lit_recon.pruning.criteria import Criterion, changes_weights, needs_columns
+from lit_recon.pruning.criteria import changes_weights
 from lit_recon.pruning.criteria.given import GivenMasks
-from lit_recon.pruning.patterns import ColumnPattern, Pattern, Unstructured
 from lit_recon.pruning.pruner import check_nested
-from lit_recon.pruning.refine import Refinement
-from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import WALKS, Retraining, is_of_model
 from lit_recon.system.command_line import Problems
@@ -94,42 +91,6 @@ def check_settings(
     if trainer.get("logger") is not None:
         problems.add("trainer.logger: a run has one log for all windows, TensorBoard's; leave it out.")
     problems.check(check_steps, trainer["max_epochs"], trainer["max_steps"], trainer["accumulate_grad_batches"])
-
-
-def check_pruning(
-    problems: Problems,
-    *,
-    criterion: Criterion | None,
-    pattern: Pattern | None,
-    refinement: Refinement | None,
-    rules: Rules | None,
-    allocation: Allocation | None,
-    propagation: Propagation | None,
-) -> None:
-    """Add what is wrong with how a model is pruned; None for a part that could not be made, or is not there."""
-    scope = pattern.scope if isinstance(pattern, Unstructured) else ""
-    is_shared = scope in ("layer", "model")
-    if isinstance(criterion, GivenMasks):
-        for what, part in (("a list of rules in sparsity", rules), ("allocation", allocation)):
-            if part is not None:
-                problems.add(f"{what} with given masks (criterion=zeros, file): how much goes is given; leave it out.")
-        return
-    if allocation is not None and rules is not None:
-        problems.add("allocation with a list of rules in sparsity: both say where how much goes; leave one out.")
-    elif allocation is not None and pattern is not None:
-        problems.check(allocation.check, pattern)
-    if is_shared and rules is not None:
-        problems.add(f"pattern.scope={scope} with a list of rules in sparsity: use pattern.scope=row or matrix.")
-    if is_shared and propagation is not None and propagation.statistics == "sparse":
-        problems.add(
-            f"pattern.scope={scope} with chain.statistics=sparse: one threshold is found before the walk, where all is "
-            "dense; use chain.statistics=dense, or pattern.scope=row or matrix."
-        )
-    if needs_columns(criterion) and pattern is not None and not isinstance(pattern, ColumnPattern):
-        problems.add(
-            f"{callable_name(criterion)} prunes from left to right, and {callable_name(pattern)} has no `columns` and "
-            "`width` (lit_recon.pruning.patterns.ColumnPattern); use pattern=unstructured or n_m."
-        )
 
 
 def _is(module: Callable[..., Any] | None, kind: type) -> bool:
@@ -290,21 +251,6 @@ def check_steps(max_epochs: Any, max_steps: Any, accumulate: Any) -> None:
         )
 
 
-def check_pattern(matrices: Sequence[Matrix], patterns: Mapping[str, Sequence[Pattern]]) -> None:
-    """Raise a ValueError for matrices that their patterns do not fit."""
-    misfits: list[str] = []
-    for matrix in matrices:
-        if matrix.input_dim is not None:
-            try:
-                for pattern in patterns[matrix.name]:
-                    pattern.check(matrix.name, *matrix.by_expert(matrix.weight).shape[1:])
-            except ValueError as error:
-                misfits.append(str(error))
-    more = [f"... and {len(misfits) - 3} more matrices."] if len(misfits) > 3 else []
-    if misfits:
-        raise ValueError("\n".join(misfits[:3] + more))
-
-
 def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: bool) -> None:
     """Raise a ValueError where no LightningModule can be made of its settings.
 
@@ -365,16 +311,3 @@ def check_optimizer(module: "partial[Any]", problems: Problems, *, clipped: floa
             f"trainer.gradient_clip_val={clipped} with trainer.precision=16-mixed: a fused optimizer scales gradients "
             "back only as it steps; give module.optimizer.fused=false."
         )
-
-
-def check_scored(matrices: Sequence[Matrix], *, allow_unscored: bool) -> None:
-    """Raise a ValueError for matrices that cannot be scored, unless that is allowed."""
-    unscored = [matrix for matrix in matrices if matrix.input_dim is None]
-    if not unscored or allow_unscored:
-        return
-    share = sum(m.weight.numel() for m in unscored) / sum(m.weight.numel() for m in matrices)
-    names = ", ".join(matrix.name for matrix in unscored[:3]) + (", ..." if len(unscored) > 3 else "")
-    raise ValueError(
-        f"{len(unscored)} of {len(matrices)} matrices ({share:.1%} of their parameters) cannot be scored: it is not "
-        f"known how their inputs reach them ({names}); allow_unscored=true leaves them dense."
-    )

@@ -4,7 +4,7 @@ With parts.py, settings.py and resume_config.py the only file that sees the conf
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,41 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lit_recon.fit.checks import check_model, check_module, check_pruning, check_samples, check_settings, prunes_apart
+from lit_recon.data.source import Samples
+from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
+from lit_recon.fit.output.push import check_push
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
-from lit_recon.fit.plan.memory_limit import parse_limit
+from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.samples import make_samples
-from lit_recon.fit.settings import check_call, expand_home, given, given_of, plain
+from lit_recon.fit.settings import CALL, PATHS
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.settings.values import check_call, expand_home, given, given_of, plain
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
 from lit_recon.system.device import Compute, without_strategy
+from lit_recon.system.memory import parse_limit
 
 log = logging.getLogger(__name__)
 
-NOT_REHEARSED = ("model", "data", "output_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit", "seed")
+NOT_REHEARSED = (
+    "model",
+    "data",
+    "output_dir",
+    "overwrite",
+    "plan",
+    "resume",
+    "stop_after",
+    "push",
+    "memory_limit",
+    "seed",
+)
 COUNTS = ("data.num_samples", "data.num_held_out", "data.batch_size", "data.packing")  # of data: these are rehearsed
 
 
@@ -87,18 +102,23 @@ class _Chosen:
             memory_limit=limit,
             stop_after=self.call["stop_after"],
             seed=self.call["seed"],
+            logged=self.parts["logger"],
         )
 
 
-def prepare(cfg: DictConfig) -> Job:
+def prepare(cfg: DictConfig, *, samples_of: Callable[..., Samples] = make_samples) -> Job:
     """Build what a run needs and check it all, before any weight is loaded or any file written.
+
+    Args:
+        cfg: The composed configuration.
+        samples_of: Makes the samples of a source of text.
 
     Raises:
         ValueError: With every problem that could be found at once. What is raised while settings are looked at is its
             cause.
     """
     problems = Problems()
-    problems.check(expand_home, cfg)
+    problems.check(expand_home, cfg, PATHS)
     chosen = _choose(cfg, problems)
     found = problems.check(folder_state, Path(chosen.call.get("output_dir", "")), about="output_dir: ")
     limit = _check_call(cfg, chosen.call, chosen.parts, problems)
@@ -118,7 +138,7 @@ def prepare(cfg: DictConfig) -> Job:
     with concerning(given_of("model")):
         tokenizer = model.tokenizer()
     with concerning(given_of("data")):
-        samples = make_samples(source, tokenizer, model, execution)
+        samples = samples_of(source, tokenizer, model, execution)
         check_samples(skeleton, samples)
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
@@ -145,7 +165,7 @@ def prepare(cfg: DictConfig) -> Job:
 
 def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
     """What a configuration chooses, with what is wrong added to the problems."""
-    call = check_call(cfg, problems)
+    call = check_call(cfg, problems, CALL, paths=PATHS)
     cfg, rules = take_rules(cfg, problems)
     parts = {name: make_part(cfg, name, problems) for name in (*PARTS, *MADE_LATER)}
     parts["rules"] = rules
@@ -181,6 +201,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
             rules=rules,
             allocation=parts["allocation"],
             propagation=parts["chain"],
+            windows=parts["windows"],
+            fitting=fitting,
         )
         if parts["trainer"]:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
@@ -259,6 +281,8 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
         problems.check(check_inputs, Path(call["output_dir"]), plain(cfg))
     if call.get("stop_after") is not None and call["stop_after"] < 1:
         problems.add(f"stop_after={call['stop_after']}: expected a number of windows, or null for all.")
+    if call.get("push") is not None:
+        problems.check(check_push, call["push"])
     if "seed" in call and not 0 <= call["seed"] < 2**31:
         problems.add(f"seed={call['seed']}: expected a whole number from 0 to 2147483647.")
     if call.get("memory_limit") is None:

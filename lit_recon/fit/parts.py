@@ -1,4 +1,4 @@
-"""Parts of a configuration as objects: model, data, criterion and the like; partial calls of what each window needs.
+"""Parts of a run's configuration as objects: model, data, criterion and the like; partial calls of what windows need.
 
 Everything that is wrong with a part is added to the problems of the whole configuration.
 """
@@ -6,31 +6,30 @@ Everything that is wrong with a part is added to the problems of the whole confi
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import TextSource
-from lit_recon.fit.annotations import wrong_types
 from lit_recon.fit.job import callable_name
-from lit_recon.fit.moved import FOLDERS, MOVED
-from lit_recon.fit.settings import given_of, plain, targets
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.partition import Partition
+from lit_recon.modules.rates import PROBE
 from lit_recon.pruning.allocation.rules import Rules
 from lit_recon.pruning.criteria import Criterion
 from lit_recon.pruning.patterns import Pattern
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.survey import Allocation
 from lit_recon.reconstruction.retraining import Retraining
-from lit_recon.system.command_line import Problems, in_words
+from lit_recon.reconstruction.tensorboard import LoggedWindows
+from lit_recon.settings import parts
+from lit_recon.settings.conf import members
+from lit_recon.settings.values import given_of, plain
+from lit_recon.system.command_line import Problems
 
 PARTS: dict[str, type] = {  # what each is an object of
     "model": LanguageModel,
@@ -41,15 +40,14 @@ PARTS: dict[str, type] = {  # what each is an object of
     "store": StoreSettings,
     "windows": Partition,
     "retraining": Retraining,
+    "logger": LoggedWindows,
     "refine": Refinement,
     "allocation": Allocation,
 }
 OPTIONAL = ("refine", "allocation")  # null where a run has none
 MADE_LATER = ("loss", "module", "trainer")  # for each window; until then partial calls
 SCHEDULE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches")  # what a run asks of its Trainer
-PACKAGE = Path(__file__).parents[1]
-# In a wheel conf/ stands in the package; in a checkout next to it.
-CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+ALSO = {"lr": Literal[PROBE]}  # of every optimizer (modules/rates.py)
 
 
 def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
@@ -60,46 +58,15 @@ def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
     node = cfg.get(name)
     if node is None and name in OPTIONAL:
         return None
-    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # also of no value
-        problems.add(
-            f"{given_of(name)}: a run needs a {name} with _target_=<file>.<class>; leave that out, or choose a member "
-            f"of the group ({', '.join(sorted(path.stem for path in (CONF / name).glob('*.yaml'))) or 'none here'})."
-        )
-        return None
-    before = len(problems.found)
-    for key, old in targets(OmegaConf.to_container(node, resolve=False), name):
-        if old in MOVED:
-            problems.add(f"{key}={old} has moved; use {MOVED[old]}.")
-    missing = () if name in MADE_LATER else sorted(OmegaConf.missing_keys(node) - {"_target_"})
-    for key in missing:
-        problems.add(f"{name}.{key} has no value; give {name}.{key}=<value>.")
-    if name == "module" and _has_loss_of_group(node):  # a part of its own
+    if name == "module" and isinstance(node, DictConfig) and _has_loss_of_group(node):  # a part of its own
         node = node.copy()
         with open_dict(node):
             node.pop("loss")
-    make = None if problems.found[before:] else _instantiated(node, name, problems)
-    if make is None:
-        return None
-    made = None
     if name not in MADE_LATER:
-        try:
-            made = make()
-        except Exception as error:
-            _add_failure(error, name, str(node["_target_"]), problems)
+        return parts.make_part(node, name, problems, kind=PARTS[name], also=ALSO)
     leave_out = SCHEDULE if name == "trainer" else ()  # asked for by rules of their own
-    if made is not None or name in MADE_LATER or not problems.found[before:]:
-        for problem in wrong_types(make, name, leave_out=leave_out):
-            problems.add(problem)
-    if problems.found[before:]:
-        return None
-    if name in MADE_LATER:
-        return _made_later(make, name, node, problems)
-    if not isinstance(made, PARTS[name]):
-        kind = PARTS[name]
-        needed = f"an object like {kind.__module__}.{kind.__name__}"
-        problems.add(f"{name}._target_={node['_target_']}: expected {needed}.")
-        return None
-    return made
+    make = parts.make_partial(node, name, problems, leave_out=leave_out, also=ALSO)
+    return None if make is None else _made_later(make, name, node, problems)
 
 
 def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Problems) -> Any:
@@ -110,40 +77,6 @@ def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Pro
     if name == "loss" and not node.get("_partial_"):  # of a class
         return problems.check(make, about=f"{given_of(name)}: ")
     return make
-
-
-def _instantiated(node: DictConfig, name: str, problems: Problems) -> "partial[Any] | None":
-    """A partial call of a part's target with what its settings describe."""
-    target = str(OmegaConf.to_container(node, resolve=False).get("_target_"))  # type: ignore[union-attr]
-    try:
-        make = instantiate(node, _partial_=True, _convert_="all")
-        assert isinstance(make, partial)
-        return make
-    except Exception as error:
-        _add_failure(error, name, target, problems)
-        return None
-
-
-def _add_failure(error: Exception, name: str, target: str, problems: Problems) -> None:
-    """Add what is wrong with a part that cannot be made."""
-    cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
-    if isinstance(cause, MissingMandatoryValue):
-        missing = cause.full_key or name
-        problems.add(f"{missing} has no value; give {missing}=<value>.", error)
-    elif isinstance(cause, ImportError):
-        reason = " ".join(str(cause).split())
-        moved = [f"lit_recon.{a} is lit_recon.{b} now. " for a, b in FOLDERS.items() if f"'lit_recon.{a}'" in reason]
-        problems.add(
-            f"{name}._target_={target}: cannot be imported ({reason}). {''.join(moved)}Expected <file>.<class>, "
-            "where the file is in the working directory or the package is installed.",
-            error,
-        )
-    elif cause is error and type(cause) is ValueError and target.startswith("lit_recon."):
-        problems.add(str(cause), error)  # names its setting
-    else:
-        kind = PARTS.get(name)
-        needed = f"; expected an object like {kind.__module__}.{kind.__name__}" if kind else ""
-        problems.add(f"{given_of(name)}: {in_words(cause)}{needed}", error)
 
 
 def take_rules(cfg: DictConfig, problems: Problems) -> tuple[DictConfig, Rules | None]:
@@ -181,8 +114,8 @@ def join_groups(node: DictConfig, parts: Mapping[str, Any], problems: Problems) 
         if given_of(group) != group and group not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
             problems.add(f"{given_of(group)}: {callable_name(module)} takes no {group}; leave that out.")
         elif OmegaConf.is_missing(node, group):
-            members = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "none"))
-            problems.add(f"{given_of(group)}: {callable_name(module)} needs one; choose one of {members}.")
+            others = ", ".join(member for member in members(group) if member != "none")
+            problems.add(f"{given_of(group)}: {callable_name(module)} needs one; choose one of {others}.")
 
 
 def _has_loss_of_group(node: DictConfig) -> bool:

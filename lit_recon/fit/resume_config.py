@@ -4,26 +4,22 @@ The folder may be another person's. Of what its configuration names, only classe
 files of the user's own working directory run; what the command line names itself runs as always.
 """
 
-import inspect
 import logging
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lit_recon.fit.output.folder import NEXT_CONFIG
-from lit_recon.fit.settings import CALL, given, plain, targets
+from lit_recon.fit.settings import CALL
 from lit_recon.fit.signature import OF_ONE_CALL, OF_THE_CALL, differences
+from lit_recon.settings.trusted import check_trusted
+from lit_recon.settings.values import given, plain, targets
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.commits import Commits
 from lit_recon.system.lock import hold
 
 log = logging.getLogger(__name__)
-
-CLASSES = ("lit_recon", "lightning", "torch.optim", "torch.nn", "transformers")  # by where they are defined
-FUNCTIONS = ("lit_recon.modules", "torch.optim", "torch.nn.functional", "torch._C._nn", "transformers.optimization")
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
@@ -56,7 +52,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
     ]
     if changed:
         raise ValueError(f"resume={folder}: {'; '.join(changed)}. Leave that out, or start a new run.")
-    check_trusted(folder, before, trusted={str(value) for _, value in targets(plain(cfg)) if value})
+    check_trusted(before, f"resume={folder}", trusted={str(value) for _, value in targets(plain(cfg)) if value})
     for key in OF_THE_CALL:
         if key in words or key in OF_ONE_CALL or key not in before:
             OmegaConf.update(before, key, cfg[key], force_add=True)
@@ -99,7 +95,8 @@ def _read(path: Path) -> DictConfig:
     """A configuration that was saved; a ValueError that says how it is damaged."""
     try:
         loaded = OmegaConf.load(path)
-        missing = [key for key in CALL if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
+        needed = [key for key in CALL if key not in OF_ONE_CALL]
+        missing = [key for key in needed if key not in loaded] if isinstance(loaded, DictConfig) else ["settings"]
         OmegaConf.to_container(loaded, resolve=True)
     except Exception as error:  # half of it, zeros, a tab: whatever a file can hold
         raise ValueError(" ".join(str(error).split())[:100]) from error
@@ -107,42 +104,3 @@ def _read(path: Path) -> DictConfig:
         raise ValueError(f"it has no {missing[0]}")
     assert isinstance(loaded, DictConfig)
     return loaded
-
-
-def check_trusted(folder: Path, config: DictConfig, *, trusted: set[str]) -> None:
-    """Check that what a run's configuration names may run in this process.
-
-    Args:
-        folder: The run's folder.
-        config: Its configuration.
-        trusted: What the command line, or lit_recon's own configuration, names as well.
-
-    Raises:
-        ValueError: It names something else than is expected of a run.
-    """
-    for setting, target in targets(OmegaConf.to_container(config)):
-        if target not in trusted and not _is_expected(target):
-            raise ValueError(
-                f"resume={folder}: its configuration names {setting}={target}, which is neither a class of lit_recon, "
-                "Lightning, torch.optim or torch.nn nor a file of the working directory, and is not run. If you trust "
-                f"it, give {setting}={target} as well."
-            )
-
-
-def _is_expected(target: str) -> bool:
-    """Whether a dotted path leads to a class or function of the working directory, or of a known module.
-
-    What counts is where it is defined: by way of what a module imports, a path leads anywhere.
-    """
-    top, here = target.partition(".")[0], Path.cwd()
-    if not ((here / top).is_dir() or (here / f"{top}.py").is_file() or target.startswith(CLASSES)):
-        return False  # before it is imported
-    try:
-        found = get_object(target)
-    except Exception:  # told of with the other settings
-        return True
-    defined = getattr(found, "__module__", None) or ""
-    file = Path(getattr(sys.modules.get(defined), "__file__", None) or here)
-    if here in file.absolute().parents and "site-packages" not in file.parts:
-        return defined.partition(".")[0] not in sys.stdlib_module_names
-    return any(f"{defined}.".startswith(f"{name}.") for name in (CLASSES if inspect.isclass(found) else FUNCTIONS))

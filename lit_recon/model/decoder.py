@@ -163,6 +163,14 @@ def tensors_returned(modules: Iterable[nn.Module]) -> Iterator[None]:
             owner._buffers[name] = buffer
 
 
+@contextmanager
+def moved_to(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """All of a model on `device`; its own tensors, which may be mapped from files, return afterwards."""
+    with tensors_returned(model.modules()):
+        model.to(device)
+        yield
+
+
 class Decoder:
     """A Hugging Face decoder, seen as embeddings and layers with recorded calls.
 

@@ -139,13 +139,24 @@ def header(reader: gguf.GGUFReader) -> dict[str, str | int]:
     return {name: value for name, value in found.items() if isinstance(value, str | int)}
 
 
+def license_of(folder: Path) -> str | None:
+    """Licence of a dequantised model, as its GGUF file gave it; None where it gave none."""
+    found = _header_in(folder).get("general.license")
+    return found if isinstance(found, str) and found else None
+
+
 def title(folder: Path) -> str | None:
     """Name, size and quantisation of a dequantised model, as its GGUF file gave them; None where it gave none."""
-    try:
-        said = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    said: Any = _header_in(folder)
     name, size, kind = (said.get(f"general.{key}") for key in ("name", "size_label", "file_type"))
     kinds = {member.value: member.name.partition("_")[2] for member in gguf.LlamaFileType}
     parts = [name, size if size and size not in str(name) else None, kinds.get(kind)]
     return ", ".join(str(part) for part in parts if part) or None
+
+
+def _header_in(folder: Path) -> dict[str, Any]:
+    """What the GGUF file of a dequantised model said of itself; empty for another model."""
+    try:
+        return json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

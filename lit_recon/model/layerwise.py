@@ -34,6 +34,56 @@ def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
+def embedded(decoder: Decoder, tokens_ST: Tensor, *, batch_size: int) -> Tensor:
+    """What reaches layer 0, (S, T, D) in float32 on the CPU.
+
+    Args:
+        decoder: The model, in memory or mapped.
+        tokens_ST: Token ids, PADDING where a sample holds no text.
+        batch_size: Sequences per pass.
+    """
+    batches = tokens_ST.split(batch_size)
+    first_BTD = decoder.embed(batches[0])[0].cpu()
+    hidden_STD = first_BTD.new_empty(*tokens_ST.shape, first_BTD.shape[-1])  # not joined at the end: that takes twice
+    hidden_STD[:batch_size] = first_BTD
+    for number, tokens_BT in enumerate(batches[1:], 1):
+        hidden_STD[number * batch_size : (number + 1) * batch_size] = decoder.embed(tokens_BT)[0].cpu()
+    return hidden_STD
+
+
+@torch.no_grad()
+def step(
+    decoder: Decoder,
+    index: int,
+    hidden_STD: Tensor,
+    tokens_ST: Tensor,
+    *,
+    batch_size: int,
+    compute: Compute,
+    around: LayerContext = unchanged,
+) -> None:
+    """Replace the inputs of a layer, (S, T, D) in float32 on the CPU, by its outputs; it is on the device meanwhile.
+
+    Args:
+        decoder: The model, in memory or mapped.
+        index: Of the layer.
+        hidden_STD: Its inputs.
+        tokens_ST: Token ids, PADDING where a sample holds no text.
+        batch_size: Sequences per pass.
+        compute: Device and precision.
+        around: Makes a context for the layer, and its name in the model, while it is on the device.
+    """
+    layer = decoder.layers[index]
+    with float32_on(layer, compute.device), around(layer, f"{decoder.prefix}.{index}"):
+        for start in range(0, len(tokens_ST), batch_size):
+            rows = slice(start, start + batch_size)
+            call = decoder.calls(tokens_ST[rows])[index]
+            inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
+            with compute.autocast():
+                hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+
+
+@torch.no_grad()
 def final_states(
     decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute, around: LayerContext = unchanged
 ) -> Tensor:
@@ -46,13 +96,7 @@ def final_states(
         compute: Device and precision.
         around: Makes a context for each layer, and its name in the model, while it is on the device.
     """
-    batches = [slice(start, start + batch_size) for start in range(0, len(tokens_ST), batch_size)]
-    hidden_STD = torch.cat([decoder.embed(tokens_ST[rows])[0].cpu() for rows in batches])
-    for index, layer in enumerate(decoder.layers):
-        with float32_on(layer, compute.device), around(layer, f"{decoder.prefix}.{index}"):
-            for rows in batches:
-                call = decoder.calls(tokens_ST[rows])[index]
-                inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
-                with compute.autocast():
-                    hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+    hidden_STD = embedded(decoder, tokens_ST, batch_size=batch_size)
+    for index in range(len(decoder.layers)):
+        step(decoder, index, hidden_STD, tokens_ST, batch_size=batch_size, compute=compute, around=around)
     return hidden_STD

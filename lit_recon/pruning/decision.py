@@ -20,6 +20,7 @@ from lit_recon.pruning.criteria import Criterion, Pruned, Updates, needs_gram
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Choice, Chooser, Chosen, Pattern
+from lit_recon.pruning.permutation import Order
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.statistics import InputStatistics
 from lit_recon.system.finite import NotFinite, first_not_finite
@@ -51,6 +52,7 @@ def decide(
     criterion: Criterion,
     pattern: Pattern,
     refinement: Refinement | None,
+    order: Order | None = None,
 ) -> Decision:
     """What stays of one matrix, or of one expert of it.
 
@@ -60,13 +62,17 @@ def decide(
         statistics: Of its inputs.
         criterion: Scores its weights.
         pattern: Turns scores into a mask.
-        refinement: Refines the mask; None where nothing does.
+        refinement: Refines the mask; None where nothing does, nor where there is a new order.
+        order: The order that its inputs or outputs are put into first; None: they stay where they are.
 
     Raises:
         NotFinite: A score, or a weight that the criterion has changed, is not finite.
     """
     weight_OI = matrix.by_expert(matrix.weight)[expert]
     seen, was_reached = statistics.for_criterion(matrix, expert)
+    if order is not None:
+        assert refinement is None and not isinstance(criterion, Updates)
+        return _in_order(order, matrix, criterion, pattern, seen if was_reached else None, was_reached)
     choose: Chooser = Choice(pattern, weight_OI)
     if not was_reached:
         return Decision(choose(Magnitude().scores(weight_OI, None)), None, "magnitude")
@@ -80,6 +86,17 @@ def decide(
     if decision.weight_OI is None:
         return Decision(mask_OI, None, decision.instead)
     return _by(criterion, matrix, expert, seen, Chosen(mask_OI))
+
+
+def _in_order(
+    order: Order, matrix: Matrix, criterion: Criterion, pattern: Pattern, seen: object, was_reached: bool
+) -> Decision:
+    """What stays of a matrix in a new order of its inputs or outputs."""
+    (weight_OI,) = matrix.by_expert(matrix.weight)
+    scores_OI = criterion.scores(weight_OI, seen) if was_reached else Magnitude().scores(weight_OI, None)
+    _check(scores_OI, matrix.name, seen)
+    ordered_OI = order(weight_OI)
+    return Decision(Choice(pattern, ordered_OI)(order(scores_OI)), ordered_OI, None if was_reached else "magnitude")
 
 
 def _by(criterion: Criterion, matrix: Matrix, expert: int, seen: object, choose: Chooser) -> Decision:

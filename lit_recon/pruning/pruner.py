@@ -26,13 +26,15 @@ from lit_recon.activations.window_grams import Grams
 from lit_recon.model.layerwise import float32_on
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.windows import AnyWindow, Window
-from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram
+from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram, permutes
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.decision import Decision, decide
-from lit_recon.pruning.patterns import Pattern
+from lit_recon.pruning.patterns import NM, Pattern
+from lit_recon.pruning.permutation import Order, find_orders
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.statistics import InputStatistics
 from lit_recon.system.clock import Clock, timed
+from lit_recon.system.finite import first_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -234,13 +236,15 @@ class Pruner:
     def _decide(self, window: Window, statistics: InputStatistics) -> Pruning:
         """What stays of a window's matrices, where they can be scored."""
         made = Pruning()
+        orders = self._orders(window, statistics) if permutes(self.criterion) else {}
         for matrix in window.matrices():
             if matrix.input_dim is None:
                 continue
             if isinstance(self.criterion, GivenMasks):
                 made.add(self._given(self.criterion, matrix, statistics))
                 continue
-            decisions = [self._decision(matrix, expert, statistics) for expert in range(matrix.experts)]
+            order = orders.get(matrix.name)
+            decisions = [self._decision(matrix, expert, statistics, order) for expert in range(matrix.experts)]
             self.instead[matrix.name] = [
                 (matrix.label(expert), one.instead) for expert, one in enumerate(decisions) if one.instead
             ]
@@ -251,6 +255,19 @@ class Pruner:
                 left = [weight_OI if one.weight_OI is None else one.weight_OI for one, weight_OI in pairs]
                 made.weights[matrix.name] = matrix.as_weight(torch.stack(left))
         return made
+
+    def _orders(self, window: Window, statistics: InputStatistics) -> dict[str, Order]:
+        """New orders of hidden channels of a window's MLPs, where their patterns are N:M."""
+
+        def scores_of(matrix: Matrix) -> Tensor | None:
+            seen, was_reached = statistics.for_criterion(matrix, 0)
+            scores_OI = self.criterion.scores(matrix.by_expert(matrix.weight)[0], seen) if was_reached else None
+            return scores_OI if scores_OI is not None and first_not_finite(scores_OI) is None else None
+
+        names = {matrix.name for matrix in window.matrices()}
+        patterns = {name: self.patterns.get(name, [self.pattern])[0] for name in names}
+        found = {name: pattern for name, pattern in patterns.items() if isinstance(pattern, NM)}
+        return find_orders(window, scores_of, found)
 
     def _given(self, criterion: GivenMasks, matrix: Matrix, statistics: InputStatistics) -> Pruning:
         """What stays of a matrix by a mask that is given; its weights are the given ones where these stay."""
@@ -271,7 +288,9 @@ class Pruner:
                 mask_EOI[expert] = refinement.refine(weight_OI, mask_EOI[expert], known, None)
         return matrix.as_weight(mask_EOI)
 
-    def _decision(self, matrix: Matrix, expert: int, statistics: InputStatistics) -> Decision:
+    def _decision(
+        self, matrix: Matrix, expert: int, statistics: InputStatistics, order: Order | None = None
+    ) -> Decision:
         """What stays of one matrix or expert, by its pattern."""
         patterns = self.patterns.get(matrix.name)
         pattern = self.pattern if patterns is None else patterns[expert % len(patterns)]
@@ -282,6 +301,7 @@ class Pruner:
             criterion=self.criterion,
             pattern=pattern,
             refinement=self.refinement,
+            order=order,
         )
         if decision.instead == "wanda":
             log.warning(

@@ -5,6 +5,7 @@ whole. Nothing here needs torch.
 """
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -141,6 +142,14 @@ def chunks(path: Path) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             yield buffer[:count]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> Fingerprint:

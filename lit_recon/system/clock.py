@@ -1,7 +1,7 @@
 """Clock of a run: seconds in each of its phases, and in total, resumed runs included."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -13,11 +13,15 @@ PHASES = ("load", *WALK, "evaluate")
 
 
 class Clock:
-    """Seconds per phase of a run; phases do not nest."""
+    """Seconds per phase of a run; phases do not nest.
 
-    def __init__(self) -> None:
+    Args:
+        phases: Their names.
+    """
+
+    def __init__(self, phases: Iterable[str] = PHASES) -> None:
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -31,6 +35,10 @@ class Clock:
     def total(self) -> float:
         """Seconds since the clock was made, plus those of the runs that it resumed."""
         return time.perf_counter() - self.started
+
+    def summary(self) -> dict[str, float]:
+        """Seconds per phase, and in total, to the millisecond."""
+        return {name: round(value, 3) for name, value in (self.seconds | {"total": self.total()}).items()}
 
     def resume(self, seconds: Mapping[str, float], elapsed: float) -> None:
         """Add the time of the run that is resumed: seconds per phase, and in total."""

@@ -4,6 +4,7 @@ A ValueError is a message to the user: what was given, what is allowed, what to 
 traceback and exit with status 2; any other exception while a setting is looked at is that setting's problem too.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -84,6 +85,13 @@ def shortened(value: object, longest: int = LONGEST) -> str:
     """A value in words that fit into a message."""
     said = str(value)
     return said if len(said) <= longest else f"{said[:longest]}... ({len(said)} characters)"
+
+
+def import_from_here() -> None:
+    """Let files of the working directory be imported, as `python -m` does and a console script does not."""
+    here = os.getcwd()
+    if not getattr(sys.flags, "safe_path", False) and not {here, ""} & {*sys.path}:  # since Python 3.11
+        sys.path.insert(0, here)
 
 
 def stop(message: str, *, status: int, cause: BaseException | None = None) -> NoReturn:

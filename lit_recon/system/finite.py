@@ -1,5 +1,8 @@
 """Numbers that are not finite (NaN, infinity): the first of them ends a run, with a message that says where it is."""
 
+import math
+from typing import Any
+
 from torch import Tensor
 
 
@@ -13,3 +16,12 @@ def first_not_finite(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     found = tensor.isfinite().logical_not().nonzero()
     return tuple(found[0].tolist()) if len(found) else None
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has no number for what is not finite: None in its place, also within what it holds."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and giving unused memory back to the system."""
+"""Memory of this process: its peak, a limit of it, and giving unused memory back to the system."""
 
 import ctypes
 import gc
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import convert_file_size_to_int
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -24,6 +25,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
+
+
+def own_memory_bytes() -> int:
+    """Memory that this process has of its own now, in bytes: on Linux without the pages of mapped files."""
+    if sys.platform == "linux":
+        with suppress(OSError, ValueError, IndexError):  # no /proc, or one of another kind
+            return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -49,3 +58,18 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
         if trim is not None:
             trim(0)
+
+
+def parse_limit(limit: str | int) -> int:
+    """Bytes of a limit such as "6GiB", "500MB" or a number.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    try:
+        size = int(convert_file_size_to_int(limit))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError(f"memory_limit={limit}: expected a size such as 6GiB, 500MB, or a number of bytes.")
+    return size

@@ -33,7 +33,6 @@ from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import MemoryStore, StoreSettings, check_targets, count_arrays
-from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
@@ -41,6 +40,7 @@ from lit_recon.pruning.criteria.wanda import Wanda
 from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner, prune
 from lit_recon.reconstruction.window_result import WindowResult
+from lit_recon.settings.conf import CONF
 
 
 @pytest.fixture

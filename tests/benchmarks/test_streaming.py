@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from lit_recon.fit.parts import CONF
+from lit_recon.settings.conf import CONF
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +93,9 @@ class Watched(NamedTuple):
     kept: list[int]
 
 
-def watched(folder: Path, *settings: str) -> Watched:
-    """Run the command in a process of its own and watch it."""
-    command = [sys.executable, "-m", "lit_recon.fit", *settings]
+def watched(folder: Path, *settings: str, program: str = "lit_recon.fit") -> Watched:
+    """Run a command in a process of its own and watch it."""
+    command = [sys.executable, "-m", program, *settings]
     samples: list[dict[str, int]] = []
     kept: dict[int, int] = {}  # by windows done: what is there beside what the window in work takes
     path = folder / "log"

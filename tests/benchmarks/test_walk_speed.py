@@ -119,7 +119,7 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
     quiet()
     import hydra
 
-    from lit_recon.fit.parts import CONF
+    from lit_recon.settings.conf import CONF
 
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = hydra.compose("fit")

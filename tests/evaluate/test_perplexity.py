@@ -142,6 +142,7 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "tokens": 12,
         "precision": "32-true",
         "opening": "none",
+        "stride": None,
     }
     assert "each after" not in protocol.describe()
     assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()

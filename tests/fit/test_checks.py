@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_optimizer, check_pattern, check_samples, check_scored, check_steps
+from lit_recon.fit.checks import check_module, check_optimizer, check_samples, check_steps
 from lit_recon.fit.library import prune_and_reconstruct
+from lit_recon.fit.pruning_checks import check_pattern, check_scored
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.partition import layer_windows

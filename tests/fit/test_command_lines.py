@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from lit_recon.fit.parts import CONF
+from lit_recon.settings.conf import CONF
 
 SEED = 20261128
 GROUPS = ("model", "data", "criterion", "pattern", "windows", "store", "module", "experiment")

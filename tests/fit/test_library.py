@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,7 +37,8 @@ from lit_recon import (
 )
 from lit_recon.activations.datamodule import Batch
 from lit_recon.fit.library import TRAINER
-from lit_recon.fit.parts import CONF
+from lit_recon.report.run_files import read_results
+from lit_recon.settings.conf import CONF
 
 ROOT = Path(__file__).parents[2]
 FAST = partial(MaskedWeights, optimizer=partial(AdamW, lr=1e-2, eps=1e-15, weight_decay=0.0, fused=True))
@@ -184,6 +186,29 @@ def test_a_criterion_and_windows_of_ones_own_choice_are_used(loaded: tuple[PreTr
     weight = dense.get_parameter(name).abs()
     assert torch.equal(result.masks[name], weight > weight.kthvalue(weight.shape[1] // 2, dim=1, keepdim=True).values)
     assert isinstance(Wanda(), Wanda)
+
+
+def test_a_report_is_that_of_a_run_and_refuses_what_it_cannot_tell(
+    loaded: tuple[PreTrainedModel, Samples], tmp_path: Path
+) -> None:
+    model, samples = loaded
+    dense = copy.deepcopy(model)
+    result = prune_and_reconstruct(model, samples, module=FAST)
+    measured = {"dense": 20.0, "pruned": 40.0, "reconstructed": 30.0}
+    with pytest.raises(ValueError, match="pruned, reconstructed is missing"):
+        result.report(tmp_path / "run", model, samples, perplexity={"dense": 20.0})
+    with pytest.raises(ValueError, match="pruned weights are not zero"):
+        result.report(tmp_path / "run", dense, samples, perplexity=measured)
+    page = result.report(tmp_path / "run", model, samples, perplexity=measured)
+    assert page == tmp_path / "run" / "report.html" and "50.0%" in page.read_text()
+    results = read_results(tmp_path / "run")
+    assert results["gap_recovered"] == 0.5
+    assert results["gap_recovered_nats"] == pytest.approx(math.log(4 / 3) / math.log(2))
+    assert results["sparsity"]["prunable"] == 0.5 and results["recipe"]["criterion"] == "Wanda"
+    assert [one["name"] for one in results["windows"]] == [one.name for one in result.windows]
+    assert {*Masks.load(tmp_path / "run" / "masks.safetensors")} == {*result.masks}
+    with pytest.raises(ValueError, match="something already"):
+        result.report(tmp_path / "run", model, samples, perplexity=measured)
 
 
 def test_defaults_are_those_of_the_configuration() -> None:

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lit_recon.fit.moved import MOVED
-from lit_recon.fit.parts import CONF
+from lit_recon.settings.conf import CONF
+from lit_recon.settings.moved import MOVED
 
 SETTINGS = {  # by the part of the configuration that named it
     "ReconstructionModule": "module",

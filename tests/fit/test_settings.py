@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lit_recon.fit.annotations import annotations
-from lit_recon.fit.parts import CONF
-from lit_recon.fit.settings import CALL, TEXTS, expand_home, is_text
+from lit_recon.fit.settings import CALL, TEXTS, is_text
+from lit_recon.settings.annotations import annotations
+from lit_recon.settings.conf import CONF
+from lit_recon.settings.values import expand_home
 
 CHOICES = {"packing", "dtype", "bos", "attention"}  # words of a few, none of which is a number
 

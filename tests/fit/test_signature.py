@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lit_recon.fit.signature import _code, changes, differences
+from lit_recon.fit.signature import changes, code_files, differences
 
 SIGNED: dict[str, Any] = {
     "config": {"seed": 0, "trainer": {"max_epochs": 1, "precision": "auto"}, "data": {"paths": ["a", "b"]}},
@@ -28,10 +28,10 @@ def test_the_code_of_a_run_is_the_package_the_named_files_and_what_they_import(
     (tmp_path / "named.py").write_text("import helper\nfrom functools import partial\nloss = partial(print)\n")
     monkeypatch.syspath_prepend(tmp_path)
     targets = ["named.loss", "torch.optim.AdamW", "lit_recon.pruning.criteria.wanda.Wanda", "builtins.print"]
-    found = _code({str(index): {"_target_": target} for index, target in enumerate(targets)})
+    found = code_files({str(index): {"_target_": target} for index, target in enumerate(targets)})
     assert {"named.loss", "helper", "lit_recon/pruning/masks.py", "lit_recon/fit/__main__.py"} <= found.keys()
     assert not [name for name in found if name.startswith(("torch", "numpy", "_pytest", "json", "lit_recon/report"))]
-    assert "named.loss" in _code({"callbacks": [{"_target_": "named.loss"}, "text"]})
+    assert "named.loss" in code_files({"callbacks": [{"_target_": "named.loss"}, "text"]})
     for name in ("named", "helper"):
         monkeypatch.delitem(sys.modules, name)
 

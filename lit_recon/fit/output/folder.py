@@ -24,6 +24,7 @@ ACTIVATIONS = "activations"  # while a run that keeps hidden states on disk is i
 NEXT_CONFIG = "config.next.yaml"  # of a run that has begun to clear the folder
 RUN_FILES = (
     *("results.json", "checkpoint", "masks.safetensors", "tensorboard", "report.html", "figures"),
+    "evaluations.json",  # of the checkpoint
     *("commits", MARK, f"{MARK}.partial", "checkpoint.partial", "checkpoint.old", f"{NEXT_CONFIG}.partial"),
 )
 OF_A_START = ("config.yaml.partial", "lease.lock", "lease.json")  # left by a run that was killed as it began
@@ -110,6 +111,11 @@ def clear_output(folder: Path) -> None:
     """
     for name in RUN_FILES:
         remove(folder / name)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run with results, that no other has begun to clear."""
+    return [(folder / name).is_file() for name in ("config.yaml", "results.json", NEXT_CONFIG)] == [True, True, False]
 
 
 @contextmanager
@@ -219,8 +225,7 @@ def finish(output: Path, console: Console) -> bool:
 
 
 def _lacks_report(output: Path) -> bool:
-    there = [(output / name).is_file() for name in ("config.yaml", "results.json", "report.html", NEXT_CONFIG)]
-    return there == [True, True, False, False]
+    return is_finished(output) and not (output / "report.html").is_file()
 
 
 def draw_report(output: Path) -> None:

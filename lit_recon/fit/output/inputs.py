@@ -10,10 +10,10 @@ from typing import Any
 from hydra.utils import get_object
 
 from lit_recon.fit.output.folder import ACTIVATIONS, RUN_FILES
-from lit_recon.fit.settings import targets, texts
+from lit_recon.settings.values import targets, texts
 from lit_recon.system.cache import cache_folder
 
-OUTPUTS = ("output_dir", "resume", "hydra")  # settings that name no input
+OUTPUTS = ("output_dir", "resume", "push", "hydra")  # settings that name no input
 
 
 def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:

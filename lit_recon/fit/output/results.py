@@ -1,34 +1,25 @@
-"""What a run found, as results.json (other programs read it), as a table and as a model card."""
+"""What a run found, as results.json (other programs read it) and as a table."""
 
 import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from lit_recon import __version__
-from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of
-from lit_recon.fit.plan.estimate import Plan
+from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
+from lit_recon.system.finite import without_nan
 from lit_recon.system.units import duration, in_gb
+from lit_recon.system.versions import versions
 
-_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "numpy")
 _NOTED = 0.05  # of a window's gain: what rounding takes of it and is worth a remark
-
-HOW = {  # of a walk: how a model is made, for its card
-    "local": "reconstructed one window at a time to match the dense model's activations",
-    "global": "retrained, all layers at once",
-    "local_then_global": "reconstructed one window at a time to match the dense model's activations and retrained, all "
-    "layers at once",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +46,7 @@ class Results:
     predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int
+    provenance: dict[str, Any]
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -64,13 +56,12 @@ class Results:
     @property
     def gap_recovered(self) -> float | None:
         """Share of the perplexity that pruning cost and reconstruction won back; None where there is none to tell."""
-        return _share_recovered(self.perplexity)
+        return share_recovered(**self.perplexity)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of results.json; None for what is not finite, which JSON has no number for."""
-        gaps = {"gap_recovered": self.gap_recovered, "gap_recovered_nats": _share_recovered(self.nats)}
-        versions = {"lit_recon": __version__} | {name: version(name) for name in _LIBRARIES}
-        return _without_nan({"perplexity": self.perplexity} | asdict(self) | gaps | {"versions": versions})
+        gaps = {"gap_recovered": self.gap_recovered, "gap_recovered_nats": share_recovered(**self.nats)}
+        return without_nan({"perplexity": self.perplexity} | asdict(self) | gaps | {"versions": versions()})
 
     def save(self, path: Path) -> None:
         """Write results.json, whole or not at all."""
@@ -79,33 +70,17 @@ class Results:
         sync_folder(path.parent)  # before the commits that these come from are removed
 
 
-def _share_recovered(values: Mapping[str, float]) -> float | None:
-    """Share of pruned minus dense that was won back; None where pruning cost nothing or a value is not finite."""
-    dense, pruned, reconstructed = (values[state] for state in ("dense", "pruned", "reconstructed"))
-    is_known = all(math.isfinite(value) for value in values.values()) and pruned > dense
-    return (pruned - reconstructed) / (pruned - dense) if is_known else None
-
-
-def _without_nan(value: Any) -> Any:
-    """A value, or what it holds, with None for each number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def sparsity(masks: Masks, zeros: Mapping[str, int], plan: Plan) -> dict[str, Any]:
+def sparsity(masks: Masks, zeros: Mapping[str, int], parameters: int) -> dict[str, Any]:
     """Share of zeros in the file: of all parameters, of what was prunable, and of each matrix.
 
     Args:
         masks: The masks.
         zeros: Zeros in the file, by matrix.
-        plan: Counts the parameters.
+        parameters: All parameters of the model.
     """
     sizes = {name: masks[name].numel() for name in masks}
     return {
-        "total": sum(zeros.values()) / plan.parameters,
+        "total": sum(zeros.values()) / parameters,
         "prunable": sum(zeros.values()) / max(1, sum(sizes.values())),
         "by_matrix": {name: zeros[name] / sizes[name] for name in masks},
     }
@@ -156,41 +131,3 @@ def remarks(windows: Sequence[WindowResult]) -> list[tuple[str, str]]:
         )
         found.append(("rounding", text))
     return found
-
-
-def model_card(
-    model: str,
-    recipe: Mapping[str, str],
-    plan: Plan,
-    windows: Sequence[WindowResult],
-    auto_class: str = "AutoModelForCausalLM",
-) -> str:
-    """README.md of the checkpoint: how it was made and how to read it, by a class of transformers."""
-    accepted = sum(window.accepted for window in windows)
-    rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
-    left = plan.windows - len(windows)
-    unfinished = f"| unfinished | {len(windows)} of {plan.windows} windows done, the rest is dense |\n" if left else ""
-    made = HOW[recipe.get("walk", "local")]
-    return f"""---
-library_name: transformers
-tags: [pruning, sparse, local-reconstruction]
----
-# {model}, pruned and reconstructed
-
-Made with lit_recon {__version__}: pruned, then {made}
-(Wagner, Roux, Zimmer, Pokutta: "A Free Lunch in LLM Compression", arXiv 2510.14444). Pruned weights are exact zeros.
-
-| | |
-|---|---|
-| dense model | {model} |
-{rows}
-| prunable | {plan.prunable / plan.parameters:.1%} of all parameters |
-| windows reconstructed | {accepted} of {len(windows)} |
-{unfinished}
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("checkpoint")
-tokenizer = AutoTokenizer.from_pretrained("checkpoint")
-```
-"""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from accelerate.utils import convert_file_size_to_int
 from lightning import LightningModule
 
 from lit_recon.activations.disk_store import nearest
@@ -27,21 +26,6 @@ from lit_recon.system.units import in_gb
 
 _SLACK = 1.05  # what a process has of its own is measured, and it was another process that chose
 ORDER: list[WindowKind] = [kind for kind in reversed(WindowKind) if kind != WindowKind.MATRIX]  # from large to small
-
-
-def parse_limit(limit: str | int) -> int:
-    """Bytes of a limit such as "6GiB", "500MB" or a number.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    try:
-        size = int(convert_file_size_to_int(limit))
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise ValueError(f"memory_limit={limit}: expected a size such as 6GiB, 500MB, or a number of bytes.")
-    return size
 
 
 @dataclass(frozen=True)

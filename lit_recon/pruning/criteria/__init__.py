@@ -76,6 +76,11 @@ def needs_columns(criterion: object) -> bool:
     return isinstance(criterion, Updates)
 
 
+def permutes(criterion: object) -> bool:
+    """Whether a criterion has hidden channels of MLPs put into another order, where a pattern is N:M."""
+    return bool(getattr(criterion, "permute", False))
+
+
 def needs_gram(gatherer: object) -> bool:
     """Whether a criterion or a refinement is given the Gram matrix of a matrix's inputs."""
     return bool(getattr(gatherer, "needs_gram", False))

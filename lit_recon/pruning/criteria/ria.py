@@ -4,6 +4,9 @@
 
 A weight is compared with those of the same output and with those of the same input, so that no input loses all its
 weights for being small throughout. x_j is input feature j over all calibration tokens, as in Wanda.
+
+With N:M patterns the hidden channels of MLPs may be put into another order first, by which more of the scores is kept
+(pruning/permutation.py).
 """
 
 import math
@@ -17,15 +20,21 @@ class RIA:
 
     Args:
         alpha: Exponent of the norm of an input: 0 leaves the inputs out; the paper has 0.5.
+        permute: Whether hidden channels of MLPs are put into the order in which an N:M pattern keeps most.
 
     Raises:
         ValueError: `alpha` is negative or not finite.
     """
 
-    def __init__(self, alpha: float = 0.5) -> None:
+    def __init__(self, alpha: float = 0.5, permute: bool = False) -> None:
         if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
             raise ValueError(f"criterion.alpha={alpha!r}: expected an exponent of at least 0, such as 0.5.")
-        self.alpha = alpha
+        self.alpha, self.permute = alpha, permute
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights that stay are others than the dense ones: in another order."""
+        return self.permute
 
     def start(self, weight_OI: Tensor) -> Tensor:
         """Sum of squares per input feature, (I,), zero."""

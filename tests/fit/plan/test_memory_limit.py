@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lit_recon.fit.plan import memory_limit
 from lit_recon.fit.plan.estimate import Plan
-from lit_recon.fit.plan.memory_limit import parse_limit
+from lit_recon.system.memory import parse_limit
 
 GB = 10**9
 

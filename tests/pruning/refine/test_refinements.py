@@ -7,10 +7,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lit_recon.fit.parts import CONF
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.refine.dsnot import DSnoT
 from lit_recon.pruning.refine.swaps import Swaps
+from lit_recon.settings.conf import CONF
 
 
 @pytest.mark.parametrize("refinement", [Swaps, DSnoT])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lit_recon.modules.rates import PROBE
 from lit_recon.system.command_line import shortened
 
 PACKAGES = ("lit_recon", "lightning", "torch", "transformers")
@@ -25,20 +24,22 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def wrong_types(make: "partial[Any]", about: str, *, leave_out: Sequence[str] = ()) -> Iterator[str]:
+def wrong_types(
+    make: "partial[Any]", about: str, *, leave_out: Sequence[str] = (), also: Mapping[str, Any] | None = None
+) -> Iterator[str]:
     """What is wrong with the types of the keywords of a partial call, and of the partial calls among them.
 
     Args:
         make: A partial call.
         about: The settings that its keywords are below, such as "module.optimizer".
         leave_out: Keywords that are checked elsewhere.
+        also: By the name of a keyword, a type that it may have besides that of its annotation.
     """
     for name, value in make.keywords.items():
         if isinstance(value, partial):
-            yield from wrong_types(value, f"{about}.{name}")
+            yield from wrong_types(value, f"{about}.{name}", also=also)
         if name not in leave_out and (hint := annotations(make.func).get(name)) is not None:
-            also = hint | Literal[PROBE] if name == "lr" else hint  # of every optimizer (modules/rates.py)
-            yield from wrong_type(f"{about}.{name}", value, also)
+            yield from wrong_type(f"{about}.{name}", value, hint | also[name] if also and name in also else hint)
 
 
 def wrong_type(setting: str, value: Any, hint: Any) -> Iterator[str]:

@@ -10,8 +10,8 @@ from lightning import Trainer
 from torch.optim import AdamW
 
 from lit_recon.data.files import Files
-from lit_recon.fit.annotations import fits, in_words, wrong_types
 from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.settings.annotations import fits, in_words, wrong_types
 
 
 @pytest.mark.parametrize(

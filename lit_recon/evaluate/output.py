@@ -1,0 +1,46 @@
+"""Result of an evaluation as the last thing on the terminal."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lit_recon.system.units import duration, in_gb
+
+
+def table(entry: Mapping[str, Any], record: Path | None) -> Table:
+    """An entry of a record as a table.
+
+    Args:
+        entry: The entry.
+        record: The file that it was added to; None: it was not.
+    """
+    shown = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    shown.add_column(style="bold")
+    shown.add_column()
+    if (found := entry["perplexity"]) is not None:
+        for state, value in found["perplexity"].items():
+            nats = f"{found['nats'][state]:.4f} nats per token"
+            shown.add_row(
+                f"perplexity {state}", f"{value:.2f} ({nats})" if math.isfinite(value) else f"not finite ({nats})"
+            )
+        if found["gap_recovered"] is not None:
+            share = f"{found['gap_recovered']:.0%} in perplexity, {found['gap_recovered_nats']:.0%} in nats"
+            shown.add_row("gap recovered", share)
+    if (found := entry["agreement"]) is not None:
+        shown.add_row("KL divergence", f"{found['kl']:.4g} nats per token from the dense model")
+        shown.add_row("top-1 agreement", f"{found['top1']:.1%} of {found['tokens']} tokens")
+        if found["hidden"]:
+            last = found["hidden"][-1]
+            shown.add_row(
+                "relative error", f"{last['mean']:.3g}, typical token {last['typical']:.3g} (final hidden states)"
+            )
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in entry["seconds"].items() if name != "total")
+    shown.add_row("seconds", f"{phases}; {duration(entry['seconds']['total'])} in total")
+    shown.add_row("peak memory", in_gb(entry["peak_memory_bytes"]))
+    if record is not None:
+        shown.add_row("added to", escape(str(record)))
+    return shown

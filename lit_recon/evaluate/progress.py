@@ -1,0 +1,58 @@
+"""Progress of an evaluation and the time left: a bar on a terminal, some lines in a log file."""
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lit_recon.system.units import duration
+
+log = logging.getLogger(__name__)
+
+LINES = 10  # of a whole evaluation, where there is no bar
+
+
+class EvaluationProgress:
+    """A bar over all pieces of work, or a line for each tenth of them.
+
+    Args:
+        console: Where to show it.
+        total: Pieces of work.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.total, self.done = total, 0
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("evaluating", total=total, left="")
+
+    def __enter__(self) -> "EvaluationProgress":
+        """Start the display and the clock."""
+        self._start = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the display down, also after an error."""
+        self._progress.stop()
+
+    def tick(self, what: str) -> None:
+        """One more piece is done: what it was, and the time left."""
+        self.done += 1
+        seconds = (time.perf_counter() - self._start) / self.done * (self.total - self.done)
+        left = f"{duration(seconds)} left"
+        self._progress.update(self._task, completed=self.done, description=what, left=left)
+        is_tenth = self.done * LINES // self.total > (self.done - 1) * LINES // self.total
+        if self._progress.disable and is_tenth:
+            log.info("%d%% %s, %s", 100 * self.done // self.total, what, left)

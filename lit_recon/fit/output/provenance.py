@@ -1,0 +1,97 @@
+"""Provenance of a run's inputs, for results.json: hashes of what came from outside, and states of repositories.
+
+    model     commit of the Hub, and sha256 of every file of weights, tokenizer and configuration
+    text      sha256 of every file of text; samples: of all tokens that were taken, whatever they come from
+    masks     sha256 of what masks were read from
+    modules   sha256 of the user's own files of Python
+    git       commit and state of the repositories in which those lie, and lit_recon
+
+The signature of the run has hashed weights, tokens and code already (signature.py); only the rest is read here.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lit_recon
+from lit_recon.fit.job import Job
+from lit_recon.fit.signature import code_files
+from lit_recon.model.loading import HubModel
+from lit_recon.pruning.criteria.given import MasksFile, Zeros
+from lit_recon.system.atomic_files import sha256
+from lit_recon.system.git_state import git_state
+
+_SMALL = (  # besides the vocabulary files, whose names the tokenizer knows
+    *("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # of the Hub's cache
+_OURS = "lit_recon/"  # code of the package itself, in a signature
+
+
+def provenance(job: Job, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Where all that a run reads came from, as results.json has it.
+
+    Args:
+        job: The run.
+        signature: Its signature, with hashes of weights, tokens and code.
+
+    Raises:
+        OSError: A file is gone since it was read.
+    """
+    own = {name: path for name, path in code_files(job.output.config).items() if not name.startswith(_OURS)}
+    init = Path(lit_recon.__file__)
+    git = {"lit_recon": git_state(init.parent, [init], only_known=True), "modules": _states(own.values())}
+    return {
+        "model": _model(job, signature["model"]),
+        "text": _hashes(job.source.text_files()),
+        "samples": signature["data"],
+        "masks": _hashes(_mask_files(job)),
+        "modules": {name: signature["code"].get(name) or sha256(path) for name, path in own.items()},
+        "git": git,
+    }
+
+
+def hub_commit(path: Path) -> str | None:
+    """The commit that a file of the Hub's cache belongs to; None for another file."""
+    found = _SNAPSHOT.search(path.as_posix())
+    return found[1] if found else None
+
+
+def _model(job: Job, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Commit and hashes of the dense model; those of its weights are known."""
+    first, names = job.model.files()[0], {*_SMALL, *job.tokenizer.vocab_files_names.values()}
+    small = (first.parent / name for name in sorted(names - weights.keys()))
+    return {
+        "name": job.model.describe(),
+        "revision": hub_commit(first),
+        "files": {**weights, **{path.name: sha256(path) for path in small if path.is_file()}},
+    }
+
+
+def _mask_files(job: Job) -> list[Path]:
+    """The files that masks are read from: a file of masks, or the weights of a sparse model."""
+    criterion = job.method.criterion
+    if isinstance(criterion, MasksFile):
+        return [Path(criterion.path)]
+    if isinstance(criterion, Zeros) and criterion.name is not None:
+        return HubModel(name=criterion.name).files()
+    return []
+
+
+def _states(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """State of each repository in which some of the files lie."""
+    in_folder: dict[Path, list[Path]] = {}
+    for path in files:
+        in_folder.setdefault(path.resolve().parent, []).append(path.resolve())
+    states: dict[str, dict[str, Any]] = {}
+    for folder, members in in_folder.items():
+        if state := git_state(folder, members):
+            before = states.setdefault(state["repository"], state)
+            before["dirty"] |= state["dirty"]
+    return list(states.values())
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    return {str(path): sha256(path) for path in files}
