@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -314,3 +316,13 @@ def test_every_command_line_is_carried_out_or_refused_in_words_that_name_a_setti
         if ended.status not in (0, 2) or "Traceback" in ended.err + ended.out or (ended.status == 2 and not told):
             found.append((word, ended.status, ended.err[-1000:]))
     assert found == []
+
+
+def test_the_readmes_evaluations_compose(run_evaluation: Evaluate) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m lit_recon\.evaluate (.+)", readme, re.MULTILINE)
+    assert len(commands) >= 3
+    for line in commands:
+        words = [word for word in shlex.split(line) if not word.startswith("data=")]
+        ended = run_evaluation(*words, "--cfg", "job")
+        assert ended.status == 0, f"{line}: {ended.err}"
