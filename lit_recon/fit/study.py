@@ -168,7 +168,7 @@ def run_study(program: str, members: Sequence[Member], *, tracebacks: bool) -> d
     for number, member in enumerate(left, 1):
         ended[member.name] = _run(program, member, pace, tracebacks=tracebacks)
         if number < len(left):
-            _say(f"\n{number} of {len(left)} runs have ended; {_time_left(pace, left[number:]) or 'time left unknown'}")
+            _say(f"\n{number} of {_runs(len(left))} ended; {_time_left(pace, left[number:]) or 'time left unknown'}")
     return ended | _report(members)
 
 
@@ -176,10 +176,8 @@ def _check_push(members: Sequence[Member]) -> None:
     """End the command where several runs would be uploaded to one place."""
     places = [push for member in members if (push := (member.config or {}).get("push")) is not None]
     if several := [push for push in places if places.count(push) > 1]:
-        stop(
-            f"push={several[0]} is one model of the Hub, but a sweep has several runs; upload one that is done.",
-            status=2,
-        )
+        said = f"push={several[0]} is one model of the Hub, but a sweep has several runs; upload one that is done."
+        stop(said, status=2)
 
 
 def _survey(found: Mapping[str, Standing]) -> Iterable[str]:
@@ -188,11 +186,11 @@ def _survey(found: Mapping[str, Standing]) -> Iterable[str]:
         kind: [name for name, one in found.items() if one.kind == kind] for kind in ("done", "left", "other", "new")
     }
     said = {"done": "done", "left": "to be resumed", "other": "not to be run", "new": "to be started"}
-    yield f"{len(found)} runs: " + ", ".join(f"{len(names)} {said[kind]}" for kind, names in kinds.items() if names)
+    yield f"{_runs(len(found))}: " + ", ".join(f"{len(names)} {said[kind]}" for kind, names in kinds.items() if names)
     for name in kinds["done"]:
         yield f"done: {name} ({found[name].folder})"
     for name in kinds["left"]:
-        yield f"to be resumed: {name} ({found[name].folder}, {found[name].windows} windows are done)"
+        yield f"to be resumed: {name} ({found[name].folder}, after window {found[name].windows})"
     for name in kinds["other"]:
         one = found[name]
         yield f"not to be run: {name}: {one.folder} holds another run: {one.differs}; overwrite=true replaces it"
@@ -220,20 +218,26 @@ def _run(program: str, member: Member, pace: Pace, *, tracebacks: bool) -> int:
 
 
 def _report(members: Sequence[Member]) -> dict[str, int]:
-    """The report of an experiment's finished runs, as a process of its own; its exit status if that is not 0."""
-    folders = [one.folder for one in map(standing, members) if one.kind == "done" and one.folder]
+    """The report of an experiment's runs, as a process of its own; its exit status if it is the report that failed."""
+    found = {one.folder: one.kind for one in map(standing, members) if one.kind in ("done", "left") and one.folder}
+    folders, is_whole = list(found), "left" not in found.values()  # of one that is not finished it says so
     configs = [member.config or {} for member in members]
-    if not folders or not all(config.get("experiment_dir") for config in configs) or configs[0].get("plan"):
+    is_experiment = all(config.get("experiment_dir") for config in configs)
+    if "done" not in found.values() or not is_experiment or configs[0].get("plan"):
         return {}
     _say("\n== report ==")
     status = subprocess.run([sys.executable, "-m", "lit_recon.report", *map(str, folders)], check=False).returncode
-    return {"report": status} if status else {}
+    return {"report": status} if status and is_whole else {}
 
 
 def _time_left(pace: Pace, members: Sequence[Member]) -> str:
     """How long runs take, in words; empty where it is not known."""
     seconds = pace.left(member.name for member in members)
-    return "" if seconds is None else f"about {duration(seconds)} for {len(members)} runs"
+    return "" if seconds is None else f"about {duration(seconds)} for {_runs(len(members))}"
+
+
+def _runs(number: int) -> str:
+    return f"{number} run{'s' if number != 1 else ''}"
 
 
 def _say(*lines: str) -> None:

@@ -3,6 +3,7 @@
 __main__.py      the command python -m lit_recon.report: draw reports again, compare runs
 page.py          report.html, one page per run, from page.html.j2 and evaluation.html.j2
 figures.py       the figures of a run: perplexity, error over depth, learning curves, time
+drift_figure.py  the figure of drift over depth, of an evaluation
 heat_map.py      the figure of the sparsity of every matrix; hidden_figure.py of hidden states over depth
 overview.py      the page over many runs, from overview.html.j2 and sort.js
 groups.py        runs in groups by keys of config.yaml; sweeps over rates; group_figure.py draws groups

@@ -225,7 +225,7 @@ def test_an_experiment_is_a_sweep_also_without_the_flag_and_its_runs_are_a_study
     words = ["experiment=criteria", "experiment/criteria=magnitude,wanda_swaps", folder]
     ended = tiny_run(*words)
     assert ended.status == 0, ended.err
-    assert "2 runs: 2 to be started\nabout " in ended.out and "1 of 2 runs have ended; about " in ended.out
+    assert "2 runs: 2 to be started\nabout " in ended.out and "1 of 2 runs ended; about " in ended.out
     assert [path.name for path in Path().iterdir()] == ["runs"], "nothing but the folders of the runs"
     runs = [f"runs/criteria/hf_unstructured/{case}" for case in ("magnitude", "wanda_swaps")]
     assert sorted(path.as_posix() for path in Path("runs").glob("*/*/*")) == runs
