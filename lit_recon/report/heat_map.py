@@ -48,7 +48,7 @@ def sparsity_by_layer(by_matrix: Mapping[str, float]) -> Figure | None:
         low, high = (low + high - NARROW) / 2, (low + high + NARROW) / 2
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=low - 0.15 * (high - low), vmax=high)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0 if high - low > 0.1 else 1), pad=0.01)
-    bar.set_label("sparsity (share of zeros)", color=MUTED)
+    bar.set_label("sparsity", color=MUTED)
     axes.set_yticks(range(len(kinds)), [kind.encode(errors="backslashreplace").decode() for kind in kinds])
     axes.tick_params(axis="both", length=0, labelcolor=INK)
     axes.grid(visible=False)

@@ -78,15 +78,20 @@ def _gap_in_nats(run: Run) -> float:
 
 
 def held_out_error(run: Run) -> float:
-    """Mean over windows of the held-out error of the weights that each kept; NaN if one of them is not finite.
+    """Geometric mean over windows of the held-out error of the weights that each kept; NaN if one is not finite.
 
-    A window that was not accepted kept its pruned weights. Windows whose loss was on the logits are left out, unless
-    all were: their errors are divergences.
+    The errors of some windows are a hundred times those of others (massive activations), which would decide any other
+    mean alone. A window that was not accepted kept its pruned weights. Windows whose loss was on the logits are left
+    out, unless all were: their errors are divergences.
     """
     windows = _results(run)["windows"]
     alike = [window for window in windows if window.get("measure", "relative error") == "relative error"] or windows
     errors = [finite_or_nan(window[f"held_out_{'after' if window['accepted'] else 'before'}"]) for window in alike]
-    return statistics.fmean(errors) if errors else math.nan
+    if not errors or any(map(math.isnan, errors)):
+        return math.nan
+    if min(errors) <= 0:
+        return 0.0
+    return math.exp(statistics.fmean(map(math.log, errors)))
 
 
 def _walk_seconds(run: Run) -> float:

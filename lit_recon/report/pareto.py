@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from lit_recon.report.figures import AXIS, INK, MUTED, RECONSTRUCTED, make_logarithmic
 from lit_recon.report.groups import order
@@ -90,6 +91,8 @@ def pareto_figure(
         positive = [value for value in values if math.isfinite(value)]
         if positive and 0 < DECADE * min(positive) < max(positive):
             make_logarithmic(axis)
+        else:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(visible=True, axis="both")
     axes.set(xlabel=cost[1], ylabel=f"{quality[1]}\n(lower is better)")
     color_legend(axes, shades)

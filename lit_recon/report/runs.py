@@ -71,8 +71,8 @@ def read_run(folder: Path) -> Run:
     known["remarks"] = (*filter(None, [config_remark]), *evaluation_remarks)
     if folder.is_dir() and is_held(folder):
         return Run(folder, RUNNING, f"{folder}: this run is in progress; its report comes when it ends.", **known)
-    begun = (folder / "config.yaml").is_file()
-    if begun and not (folder / "results.json").is_file():
+    is_cleared = (folder / "config.next.yaml").is_file()  # what is left there is of an earlier run
+    if is_cleared or ((folder / "config.yaml").is_file() and not (folder / "results.json").is_file()):
         return Run(folder, *_unfinished(folder), **known)
     try:
         return Run(folder, FINISHED, results=read_results(folder), **known)
@@ -83,9 +83,9 @@ def read_run(folder: Path) -> Run:
 
 def _unfinished(folder: Path) -> tuple[str, str]:
     """State of a run that left no results, and what there is to say."""
-    if (folder / "commits.begun").is_file():
-        return UNFINISHED, f"{folder}: no results.json here; this run was stopped, resume={folder} goes on with it."
-    return FAILED, f"{folder}: no results.json here; this run ended before its first window was done."
+    if (folder / "commits.begun").is_file() or (folder / "config.next.yaml").is_file():
+        return UNFINISHED, f"{folder}: no results of this run here; it was stopped, resume={folder} goes on with it."
+    return FAILED, f"{folder}: no results of this run here; it ended before its first window was done."
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:

@@ -27,6 +27,7 @@ from lit_recon.report.measures import (
 )
 from lit_recon.report.runs import Run
 
+LONGEST = 60  # letters of a setting that people read
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that a spreadsheet computes
 GROUPED = (PRUNED, PERPLEXITY, NATS, GAP, GAP_IN_NATS, HELD_OUT, TOKENS, WALK_SECONDS, WALK_MEMORY)
 
@@ -100,7 +101,7 @@ def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence
     rows = []
     for number, (name, run) in enumerate(names.items(), start=1):
         row = [Cell(str(number), (number,)), Cell(name, (name,)), Cell(run.state, (run.state,))]
-        row += [Cell(value, (value,)) for value in (value_of(run, key) for key in keys)]
+        row += [setting_cell(value_of(run, key)) for key in keys]
         row += [Cell(measure.text_of(run), (measure.of(run),)) for measure in measures]
         rows.append(row)
     return Table(columns, rows)
@@ -121,10 +122,15 @@ def groups_table(groups: Sequence[Group], measures: Sequence[Measure]) -> Table:
     for group in groups:
         finished = sum(run.results is not None for run in group.runs)
         number = str(finished) if finished == len(group.runs) else f"{finished} of {len(group.runs)}"
-        row = [Cell(value, (value,)) for value in group.values.values()]
+        row = [setting_cell(value) for value in group.values.values()]
         row.append(Cell(number, (finished, len(group.runs))))
         rows.append([*row, *(mean_cell(group, measure) for measure in measures)])
     return Table(columns, rows)
+
+
+def setting_cell(value: str) -> Cell:
+    """A setting; people read the beginning of a long one."""
+    return Cell(value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…", (value,))
 
 
 def mean_cell(group: Group, measure: Measure) -> Cell:

@@ -76,9 +76,15 @@ def test_the_held_out_error_is_that_of_the_weights_that_each_window_kept() -> No
     results = in_units(2)
     results["windows"][1] |= REFUSED  # keeps its pruned weights: 0.022
     run = Run(Path("run"), FINISHED, results=results)
-    assert HELD_OUT.of(run) == pytest.approx((0.0055 + 0.022) / 2)
+    assert HELD_OUT.of(run) == pytest.approx(0.011), "the geometric mean of 0.0055 and 0.022"
     results["windows"][1] |= {"measure": "KL divergence"}
     assert HELD_OUT.of(run) == pytest.approx(0.0055), "divergences are no relative errors"
+    for first, second in ((None, 0.0), (0.0, None)):
+        results["windows"][0] |= {"held_out_after": first}
+        results["windows"][1] |= {"held_out_before": second, "measure": "relative error"}
+        assert math.isnan(HELD_OUT.of(run))
+    results["windows"][1] |= {"held_out_before": 0.1}
+    assert HELD_OUT.of(run) == 0.0
 
 
 def test_measures_of_evaluations_are_shown_where_there_are_any() -> None:

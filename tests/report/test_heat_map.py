@@ -20,7 +20,7 @@ def test_every_matrix_has_its_cell_and_experts_share_one() -> None:
     np.testing.assert_allclose(values, [[0.25, 0.75], [0.5, np.nan]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["self_attn.q_proj", "mlp.experts.*.w1"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"] and axes.get_xlabel() == "layer"
-    assert bar.get_ylabel() == "sparsity (share of zeros)"
+    assert bar.get_ylabel() == "sparsity"
     assert sorted(text.get_text() for text in axes.texts) == ["25%", "50%", "75%"]
 
 

@@ -46,7 +46,7 @@ def test_the_page_lists_every_run_by_its_state_with_what_is_known_of_it(drawn: P
     # 16 + 40 / sqrt(32) + 0 + 0.05, as the run was made
     assert float(one["perplexity_reconstructed"]) == pytest.approx(16 + 40 / 32**0.5 + 0.05)
     assert one["data.num_samples"] == "32" and one["calibration_tokens"] == "8192.0"
-    assert "this run ended before its first window" in text and "nowhere: not a folder" in text
+    assert "it ended before its first window" in text and "nowhere: not a folder" in text
 
 
 def test_groups_are_the_settings_and_hold_the_seeds(drawn: Path) -> None:

@@ -55,6 +55,8 @@ def test_a_stopped_run_can_be_resumed_and_one_without_a_window_has_failed(tmp_pa
     stopped, failed = begun(tmp_path / "stopped", "commits.begun"), begun(tmp_path / "failed")
     assert read_run(stopped).state == "unfinished" and f"resume={stopped} goes on" in read_run(stopped).message
     assert read_run(failed).state == "failed" and "before its first window" in read_run(failed).message
+    replaced = begun(tmp_path / "replaced", "config.next.yaml", "results.json")  # it was clearing away an earlier run
+    assert read_run(replaced).state == "unfinished" and read_run(replaced).results is None
     assert not read_run(stopped).is_expected and not read_run(failed).is_expected
 
 

@@ -71,3 +71,10 @@ def test_groups_have_means_deviations_and_numbers_of_runs() -> None:
 def test_names_that_are_no_utf_8_are_written_as_escapes() -> None:
     table = runs_table({"caf\udce9": run_of("a")}, [], [PERPLEXITY])
     assert b"caf\\udce9" in table.as_csv() and b"caf\\udce9" in table.as_markdown()
+
+
+def test_a_long_setting_is_cut_for_people_and_whole_in_csv() -> None:
+    value = "x" * 61
+    table = runs_table({"a": run_of("a", value), "b": run_of("b", value[:60])}, ["key"], [])
+    assert [row[3].text for row in table.rows] == ["x" * 59 + "…", "x" * 60]
+    assert rows(table.as_csv())[1][3] == value
