@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,25 +63,28 @@ def test_committed_notebook_has_no_outputs(path: Path):
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_inspect_a_run_shows_what_the_run_found(
+def test_read_a_study_shows_its_runs_and_groups(
     execute: Callable[..., NotebookNode],
     tiny_run: Callable[..., Ended],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     assert tiny_run().status == 0
-    monkeypatch.setenv("LIT_RECON_RUN", str(tmp_path / "run"))
-    notebook = execute(ROOT / "notebooks" / "inspect_a_run.ipynb")
+    other = shutil.copytree(tmp_path / "run", tmp_path / "study" / "other")
+    (tmp_path / "run").rename(tmp_path / "study" / "first")
+    results, config = json.loads((other / "results.json").read_text()), (other / "config.yaml").read_text()
+    found = dict(results["perplexity"])
+    results["perplexity"]["reconstructed"] = 1.1 * found["reconstructed"]
+    (other / "results.json").write_text(json.dumps(results))
+    (other / "config.yaml").write_text(re.sub(r"(?m)^prune_by: window$", "prune_by: model", config))
+    monkeypatch.setenv("LIT_RECON_STUDY", str(tmp_path / "study"))
+    notebook = execute(ROOT / "notebooks" / "03_read_a_study.ipynb")
     text = shown(notebook)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    for perplexity in results["perplexity"].values():
-        assert f"{perplexity:,.2f}" in text["result"]
-    assert f"{results['gap_recovered']:.1%}" in text["result"]
-    assert "mlp.down_proj" in text["sparsity"]
-    assert text["zeros"] == f"0 of {PRUNED:,} pruned weights are not zero\n"
-    prompt = " ".join("the for statement is used to")  # how the tokenizer of letters spells it
-    assert prompt in text["generate"] and text["generate"].partition(prompt)[2].strip()
-    assert figures(notebook) == ["depth", "curves"]
+    for value in (found["dense"], found["pruned"], found["reconstructed"], 1.1 * found["reconstructed"]):
+        assert f"{value:,.2f}" in text["runs"]
+    (table,) = [one.outputs[0].data["text/markdown"] for one in notebook.cells if one.id == "groups"]
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == ["model", "window"]  # by prune_by
+    assert figures(notebook) == ["figure", "depth", "curves"]
 
 
 def test_one_run_prunes_reconstructs_reports_and_saves(
@@ -115,15 +119,15 @@ def test_your_own_module_is_trained_and_compared(
     assert figures(notebook) == ["errors"]
 
 
-def test_without_a_choice_the_notebook_takes_the_newest_finished_run(
+def test_without_a_choice_the_study_is_that_of_the_newest_finished_run(
     execute: Callable[..., NotebookNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delenv("LIT_RECON_RUN", raising=False)
-    for age, name in enumerate(("runs/newest", "elsewhere/runs/older", "runs/oldest")):
+    monkeypatch.delenv("LIT_RECON_STUDY", raising=False)
+    for age, name in enumerate(("runs/newest/one", "elsewhere/runs/older/one", "runs/oldest/one")):
         results = tmp_path / name / "results.json"
         results.parent.mkdir(parents=True)
         results.touch()
         os.utime(results, (1e9 - age, 1e9 - age))
     (tmp_path / "runs" / "unfinished").mkdir()
-    text = shown(execute(ROOT / "notebooks" / "inspect_a_run.ipynb", 2))
+    text = shown(execute(ROOT / "notebooks" / "03_read_a_study.ipynb", 2))
     assert str(tmp_path.resolve() / "runs" / "newest") in text["setup"]

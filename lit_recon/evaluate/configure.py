@@ -3,6 +3,7 @@
 With subjects.py the only file of this folder that sees a configuration.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_recon.data.packing import find_opening
 from lit_recon.data.source import TextSource
+from lit_recon.evaluate.continuations import PROMPTS, Decoding, encode_prompts
+from lit_recon.evaluate.harness import LoadedTasks, load_tasks
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.evaluate.record import check_record
 from lit_recon.evaluate.subjects import Subject, dense_of_run, find_subject, masks_of_run
@@ -32,12 +35,25 @@ CALL: dict[str, Any] = {
     "dense": str | None,
     "perplexity": bool,
     "agreement": bool,
+    "drift": bool,
+    "tasks": str | Sequence[str] | None,
+    "tasks_path": str | None,
+    "fewshot": int | None,
+    "unsafe_code": bool,
+    "prompts": str | Sequence[str] | None,
+    "max_new_tokens": int,
+    "temperature": float,
+    "chat": bool,
+    "seed": int,
+    "batch_size": int,
     "opening_at": str,
     "record": str | None,
     "memory_limit": str | int | None,
 }
-PATHS = ("checkpoint", "dense", "record", *GROUP_PATHS)
-TEXTS = (*PATHS, *GROUP_TEXTS)
+OWN = "own"  # of prompts: those of lit_recon
+DECODING = ("max_new_tokens", "temperature", "seed", "batch_size", "chat")
+PATHS = ("checkpoint", "dense", "record", "tasks_path", *GROUP_PATHS)
+TEXTS = ("checkpoint", "dense", "record", "tasks_path", "tasks", "prompts", *GROUP_TEXTS)
 LONGEST = 4096  # tokens of a window, where the model's context is longer: as pruning papers have it
 WITHOUT_CONTEXT = 2048  # the same where a configuration names no longest context
 
@@ -48,36 +64,72 @@ def is_text(setting: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Text:
+    """What perplexity, agreement and drift are measured on.
+
+    Attributes:
+        windows: Windows of the text.
+        protocol: How they are measured.
+        batch_size: Windows per pass of a layer.
+    """
+
+    windows: TextWindows
+    protocol: EvaluationProtocol
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is evaluated, on what, and how.
 
     Attributes:
         subject: The checkpoint.
+        tokenizer: Its tokenizer.
         dense: The dense model, if it is known.
         dense_name: Its name in the record.
         masks: Those of the run, if the pruned model can be made of them.
-        windows: Windows of text; None: neither perplexity nor agreement is asked for.
-        protocol: How they are measured.
+        text: What perplexity, agreement and drift are measured on; None: none of them is asked for.
         agrees: Whether the checkpoint is compared with the dense model.
+        drifts: Whether the drift of each matrix is measured.
+        tasks: Tasks of lm-eval, with their data.
+        prompts: Texts that all states continue.
+        decoding: How.
         compute: Device and precision.
-        batch_size: Windows per pass of a layer.
         limit: Bytes of memory of its own; None: half of what is free.
         record: The file that the result is added to.
         settings: The whole configuration.
     """
 
     subject: Subject
+    tokenizer: PreTrainedTokenizerBase
     dense: LanguageModel | None
     dense_name: str | None
     masks: Path | None
-    windows: TextWindows | None
-    protocol: EvaluationProtocol | None
+    text: Text | None
     agrees: bool
+    drifts: bool
+    tasks: LoadedTasks | None
+    prompts: tuple[str, ...]
+    decoding: Decoding
     compute: Compute
-    batch_size: int
     limit: int | None
     record: Path
     settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a configuration chooses, before it is looked at together; None for what could not be made."""
+
+    call: dict[str, Any]
+    subject: Subject | None
+    dense: Subject | None
+    source: TextSource | None
+    stride: int | None
+    compute: Compute | None
+    decoding: Decoding | None
+    limit: int | None
+    record: Path | None
 
 
 def prepare(cfg: DictConfig) -> Evaluation:
@@ -88,6 +140,45 @@ def prepare(cfg: DictConfig) -> Evaluation:
     """
     problems = Problems()
     problems.check(expand_home, cfg, PATHS)
+    chosen = _choose(cfg, problems)
+    problems.raise_all()
+    call, subject, compute, decoding = chosen.call, chosen.subject, chosen.compute, chosen.decoding
+    assert subject is not None and compute is not None and decoding is not None and chosen.record is not None
+    dense = chosen.dense.model if chosen.dense is not None else dense_of_run(subject)
+    prompts = PROMPTS if call["prompts"] == OWN else tuple(_listed(call["prompts"]))
+    with concerning(given_of("dense")):
+        if call["drift"] and dense is None:
+            raise ValueError("drift=true: it is that of the dense model's outputs; give dense=<model>.")
+        tokenizer = subject.model.tokenizer()
+        _check_pair(subject.model, dense, tokenizer, given=chosen.dense is not None)
+    with concerning(given_of("prompts")):
+        if prompts:
+            encode_prompts(subject.model.skeleton(), tokenizer, prompts, decoding)
+    with concerning(given_of("data")):
+        text = _text(chosen, tokenizer, compute) if chosen.source is not None else None
+    with concerning(given_of("tasks")):
+        tasks = _tasks(call) if call["tasks"] else None
+    return Evaluation(
+        subject=subject,
+        tokenizer=tokenizer,
+        dense=dense,
+        dense_name=chosen.dense.name if chosen.dense else dense.describe() if dense else None,
+        masks=masks_of_run(subject) if dense is not None else None,
+        text=text,
+        agrees=call["agreement"] and dense is not None,
+        drifts=call["drift"],
+        tasks=tasks,
+        prompts=prompts,
+        decoding=decoding,
+        compute=compute,
+        limit=chosen.limit,
+        record=chosen.record,
+        settings=plain(cfg),
+    )
+
+
+def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
+    """What a configuration chooses, with what is wrong added to the problems."""
     call = check_call(cfg, problems, CALL, paths=PATHS)
     subject, dense = (
         problems.check(find_subject, name, call[name]) if call.get(name) else None for name in ("checkpoint", "dense")
@@ -95,36 +186,39 @@ def prepare(cfg: DictConfig) -> Evaluation:
     for about, one in (("checkpoint", subject), ("dense", dense)):
         if one is not None:
             problems.check(one.model.check, about=f"{about}={one.name}: ")
-    source, stride = _source(cfg, subject.model if subject and not problems.found else None, problems)
-    compute = _compute(cfg, problems)
-    limit = problems.check(parse_limit, call["memory_limit"]) if call.get("memory_limit") is not None else None
+    source, stride = None, None
+    if any(call.get(name, True) for name in ("perplexity", "agreement", "drift")):
+        source, stride = _source(cfg, subject.model if subject and not problems.found else None, problems)
+    elif not (call.get("tasks") or call.get("prompts")):
+        problems.add("perplexity=false agreement=false: nothing is left to evaluate; leave one out, or give tasks.")
+    decoding = None
+    if set(DECODING) <= set(call):
+        decoding = problems.check(Decoding, **{name: call[name] for name in DECODING})
     record = Path(call["record"]) if call.get("record") else subject.record if subject else None
     if record is not None:
         problems.check(check_record, record)
-    if {"perplexity", "agreement"} <= set(call) and not (call["perplexity"] or call["agreement"]):
-        problems.add("perplexity=false with agreement=false: nothing is left to evaluate; leave one of them out.")
-    problems.raise_all()
-    assert subject is not None and source is not None and compute is not None and record is not None
-    known = dense.model if dense is not None else dense_of_run(subject)
-    with concerning(given_of("dense")):
-        tokenizer = subject.model.tokenizer()
-        _check_pair(subject.model, known, tokenizer, given=dense is not None)
-    with concerning(given_of("data")):
-        windows, opening = _windows(source, tokenizer, stride, call["opening_at"])
-    return Evaluation(
+    return _Chosen(
+        call=call,
         subject=subject,
-        dense=known,
-        dense_name=dense.name if dense else known.describe() if known else None,
-        masks=masks_of_run(subject) if known is not None else None,
-        windows=windows,
-        protocol=_protocol(source, windows, opening, call["opening_at"], compute),
-        agrees=call["agreement"] and known is not None,
-        compute=compute,
-        batch_size=source.batch_size,
-        limit=limit,
+        dense=dense,
+        source=source,
+        stride=stride,
+        compute=_compute(cfg, problems),
+        decoding=decoding,
+        limit=problems.check(parse_limit, call["memory_limit"]) if call.get("memory_limit") is not None else None,
         record=record,
-        settings=plain(cfg),
     )
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    """Texts of a setting that is one, several or none."""
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _tasks(call: Mapping[str, Any]) -> LoadedTasks:
+    """The tasks that are asked for, with their data."""
+    path = Path(call["tasks_path"]) if call["tasks_path"] else None
+    return load_tasks(_listed(call["tasks"]), tasks_path=path, fewshot=call["fewshot"], unsafe_code=call["unsafe_code"])
 
 
 def _source(cfg: DictConfig, model: LanguageModel | None, problems: Problems) -> tuple[TextSource | None, int | None]:
@@ -183,10 +277,10 @@ def _check_pair(
         )
 
 
-def _windows(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, stride: int | None, opening_at: Any
-) -> tuple[TextWindows, str]:
-    """Windows of the evaluation text, and what opens them, in words."""
+def _text(chosen: _Chosen, tokenizer: PreTrainedTokenizerBase, compute: Compute) -> Text:
+    """Windows of the evaluation text, and the protocol."""
+    source, opening_at = chosen.source, chosen.call["opening_at"]
+    assert source is not None
     opening = find_opening(tokenizer, source.bos)
     if source.evaluation_length <= len(opening) + 1:
         raise ValueError(
@@ -197,24 +291,19 @@ def _windows(
         source.evaluation_stream(tokenizer),
         opening,
         length=source.evaluation_length,
-        stride=stride,
+        stride=chosen.stride,
         number=source.evaluation_samples,
         opening_at=opening_at,
     )
-    return windows, "".join(map(str, tokenizer.convert_ids_to_tokens(opening))) or "none"
-
-
-def _protocol(
-    source: TextSource, windows: TextWindows, opening: str, opening_at: str, compute: Compute
-) -> EvaluationProtocol:
-    """The protocol of an evaluation."""
-    return EvaluationProtocol(
+    said = "".join(map(str, tokenizer.convert_ids_to_tokens(opening))) or "none"
+    protocol = EvaluationProtocol(
         dataset=source.describe("evaluation"),
         split="evaluation",
         context=windows.tokens_ST.shape[1],
         windows=len(windows.tokens_ST),
         tokens=windows.num_tokens,
         precision=compute.precision,
-        opening=opening if opening == "none" or opening_at == "window" else f"{opening} (before the text alone)",
+        opening=said if not opening or opening_at == "window" else f"{said} (before the text alone)",
         stride=windows.stride,
     )
+    return Text(windows=windows, protocol=protocol, batch_size=source.batch_size)

@@ -32,7 +32,9 @@ PROMPTS = (
     'def mean(numbers):\n    """Return the arithmetic mean of a list of numbers."""\n',
 )
 GRAM = 4  # tokens
-DEGENERATE = 0.5  # repetition above which a loop makes up most of a text; text by people has 0.006 (Welleck et al.)
+# Repetition above which a loop makes up most of a text. Of 1,728 pieces of 64 tokens of Python's documentation none has
+# more than 0.45; SmolLM2 is above it, greedily, in 5 of 16 texts, and pruned to half by magnitude in 16 of 16.
+DEGENERATE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,9 @@ class Continuation:
         return self.repetition > DEGENERATE
 
 
-def side_by_side(prompts: Sequence[str], by_state: Mapping[str, Sequence[Continuation]]) -> list[dict[str, Any]]:
+def continuations_as_json(
+    prompts: Sequence[str], by_state: Mapping[str, Sequence[Continuation]]
+) -> list[dict[str, Any]]:
     """The entry `continuations` of evaluations.json, given the continuations of each state ("dense", ...)."""
     return [
         {

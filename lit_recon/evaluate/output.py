@@ -1,7 +1,7 @@
 """Result of an evaluation as the last thing on the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,28 @@ def table(entry: Mapping[str, Any], record: Path | None) -> Table:
             shown.add_row(
                 "relative error", f"{last['mean']:.3g}, typical token {last['typical']:.3g} (final hidden states)"
             )
+    for about, text in _others(entry):
+        shown.add_row(escape(about), escape(text))
     phases = ", ".join(f"{name} {value:.1f}" for name, value in entry["seconds"].items() if name != "total")
     shown.add_row("seconds", f"{phases}; {duration(entry['seconds']['total'])} in total")
     shown.add_row("peak memory", in_gb(entry["peak_memory_bytes"]))
     if record is not None:
         shown.add_row("added to", escape(str(record)))
     return shown
+
+
+def _others(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rows of tasks, continuations and drift."""
+    for result in (entry["tasks"] or {}).get("results", []):
+        error = "" if result["stderr"] is None else f" +- {result['stderr']:.3f}"
+        yield f"{result['task']} {result['metric']}", f"{result['value']:.3f}{error} ({result['state']})"
+    for state, mean in (entry["tasks"] or {}).get("mean", {}).items():
+        if mean is not None:
+            yield "mean of acc", f"{mean:.3f} ({state})"
+    for one in entry["continuations"] or []:
+        yield "prompt", one["prompt"]
+        for state, text in one["texts"].items():
+            yield f"  {state}", text + (" [repeats itself]" if one["degenerates"][state] else "")
+    if entry["drift"]:
+        worst = max(entry["drift"], key=lambda one: one["local"]["mean"])
+        yield "drift", f"local at most {worst['local']['mean']:.3g}, of {worst['matrix']}"

@@ -1,7 +1,7 @@
-"""An evaluation: load, verify, measure all states side by side, add the result to the record, show it."""
+"""An evaluation: load, verify, measure all states side by side, run tasks, add the result to the record, show it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from lit_recon.evaluate.configure import Evaluation
 from lit_recon.evaluate.output import table
-from lit_recon.evaluate.perplexity import perplexity_of, share_recovered
+from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
 from lit_recon.evaluate.progress import EvaluationProgress
 from lit_recon.evaluate.record import add
 from lit_recon.evaluate.rounds import choose_rounds
-from lit_recon.evaluate.side_by_side import Measured, SideBySide, State
-from lit_recon.evaluate.windows import TextWindows
+from lit_recon.evaluate.side_by_side import SideBySide, State
+from lit_recon.evaluate.whole_models import continuations, drift, scores
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.loading import LanguageModel
 from lit_recon.model.verify import verify
@@ -27,7 +27,9 @@ from lit_recon.system.command_line import Refusal, in_words, shortened, stop
 from lit_recon.system.memory import peak_memory_bytes
 from lit_recon.system.versions import versions
 
-PHASES = ("load", "verify", "measure")
+PHASES = ("load", "verify", "measure", "drift", "prompts", "tasks")
+DRIFT_WINDOWS = 16  # at most, of which each matrix is multiplied thrice more
+_SHOWN = 5e-4  # seconds
 
 
 def run(evaluation: Evaluation, console: Console) -> None:
@@ -40,12 +42,16 @@ def run(evaluation: Evaluation, console: Console) -> None:
     clock = Clock(PHASES)
     try:
         states = _states(evaluation, clock)
+        for name, text in _described(evaluation, states).items():
+            console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False, soft_wrap=True)
+        found = _on_text(evaluation, states, clock, console) if evaluation.text is not None else {}
+        with clock.phase("prompts"):
+            found["continuations"] = continuations(evaluation, states) if evaluation.prompts else None
+        with clock.phase("tasks"):
+            found["tasks"] = scores(evaluation, states) if evaluation.tasks is not None else None
     except ValueError as error:
         raise Refusal(str(error)) from error
-    for name, text in _described(evaluation, states).items():
-        console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False, soft_wrap=True)
-    measured = _measure(evaluation, states, clock, console)
-    entry = _entry(evaluation, measured, clock)
+    entry = _entry(evaluation, found, clock)
     try:
         add(evaluation.record, entry)
     except (OSError, ValueError) as error:  # a full disk, hours after it was looked at
@@ -64,9 +70,10 @@ def _states(evaluation: Evaluation, clock: Clock) -> dict[str, State]:
         model = evaluation.subject.model.load()
         dense = evaluation.dense.load() if evaluation.dense is not None else None
     with clock.phase("verify"):
-        for one in (model, dense):
-            if one is not None and evaluation.windows is not None:
-                _verify(one, evaluation.windows)
+        if evaluation.text is not None:
+            tokens_ST = evaluation.text.windows.tokens_ST
+            for one in _unlike(model, dense):
+                verify(one, tokens_ST[:1], lengths={"data.evaluation_length": tokens_ST.shape[1]})
     device, states = evaluation.compute.device, {}
     if dense is not None:
         decoder = Decoder(dense, device)
@@ -78,9 +85,9 @@ def _states(evaluation: Evaluation, clock: Clock) -> dict[str, State]:
     return states | {"checkpoint": State(Decoder(model, device))}
 
 
-def _verify(model: PreTrainedModel, windows: TextWindows) -> None:
-    """Check that a model can be called layer by layer, with windows of this length."""
-    verify(model, windows.tokens_ST[:1], lengths={"data.evaluation_length": windows.tokens_ST.shape[1]})
+def _unlike(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[PreTrainedModel]:
+    """The models that are called in other ways: what holds of layers holds in another model of the class."""
+    return [model] if dense is None or type(dense) is type(model) else [model, dense]
 
 
 def _check_masks(masks: Masks, dense: PreTrainedModel, evaluation: Evaluation) -> None:
@@ -103,8 +110,10 @@ def _described(evaluation: Evaluation, states: Mapping[str, State]) -> dict[str,
         "dense": without,
         "compute": f"{compute.device.type}, {compute.precision}, one layer at a time",
     }
-    if evaluation.protocol is not None:
-        shown["text"] = evaluation.protocol.describe()
+    if evaluation.text is not None:
+        shown["text"] = evaluation.text.protocol.describe()
+    if evaluation.tasks is not None:
+        shown["tasks"] = shortened(", ".join(evaluation.tasks.names), 200)
     return shown
 
 
@@ -113,33 +122,50 @@ def _model_line(model: LanguageModel, state: State) -> str:
     return f"{shortened(model.describe(), 100)}, {parameters / 1e6:.1f} M parameters"
 
 
-def _measure(evaluation: Evaluation, states: Mapping[str, State], clock: Clock, console: Console) -> Measured:
-    """Measure all states on the windows.
+def _on_text(evaluation: Evaluation, states: Mapping[str, State], clock: Clock, console: Console) -> dict[str, Any]:
+    """Perplexity, agreement and drift, as the record has them.
 
     Raises:
-        Refusal: Not one window fits into memory.
+        ValueError: Not one window fits into memory, or the models have other matrices.
     """
-    windows = evaluation.windows
-    assert windows is not None
-    try:
-        rounds = choose_rounds(
-            [state.decoder for state in states.values()],
-            (len(windows.tokens_ST), windows.tokens_ST.shape[1]),
-            batch_size=evaluation.batch_size,
-            limit=evaluation.limit,
-        )
-    except ValueError as error:
-        raise Refusal(str(error)) from error
-    settings: dict[str, Any] = {"compute": evaluation.compute, "agrees": evaluation.agrees}
-    settings |= {"batch_size": rounds.batch_size, "round_size": rounds.size}
-    total = SideBySide(states=states, **settings).num_ticks(windows)
-    with clock.phase("measure"), EvaluationProgress(console, total) as progress:
-        return SideBySide(states=states, **settings, tick=progress.tick).measure(windows)
+    text, settings = evaluation.text, evaluation.settings
+    assert text is not None
+    shape = (len(text.windows.tokens_ST), text.windows.tokens_ST.shape[1])
+    decoders = [state.decoder for state in states.values()]
+    rounds = choose_rounds(decoders, shape, batch_size=text.batch_size, limit=evaluation.limit)
+    sides = SideBySide(
+        states=states,
+        compute=evaluation.compute,
+        batch_size=rounds.batch_size,
+        round_size=rounds.size,
+        agrees=evaluation.agrees,
+    )
+    found: dict[str, Any] = {}
+    measures = settings["perplexity"] or evaluation.agrees
+    depth = len(states["checkpoint"].decoder.layers)
+    total = measures * sides.num_ticks(text.windows) + evaluation.drifts * depth
+    with EvaluationProgress(console, total) as progress:
+        if measures:
+            with clock.phase("measure"):
+                measured = replace(sides, tick=progress.tick).measure(text.windows)
+            found["perplexity"] = _perplexity(text.protocol, measured.nats) if settings["perplexity"] else None
+            found["agreement"] = measured.agreement.as_json() if measured.agreement is not None else None
+        if evaluation.drifts:
+            with clock.phase("drift"):
+                found["drift"] = drift(
+                    states,
+                    text.windows[: min(rounds.size, DRIFT_WINDOWS)].tokens_ST,
+                    evaluation.compute,
+                    batch_size=rounds.batch_size,
+                    tick=progress.tick,
+                )
+    return found
 
 
-def _entry(evaluation: Evaluation, measured: Measured, clock: Clock) -> dict[str, Any]:
+def _entry(evaluation: Evaluation, found: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
     """The entry of the record."""
-    seconds = {name: round(value, 3) for name, value in (clock.seconds | {"total": clock.total()}).items()}
+    spent = {name: value for name, value in clock.seconds.items() if value >= _SHOWN}
+    seconds = {name: round(value, 3) for name, value in (spent | {"total": clock.total()}).items()}
     return {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "checkpoint": evaluation.subject.name,
@@ -148,21 +174,15 @@ def _entry(evaluation: Evaluation, measured: Measured, clock: Clock) -> dict[str
         "peak_memory_bytes": peak_memory_bytes(evaluation.compute.device),
         "versions": versions(),
         "settings": evaluation.settings,
-        "perplexity": _perplexity(evaluation, measured) if evaluation.settings["perplexity"] else None,
-        "agreement": measured.agreement.as_json() if measured.agreement is not None else None,
-        "tasks": None,
-        "continuations": None,
-        "drift": None,
+        **{name: found.get(name) for name in ("perplexity", "agreement", "tasks", "continuations", "drift")},
     }
 
 
-def _perplexity(evaluation: Evaluation, measured: Measured) -> dict[str, Any]:
+def _perplexity(protocol: EvaluationProtocol, nats: Mapping[str, float]) -> dict[str, Any]:
     """Perplexity of all states, with its protocol and the share of the gap that was won back."""
-    assert evaluation.protocol is not None
-    nats = measured.nats
     perplexity = {name: perplexity_of(value) for name, value in nats.items()}
     gaps = {
         name: share_recovered(values["dense"], values["pruned"], values["checkpoint"]) if "pruned" in values else None
         for name, values in (("gap_recovered", perplexity), ("gap_recovered_nats", nats))
     }
-    return {"protocol": asdict(evaluation.protocol), "nats": nats, "perplexity": perplexity, **gaps}
+    return {"protocol": asdict(protocol), "nats": dict(nats), "perplexity": perplexity, **gaps}

@@ -176,10 +176,8 @@ def _check_push(members: Sequence[Member]) -> None:
     """End the command where several runs would be uploaded to one place."""
     places = [push for member in members if (push := (member.config or {}).get("push")) is not None]
     if several := [push for push in places if places.count(push) > 1]:
-        stop(
-            f"push={several[0]} is one model of the Hub, but a sweep has several runs; upload one that is done.",
-            status=2,
-        )
+        said = f"push={several[0]} is one model of the Hub, but a sweep has several runs; upload one that is done."
+        stop(said, status=2)
 
 
 def _survey(found: Mapping[str, Standing]) -> Iterable[str]:

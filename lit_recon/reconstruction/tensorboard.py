@@ -8,6 +8,7 @@ other on the x axis, and stays open. Of a model with many windows it keeps the c
 import re
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def layout(names: Iterable[str]) -> dict[str, Any]:
     Args:
         names: Of the windows; those that differ in numbers only are of one kind.
     """
-    kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
-    curves = {kind: re.escape(kind).replace("N", r"\d+") for kind in kinds}
+    parts = (re.split(r"(?<![A-Za-z\d])\d+", name) for name in names)
+    curves = {"N".join(fixed): r"\d+".join(map(re.escape, fixed)) for fixed in parts}
     return {
         "windows": {
             f"loss of {kind}": ["Multiline", [rf"^{curve}/loss/{part}$" for part in ("held_out", "train")]]
@@ -198,9 +199,7 @@ def hparams(results: Mapping[str, Any]) -> dict[str, str | float]:
     recipe = results["recipe"]
     chosen: dict[str, str | float] = {name: one_line(recipe.get(name, _ABSENT)) for name in HPARAMS}
     for name in NUMBERS:
-        try:
+        with suppress(ValueError):  # a rate that is found by a search
             chosen[name] = float(chosen[name])
-        except ValueError:  # a rate that is found by a search
-            continue
     sparsity = finite_or_nan(results["sparsity"]["prunable"])
     return chosen | {"sparsity": sparsity, "tokens": results["tokens"]["calibration"], "seed": results["seed"]}

@@ -1,10 +1,11 @@
 """The command that draws the reports of runs again and compares runs in a table.
 
-    python -m lit_recon.report RUN [RUN ...] [--markdown]
+    python -m lit_recon.report RUN [RUN ...] [--out FOLDER] [--group KEY[,KEY]] [--markdown]
 
-Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded. Runs
-that are not finished are listed as such. Runs that differ in nothing but the criterion are a study (study.py): their
-spread is printed below the table, and a figure is drawn beside them.
+Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded. Of
+several runs there is one page more, over all of them (overview.py), with its figures and tables in a folder beside
+them. Runs that are not finished are listed as such. Runs that differ in nothing but the criterion are a study
+(study.py): their spread is printed below the table, and a figure is drawn beside them.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_recon.report.groups import resolve
 from lit_recon.report.runs import NONE, Run, read_runs
 from lit_recon.system.terminal import readable_output
 
@@ -41,7 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = _say([*(run.message for run in runs), *(remark for run in runs for remark in run.remarks)])
     if not any(run.results for run in runs):
         return 2 if said else 0
-    problems = [*_draw_pages(runs), *_show(runs, in_markdown=chosen.markdown)]
+    try:
+        keys = [resolve(key, runs) for keys in chosen.group for key in keys.split(",")]
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    is_one, out = len([run for run in runs if run.state != NONE]) == 1, chosen.out
+    problems = _draw_pages(runs, out if is_one else None)
+    problems += _show(runs, in_markdown=chosen.markdown)
+    problems += [] if is_one else _draw_overview(runs, out, keys, quiet=chosen.markdown)
     _say(problems)
     return 2 if problems or not all(run.is_expected for run in runs) else 0
 
@@ -50,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     about = "Redraw the figures and report.html of finished runs and print one table that compares all."
     parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
+    where = "where the page goes; by default into the folder of a run, of several into report/ beside them"
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help=where)
+    keys = "keys of config.yaml to group runs by, such as module.optimizer.lr,data.num_samples; by default those"
+    more = f"{keys} in which runs differ, seed apart"
+    parser.add_argument("--group", metavar="KEYS", action="append", default=[], help=more)
     parser.add_argument("--markdown", action="store_true", help="print in Markdown, for a README or a paper")
     return parser
 
@@ -61,8 +75,8 @@ def _say(messages: Sequence[str]) -> bool:
     return bool(lines)
 
 
-def _draw_pages(runs: Sequence[Run]) -> list[str]:
-    """Draw figures and page of each finished run; what went wrong."""
+def _draw_pages(runs: Sequence[Run], out: Path | None) -> list[str]:
+    """Draw figures and page of each finished run, of an only one into `out`; what went wrong."""
     # Here and not at the top: matplotlib, jinja2 and rich take a second, which --help and messages do not need.
     from lit_recon.report.page import write_report
 
@@ -70,11 +84,26 @@ def _draw_pages(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         try:
             if run.results is not None:
-                write_report(run.folder)
-        except OSError as error:
+                write_report(run.folder, out or run.folder)
+        except (OSError, ValueError) as error:
             expected = "expected a folder you may write to"
             problems.append(f"{run.folder}: the report cannot be written ({error}); {expected}.")
     return problems
+
+
+def _draw_overview(runs: Sequence[Run], out: Path | None, keys: Sequence[str], *, quiet: bool) -> list[str]:
+    """Draw the page over all runs and say where it is; what went wrong."""
+    from lit_recon.report.overview import write_overview
+
+    try:
+        page = write_overview(runs, out, keys)
+    except ValueError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{out or 'report'}: the report over all cannot be written ({error}); give another folder by --out."]
+    if not quiet:
+        sys.stdout.write(f"Report: {page.as_posix()}\n")
+    return []
 
 
 def _show(runs: Sequence[Run], *, in_markdown: bool) -> list[str]:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lit_recon.report.shapes import FLAG, MAYBE, TEXT, problems_of
+from lit_recon.report.shapes import FLAG, MAYBE, NUMBER, TEXT, problems_of
 
 PERPLEXITIES = {"dense?": MAYBE, "pruned?": MAYBE, "checkpoint": MAYBE}
 TEXTS = {"dense?": TEXT, "pruned?": TEXT, "checkpoint": TEXT}
@@ -40,8 +40,8 @@ PARTS: dict[str, Any] = {  # of one evaluation; "?": may be absent or null
     "continuations": [{"prompt": TEXT, "texts": TEXTS, "repetition?": {str: MAYBE}, "degenerates?": {str: FLAG}}],
     "drift": [
         {
-            **{"matrix": TEXT, "layer": MAYBE, "kind": TEXT},
-            **{"local": {"mean": MAYBE, "max": MAYBE}, "accumulated": {"mean": MAYBE, "max": MAYBE}},
+            **{"matrix": TEXT, "layer": NUMBER, "kind": TEXT},
+            **{"local?": {"mean?": MAYBE, "max?": MAYBE}, "accumulated?": {"mean?": MAYBE, "max?": MAYBE}},
         }
     ],
 }

@@ -8,7 +8,7 @@ safe for colour-blind readers). No pyplot: no window, no global state.
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,15 @@ WIDTH, DPI = 10.0, 150  # inches, dots per inch
 IN_UNITS = (None, "mean_squared", "huber", "balanced")  # losses in the unit of the errors; None: the default
 
 
-def write_figures(run: Path) -> list[Path]:
+def write_figures(
+    run: Path, out: Path | None = None, more: Mapping[str, Callable[[], Figure | None]] | None = None
+) -> list[Path]:
     """Draw the figures of a run into its `figures` folder.
+
+    Args:
+        run: The run's folder.
+        out: The folder whose `figures` they go to, where it is not the run's.
+        more: Other figures by name, drawn in the same style.
 
     Returns:
         The files written, in the order in which they are read. The learning curves are left out if the run has none.
@@ -74,10 +81,13 @@ def write_figures(run: Path) -> list[Path]:
             "error_over_depth": error_over_depth(results["windows"]),
             "learning_curves": learning_curves(results["windows"], curves, results["recipe"].get("loss")),
             "time": time_per_phase(results["seconds"]),
+            "memory": peak_memory(results),
+            **{name: draw() for name, draw in (more or {}).items()},
         }
         images = {name: png(figure) for name, figure in figures.items() if figure is not None}
-    make_folder(run / "figures")
-    paths = {run / "figures" / f"{name}.png": image for name, image in images.items()}
+    folder = (run if out is None else out) / "figures"
+    make_folder(folder)
+    paths = {folder / f"{name}.png": image for name, image in images.items()}
     for path, image in paths.items():
         with replaced(path) as file:
             file.write(image)
@@ -236,6 +246,33 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlabel(f"wall time ({unit})")
+    return figure
+
+
+def peak_memory(results: Mapping[str, Any]) -> Figure | None:
+    """Peak memory of the walk and of the whole run, beside what was predicted; None for a run that measured neither."""
+    predicted = results.get("predicted") or {}
+    rows = {
+        "walk": results.get("walk_peak_memory_bytes"),
+        "walk, predicted": predicted.get("walk_peak_memory_bytes"),
+        "whole run": results["peak_memory_bytes"],
+        "whole run, predicted": predicted.get("peak_memory_bytes"),
+    }
+    sizes = {name: finite_or_nan(size) / 1e9 for name, size in rows.items()}
+    known = {name: size for name, size in sizes.items() if not math.isnan(size)}
+    if not known:
+        return None
+    figure = Figure((WIDTH, 0.65 + 0.27 * len(known)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = [AXIS if name.endswith("predicted") else RECONSTRUCTED for name in known]
+    bars = axes.barh(list(known), list(known.values()), height=0.66, color=colors)
+    axes.bar_label(bars, [f"{size:.2f} GB" for size in known.values()], padding=6, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlabel("peak memory (GB)")
     return figure
 
 

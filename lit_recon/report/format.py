@@ -52,3 +52,8 @@ def as_factor(value: float | None) -> str:
 def as_memory(num_bytes: float | None) -> str:
     """Bytes as gigabytes (10^9 bytes) with two decimals; a dash for None."""
     return "–" if num_bytes is None else f"{num_bytes / 1e9:.2f} GB"
+
+
+def as_count(value: float | None) -> str:
+    """Count with thousands apart; a dash for None, NaN and infinity."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"

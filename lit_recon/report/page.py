@@ -6,7 +6,6 @@ One file with its figures inside; it opens without network. page.html.j2 is its 
 import base64
 import json
 import math
-import re
 import shlex
 import statistics
 from collections import defaultdict
@@ -14,19 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from lit_recon.report.drift_figure import drift_figure
+from lit_recon.report.evaluations import latest, read_evaluations
 from lit_recon.report.figures import write_figures
-from lit_recon.report.format import LABELS, as_error, as_factor, as_memory, as_perplexity, as_share
+from lit_recon.report.format import LABELS, as_error, as_perplexity, as_share
+from lit_recon.report.heat_map import kind_of, sparsity_by_layer
+from lit_recon.report.hidden_figure import hidden_errors
 from lit_recon.report.run_files import finite_or_nan, has_units, measure, read_results
 from lit_recon.report.shapes import LARGEST
+from lit_recon.report.tables import Cell, Column, Table
+from lit_recon.report.templates import relative_link, render
 from lit_recon.system.atomic_files import replaced
-from lit_recon.system.units import duration
 
 FILES = {
     "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",
     "masks.safetensors": "one bit-packed boolean mask per matrix",
     "results.json": "every number of this page",
+    "evaluations.json": "what was evaluated since, all of it",
     "config.yaml": "the composed configuration",
     "tensorboard/": "the curves of all windows",
     "figures/": "the figures of this page",
@@ -34,11 +37,12 @@ FILES = {
 FACTS = {"Model": ["model"], "Recipe": ["recipe"], "Data and protocol": ["tokens", "protocol"]}
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, out: Path | None = None) -> Path:
     """Draw the figures of a run and write its report.html.
 
     Args:
         run: The run's folder.
+        out: The folder for page, figures and, there only, the table of all windows; None: the run's.
 
     Returns:
         The page; it needs no other file and no network.
@@ -47,17 +51,18 @@ def write_report(run: Path) -> Path:
         ValueError: The folder holds no run.
     """
     results = read_results(run)
-    images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in write_figures(run)}
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"ppl": as_perplexity, "share": as_share, "error": as_error, "factor": as_factor}
-    templates.filters |= {"duration": duration, "memory": as_memory}
-    page = templates.get_template("page.html.j2").render(
+    evaluations, unread = read_evaluations(run)
+    by_matrix = results["sparsity"]["by_matrix"]
+    agreement, drift = latest(evaluations, "agreement"), latest(evaluations, "drift")
+    more = {
+        "hidden_states": lambda: hidden_errors((agreement or {}).get("hidden") or []),
+        "drift": lambda: drift_figure(drift) if drift else None,
+        "sparsity": lambda: sparsity_by_layer(by_matrix),
+    }
+    out = run if out is None else out
+    images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in write_figures(run, out, more)}
+    page = render(
+        "page.html.j2",
         results=results,
         images=images,
         verdict=verdict(results),
@@ -66,20 +71,45 @@ def write_report(run: Path) -> Path:
         has_units=has_units(results["windows"]),
         tries=tries(results["windows"]),
         facts={title: facts(results, *keys) for title, keys in FACTS.items()},
-        kinds=sparsity_by_kind(results["sparsity"]["by_matrix"]),
-        **places(run),
+        kinds=sparsity_by_kind(by_matrix),
+        evaluations=evaluations,
+        unread=unread,
+        protocols=[each.parts["perplexity"] for each in evaluations if "perplexity" in each.parts],
+        agreement=agreement,
+        tasks=latest(evaluations, "tasks"),
+        continuations=latest(evaluations, "continuations"),
+        **places(run, out),
     )
-    path = run / "report.html"
-    with replaced(path) as file:
-        file.write(page.encode(errors="backslashreplace"))  # names that are not UTF-8
-    return path
+    is_apart = run.resolve() != out.resolve()
+    files = {f"windows.{end}": text for end, text in windows_files(results["windows"]).items()} if is_apart else {}
+    for name, content in (files | {"report.html": page}).items():
+        with replaced(out / name) as file:
+            file.write(content)
+    return out / "report.html"
 
 
-def places(run: Path) -> dict[str, Any]:
-    """Paths of a run and its configuration, in the form in which the page shows them."""
+def windows_files(windows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """The table of all windows, by the ending of the file: CSV and Markdown."""
+    keys = [f"{part}_{when}" for part in ("held_out", "typical", "relative_error") for when in ("before", "after")]
+    keys += ["rate", "steps", "seconds"]
+    columns = [Column("window", ("window",), False), *(Column(key.replace("_", " "), (key,)) for key in keys)]
+    columns += [Column("outcome", ("accepted",), False), Column("note", ("note",), False)]
+    rows = []
+    for window in windows:
+        texts = [window["name"], "accepted" if window["accepted"] else "not accepted", window.get("note") or ""]
+        name, *others = (Cell(text, (text,)) for text in texts)
+        values = [finite_or_nan(window.get(key)) for key in keys]
+        rows.append([name, *(Cell("–" if math.isnan(one) else f"{one:.4g}", (one,)) for one in values), *others])
+    table = Table(columns, rows)
+    return {"csv": table.as_csv(), "md": table.as_markdown()}
+
+
+def places(run: Path, out: Path) -> dict[str, Any]:
+    """Paths of a run and its configuration, in the form in which the page in `out` shows them."""
     folder, config = run.resolve(), run / "config.yaml"
     return {
         "run": folder.name,
+        "at": "" if folder == out.resolve() else f"{relative_link(folder, out)}/",
         "folder": folder.as_posix(),
         "checkpoint": json.dumps((folder / "checkpoint").as_posix(), ensure_ascii=False),  # a Python string
         "logdir": shlex.quote((folder / "tensorboard").as_posix()),
@@ -140,9 +170,8 @@ def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
 
 
 def sparsity_by_kind(by_matrix: Mapping[str, float]) -> dict[str, list[float]]:
-    """Sparsities by kind of matrix: matrices of the same name in different layers and experts are of one kind."""
+    """Sparsities by kind of matrix."""
     kinds = defaultdict(list)
     for name, sparsity in by_matrix.items():
-        kind = re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
-        kinds[re.sub(r"\.\d+\.", ".*.", kind)].append(sparsity)
+        kinds[kind_of(name)].append(sparsity)
     return dict(kinds)

@@ -154,7 +154,7 @@ def _rows(study: Study, remark: str) -> list[list[str]]:
 def spread_table(study: Study) -> Group:
     """Spread of a study for the terminal: its settings, and a table."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    first, *others = _header(study)
+    first, *others = spread_header(study)
     table.add_column(first, overflow="fold")
     for header in others:
         table.add_column(header, justify="right", no_wrap=True)
@@ -165,10 +165,10 @@ def spread_table(study: Study) -> Group:
 
 def spread_markdown(study: Study) -> str:
     """Spread of a study in GitHub's Markdown."""
-    rows = [_header(study), ["---", "---:", "---:", "---:"], *(map(escaped, row) for row in spread_rows(study))]
+    rows = [spread_header(study), ["---", "---:", "---:", "---:"], *(map(escaped, row) for row in spread_rows(study))]
     return f"{escaped(study.about)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _header(study: Study) -> list[str]:
+def spread_header(study: Study) -> list[str]:
     """What stands above the columns of `spread_rows`."""
     return [f"spread between criteria, {len(study.runs)} runs", *STATES, "left"]

@@ -1,5 +1,6 @@
 """Continuations are those of transformers' own generate, whatever the batch, and repetition is told."""
 
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from lit_recon.evaluate.continuations import (
     PROMPTS,
     Continuation,
     Decoding,
+    continuations_as_json,
     continue_prompts,
     encode_prompts,
-    side_by_side,
 )
 from lit_recon.model.architectures import tiny_model
 
@@ -133,9 +134,16 @@ def test_a_text_degenerates_where_a_loop_is_most_of_it() -> None:
     assert Continuation("", words[:20] + 9 * loop).degenerates
 
 
+def test_no_text_by_people_degenerates() -> None:
+    words = " ".join(topics.values()).split()
+    numbers = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    pieces = [tuple(numbers[word] for word in words[start : start + 64]) for start in range(0, len(words), 64)]
+    assert len(pieces) > 500 and not any(Continuation("", piece).degenerates for piece in pieces)
+
+
 def test_states_stand_side_by_side() -> None:
     dense, checkpoint = [Continuation("x y", (1, 2))], [Continuation("aaaa", (7,) * 14)]
-    assert side_by_side(["p"], {"dense": dense, "checkpoint": checkpoint}) == [
+    assert continuations_as_json(["p"], {"dense": dense, "checkpoint": checkpoint}) == [
         {
             "prompt": "p",
             "texts": {"dense": "x y", "checkpoint": "aaaa"},

@@ -1,6 +1,8 @@
 """The command lit_recon.evaluate on runs, folders and nonsense: its numbers, record, and refusals in one message."""
 
+import importlib.util
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import Ended, letter_tokenizer
+from conftest import Ended, letter_tokenizer, telling_tokenizer
 from packaging.version import Version
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon import Files, load
 from lit_recon.evaluate import __main__ as evaluate
@@ -116,6 +118,72 @@ def test_a_run_whose_dense_model_is_gone_is_evaluated_without_it(
     assert list(entries("run/evaluations.json")[0]["perplexity"]["nats"]) == ["checkpoint"]
 
 
+def test_all_states_continue_the_same_prompts_and_the_record_and_the_terminal_have_the_texts(
+    run_once: Callable[..., Ended], run_evaluation: Evaluate
+) -> None:
+    run_once("trainer.precision=32-true")
+    words = ["perplexity=false", "agreement=false", "prompts=[the old,a new]", "max_new_tokens=12", "batch_size=1"]
+    ended = run_evaluation("checkpoint=run", *words)
+    assert ended.status == 0, ended.err
+    (found,) = entries("run/evaluations.json")
+    assert found["perplexity"] is None and found["agreement"] is None and "measure" not in found["seconds"]
+    assert [one["prompt"] for one in found["continuations"]] == ["the old", "a new"]
+    tokenizer, texts = AutoTokenizer.from_pretrained("run/checkpoint"), found["continuations"][0]["texts"]
+    assert list(texts) == ["dense", "pruned", "checkpoint"]
+    for state, folder in (("dense", found["dense"]), ("checkpoint", "run/checkpoint")):
+        model, tokens_1T = (
+            AutoModelForCausalLM.from_pretrained(folder),
+            tokenizer("the old", return_tensors="pt").input_ids,
+        )
+        for _ in range(12):  # greedily
+            with torch.no_grad():
+                next_11 = model(tokens_1T, use_cache=False).logits[:, -1:].argmax(-1)
+            tokens_1T = torch.cat([tokens_1T, next_11], 1)
+        assert texts[state] == tokenizer.decode(tokens_1T[0, -12:])
+    assert texts["dense"] in ended.out
+
+
+def test_drift_of_every_matrix_is_in_the_record(run_once: Callable[..., Ended], run_evaluation: Evaluate) -> None:
+    run_once("trainer.precision=32-true")
+    ended = run_evaluation("checkpoint=run", "perplexity=false", "agreement=false", "drift=true")
+    assert ended.status == 0, ended.err
+    (found,) = entries("run/evaluations.json")
+    pruned = json.loads(Path("run/results.json").read_text())["sparsity"]["by_matrix"]
+    assert [one["matrix"] for one in found["drift"]] == list(pruned) and found["drift"][0]["kind"] == "self_attn.q_proj"
+    first = found["drift"][0]
+    assert first["accumulated"] == pytest.approx(first["local"], rel=0.1), "only a norm before it has changed"
+    assert all(0 < one["local"]["mean"] <= one["local"]["max"] for one in found["drift"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason='lm-eval is not installed: pip install -e ".[eval]"'
+)
+def test_tasks_are_run_on_the_checkpoint_and_on_the_dense_model(run_evaluation: Evaluate, tmp_path: Path) -> None:
+    for name, seed in (("dense", 0), ("theirs", 1)):
+        torch.manual_seed(seed)
+        model = tiny_model("llama", max_position_embeddings=512)
+        model.lm_head.weight.normal_()
+        model.save_pretrained(name)
+        telling_tokenizer().save_pretrained(name)
+    Path("tasks").mkdir()
+    rows = [{"text": "a b c", "choices": ["d", "e"], "answer": 0}, {"text": "x y", "choices": ["a", "z"], "answer": 1}]
+    Path("tasks/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("tasks/letters.yaml").write_text(
+        f"task: letters\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/tasks/rows.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
+        'doc_to_text: "{{text}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    words = ["perplexity=false", "agreement=false", "tasks=letters", "tasks_path=tasks"]
+    ended = run_evaluation("checkpoint=theirs", "dense=dense", *words)
+    assert ended.status == 0, ended.err
+    tasks = entries("theirs/evaluations.json")[0]["tasks"]
+    assert [(one["task"], one["metric"], one["state"], one["samples"]) for one in tasks["results"]] == [
+        ("letters", "acc", state, 2) for state in ("checkpoint", "dense")
+    ]
+    assert tasks["mean"].keys() == {"checkpoint", "dense"} and "letters acc" in ended.out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -137,9 +205,16 @@ def test_a_run_whose_dense_model_is_gone_is_evaluated_without_it(
         (["checkpoint={model}", "trainer.precision=8-true"], "trainer.precision='8-true': expected one of auto"),
         (["checkpoint={model}", "record=text.txt"], "text.txt is no record of evaluations"),
         (["checkpoint={model}", "perplexity=false", "agreement=false"], "nothing is left to evaluate"),
+        (
+            ["checkpoint={model}", "drift=true"],
+            "drift=true: it is that of the dense model's outputs; give",
+        ),
+        (["checkpoint={model}", "prompts=['']"], "prompt '' has no tokens"),
+        (["checkpoint={model}", "prompts=own", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["checkpoint={model}", "prompts=own", "chat=true"], "the tokenizer has no chat template"),
         (["checkpoint={model}", "perplexity=much"], "perplexity=much: expected true or false"),
         (["checkpoint={model}", "data.paths=[no.txt]"], "no.txt"),
-        (["checkpoint={model}", "chekpoint=a"], "chekpoint: unknown setting; the top level has agreement, checkpoint"),
+        (["checkpoint={model}", "chekpoint=a"], "chekpoint: unknown setting; the top level has agreement, batch_size"),
         (["checkpoint={model}", "data=nope"], "data=nope: unknown; choose one of"),
         ([], "checkpoint: has no value; give checkpoint=<value>"),
         (["run"], "run: expected <setting>=<value>, such as checkpoint=runs/first"),
@@ -216,3 +291,26 @@ def test_perplexity_of_smollm2_is_that_of_transformers_loss_on_the_same_windows(
     (found,) = entries("record.json")
     assert found["perplexity"]["nats"]["checkpoint"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["perplexity"]["protocol"]["tokens"] == tokens
+
+
+VALUES = "0 1 -1 0.5 nan 1e30 true null abc '' ??? ~/x ~nobody/x . / [] [1,2] [a=b] {} {a:1} a=b a,b 1,2 a(b été [ \\"
+SETTINGS = """
+    checkpoint dense perplexity agreement drift tasks tasks_path fewshot unsafe_code prompts max_new_tokens temperature
+    chat seed batch_size opening_at record memory_limit nope data.paths data.bos data.evaluation_samples data.stride
+    data.nope data.evaluation_length data.batch_size trainer.precision trainer.devices trainer._target_ trainer"""
+
+
+def test_every_command_line_is_carried_out_or_refused_in_words_that_name_a_setting(
+    run_evaluation: Evaluate, model_folder: Path
+) -> None:
+    draw, found = random.Random(20261128), []
+    for _ in range(40):
+        name = draw.choice(SETTINGS.split())
+        word = draw.choice((f"{name}={draw.choice((*VALUES.split(), '${seed}', '${nope}'))}",) * 9 + (f"~{name}",))
+        others = [] if word.startswith("checkpoint=") else [f"checkpoint={model_folder}"]
+        others += [] if word.startswith("record=") else ["record=record.json"]
+        ended = run_evaluation(*others, word)
+        told = name in ended.err or word.partition("=")[2] in ended.err
+        if ended.status not in (0, 2) or "Traceback" in ended.err + ended.out or (ended.status == 2 and not told):
+            found.append((word, ended.status, ended.err[-1000:]))
+    assert found == []

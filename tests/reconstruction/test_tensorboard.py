@@ -33,7 +33,8 @@ def test_every_window_has_its_curves_under_its_name_and_nothing_else_is_logged(e
     depth = {
         f"depth/{name}_{when}" for name in ("relative_error", "held_out", "typical") for when in ("before", "after")
     }
-    finals = {"perplexity/dense", "perplexity/pruned", "perplexity/reconstructed", "gap_recovered"}
+    finals = {"perplexity/dense", "perplexity/pruned", "perplexity/reconstructed"}
+    finals |= {"gap_recovered", "gap_recovered_nats", "seconds"}
     assert set(events.Tags()["scalars"]) == curves | depth | finals
 
 
@@ -62,8 +63,8 @@ def test_the_first_held_out_value_is_the_error_of_the_pruned_window(events: Even
     assert first == pytest.approx(before, rel=1e-3)
 
 
-def test_the_summary_and_the_hyperparameters_are_there(events: EventAccumulator) -> None:
-    assert "summary/text_summary" in events.Tags()["tensors"]
+def test_the_summary_the_plan_the_protocol_and_the_hyperparameters_are_there(events: EventAccumulator) -> None:
+    assert {f"{name}/text_summary" for name in ("plan", "summary", "protocol")} <= {*events.Tags()["tensors"]}
     text = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| criterion | Wanda |" in text
     assert "_hparams_/experiment" in events.summary_metadata
@@ -117,8 +118,13 @@ def results_of(num_windows: int) -> dict:
     return {
         "perplexity": {"dense": 14.9, "pruned": 22.3, "reconstructed": 17.3},
         "gap_recovered": 0.68,
+        "gap_recovered_nats": 0.63,
         "model": {"name": "tiny"},
         "recipe": {"criterion": "Wanda"},
+        "protocol": {"dataset": "words.txt", "context": 32},
+        "sparsity": {"prunable": 0.5},
+        "seconds": {"total": 12.5},
+        "tokens": {"calibration": 256},
         "windows": [dict(errors) for _ in range(num_windows)],
         "seed": 0,
     }

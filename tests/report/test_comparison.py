@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from finished_run import NEW, in_units, make_run, results_of
 
-from lit_recon.report import page
+from lit_recon.report import overview, page
 from lit_recon.report.__main__ import main
 from lit_recon.report.comparison import COLUMNS
 
@@ -14,7 +14,8 @@ from lit_recon.report.comparison import COLUMNS
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command without its pages, which take seconds; test_main.py and one test here have them."""
-    monkeypatch.setattr(page, "write_report", lambda run: run)
+    monkeypatch.setattr(page, "write_report", lambda run, out: run)
+    monkeypatch.setattr(overview, "write_overview", lambda runs, out, keys: runs[0].folder)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 from lit_recon.report.figures import error_over_depth, learning_curves, write_figures
 from lit_recon.report.run_files import read_curves, read_results
 
-FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time"]
+FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time", "memory"]
 
 
 @pytest.mark.parametrize("num_windows", [2, 30, 100])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finished_run import make_run, results_of
 
-from lit_recon.report import page
+from lit_recon.report import overview, page
 from lit_recon.report.__main__ import main
 from lit_recon.report.runs import as_setting, read_run, read_runs
 from lit_recon.system.lock import hold, is_held
@@ -19,7 +19,8 @@ CONFIG = "seed: 3\nmodule:\n  optimizer:\n    lr: 0.0005\n  retry_rates:\n  - 0.
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command without the pages of runs, which take seconds."""
-    monkeypatch.setattr(page, "write_report", lambda run: run)
+    monkeypatch.setattr(page, "write_report", lambda run, out: run)
+    monkeypatch.setattr(overview, "write_overview", lambda runs, out, keys: runs[0].folder)
 
 
 def begun(folder: Path, *files: str) -> Path:
@@ -126,4 +127,5 @@ def test_the_folder_of_an_earlier_overview_is_no_run_that_is_missing(tmp_path: P
     for name in ("report.html", "runs.csv"):
         (tmp_path / "report" / name).write_text("", encoding="utf-8")
     assert [found.folder for found in read_runs(sorted(tmp_path.iterdir()))] == [run]
+    assert [found.folder for found in read_runs([run, *(tmp_path / "report").iterdir()])] == [run]
     assert [found.state for found in read_runs([tmp_path / "report"])] == ["no run"], "where it is all that was given"

@@ -9,7 +9,7 @@ from finished_run import in_units, make_run
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lit_recon.report import page
+from lit_recon.report import overview, page
 from lit_recon.report.__main__ import main
 from lit_recon.report.run_files import read_results
 from lit_recon.report.study import Study, studies
@@ -25,8 +25,9 @@ ABOUT = (
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command without the pages of runs, which take seconds."""
-    monkeypatch.setattr(page, "write_report", lambda run: run)
+    """The command without pages, which take seconds."""
+    monkeypatch.setattr(page, "write_report", lambda run, out: run)
+    monkeypatch.setattr(overview, "write_overview", lambda runs, out, keys: runs[0].folder)
 
 
 def results_by(case: str, **more: Any) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def test_the_terminal_shows_the_spread_below_the_table_and_where_the_figure_is(
         "standard deviation, nats 0.566 0.566 100.0%",
         "range, perplexity, without Magnitude 20.00 12.00 60.0%",
     ]
-    assert below[-1] == f"Figure: {runs[0].parent / 'criteria.png'}"
+    assert below[-2:] == [f"Figure: {runs[0].parent / 'criteria.png'}", f"Report: {runs[0]}"]
 
 
 def test_runs_are_of_one_study_only_if_all_but_the_criterion_is_the_same(tmp_path: Path) -> None:

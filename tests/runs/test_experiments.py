@@ -229,7 +229,7 @@ def test_an_experiment_is_a_sweep_also_without_the_flag_and_its_runs_are_a_study
     assert [path.name for path in Path().iterdir()] == ["runs"], "nothing but the folders of the runs"
     runs = [f"runs/criteria/hf_unstructured/{case}" for case in ("magnitude", "wanda_swaps")]
     assert sorted(path.as_posix() for path in Path("runs").glob("*/*/*")) == runs
-    monkeypatch.setattr("lit_recon.report.page.write_report", lambda folder: None)
+    monkeypatch.setattr("lit_recon.report.page.write_report", lambda folder, out: None)
     again = tiny_run(*words)
     assert again.status == 0 and "2 runs: 2 done\n" in again.out and "spread between criteria, 2 runs" in again.out
     assert "predicted" not in again.out, "nothing is run again"

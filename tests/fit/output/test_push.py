@@ -113,4 +113,4 @@ def test_a_hub_that_is_switched_off_or_silent_is_told(hub: HubStandIn, monkeypat
 
 def test_runs_of_a_sweep_are_not_all_uploaded_to_one_place(command: Callable[..., Ended], hub: HubStandIn) -> None:
     ended = command("-m", "seed=1,2", "push=ada/tiny", "output_dir=run-${seed}")
-    assert ended.status == 2 and "push is one model of the Hub" in ended.err and hub.asked == []
+    assert ended.status == 2 and "push=ada/tiny is one model of the Hub" in ended.err and hub.asked == []

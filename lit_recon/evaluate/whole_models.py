@@ -1,0 +1,102 @@
+"""Continuations, tasks and drift of the states of a model, as the record has them.
+
+Prompts and tasks need a whole model on the device, in its own dtype; the pruned one is the dense model, all of whose
+layers are pruned meanwhile, which takes the memory of its matrices.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lit_recon.evaluate.configure import Evaluation
+from lit_recon.evaluate.continuations import Continuation, continuations_as_json, continue_prompts
+from lit_recon.evaluate.drift import drift_of_layers
+from lit_recon.evaluate.harness import TaskResult, run_tasks, tasks_as_json
+from lit_recon.evaluate.side_by_side import State, Tick
+from lit_recon.system.device import Compute
+from lit_recon.system.units import in_gb
+
+log = logging.getLogger(__name__)
+
+
+def continuations(evaluation: Evaluation, states: Mapping[str, State]) -> list[dict[str, Any]]:
+    """How all states continue the prompts.
+
+    Raises:
+        ValueError: The device has not the memory.
+    """
+    made: dict[str, list[Continuation]] = {}
+    for name, state in states.items():
+        needed = sum(matrix.nbytes for matrix in state.decoder.layers.parameters())
+        if name == "pruned" and evaluation.limit is not None and needed > evaluation.limit:
+            log.info("the pruned model continues no prompts: all of it takes %s, beyond memory_limit", in_gb(needed))
+            continue
+        log.info("prompts: %s", name)
+        with _whole(state):
+            made[name] = continue_prompts(
+                state.decoder.model,
+                evaluation.tokenizer,
+                evaluation.prompts,
+                evaluation.decoding,
+                device=evaluation.compute.device,
+            )
+    return continuations_as_json(evaluation.prompts, made)
+
+
+@contextmanager
+def _whole(state: State) -> Iterator[None]:
+    """A context in which all layers of a model are in a state."""
+    decoder = state.decoder
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder.layers):
+            stack.enter_context(state.around(layer, f"{decoder.prefix}.{index}"))
+        yield
+
+
+def scores(evaluation: Evaluation, states: Mapping[str, State]) -> dict[str, Any]:
+    """Scores of the checkpoint, and of the dense model where there is one, in the tasks.
+
+    Raises:
+        ValueError: The harness cannot run them.
+    """
+    tasks = evaluation.tasks
+    assert tasks is not None
+    results: list[TaskResult] = []
+    for name in ("checkpoint", "dense"):
+        if name in states:
+            log.info("tasks: %s", name)
+            results += run_tasks(
+                states[name].decoder.model,
+                evaluation.tokenizer,
+                tasks,
+                state=name,
+                device=evaluation.compute.device,
+                batch_size=evaluation.decoding.batch_size,
+            )
+    return tasks_as_json(results, tasks)
+
+
+def drift(
+    states: Mapping[str, State], tokens_ST: Tensor, compute: Compute, *, batch_size: int, tick: Tick
+) -> list[dict[str, Any]]:
+    """Drift of each matrix of the checkpoint.
+
+    Args:
+        states: Among them "dense" and "checkpoint".
+        tokens_ST: Windows of text.
+        compute: Device and precision.
+        batch_size: Windows per pass.
+        tick: Is told of each layer.
+
+    Raises:
+        ValueError: The models have other matrices.
+    """
+    dense, sparse = (states[name].decoder.model for name in ("dense", "checkpoint"))
+    found = []
+    for index, layer in enumerate(drift_of_layers(dense, sparse, tokens_ST, compute, batch_size=batch_size)):
+        found += [matrix.as_json() for matrix in layer]
+        tick(f"drift of layer {index + 1}")
+    return found

@@ -1,0 +1,148 @@
+"""The page over many runs: one table of all, groups, rates, Pareto fronts, criteria and windows, and the same as files.
+
+One file that opens without network; beside it the figures as PNG and the tables as CSV and Markdown. overview.html.j2
+is its text and layout.
+"""
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from lit_recon.report.comparison import by_short_name, common_folder, settings, shared_and_different
+from lit_recon.report.figures import STYLE, png
+from lit_recon.report.group_figure import MOST, group_figure
+from lit_recon.report.groups import Group, differing_keys, granularity, grouped, label_of, rate_sweeps, value_of
+from lit_recon.report.measures import HELD_OUT, NATS, PERPLEXITY, measures
+from lit_recon.report.pareto import pareto_figures
+from lit_recon.report.runs import NONE, Run
+from lit_recon.report.study import Study, spread_header, spread_rows, studies
+from lit_recon.report.study_figure import criteria
+from lit_recon.report.tables import GROUPED, Table, groups_table, mean_cell, runs_table
+from lit_recon.report.templates import relative_link, render
+from lit_recon.system.atomic_files import make_folder, replaced
+
+FOLDER = "report"  # beside the runs, where no other is asked for
+FILES = {
+    "runs.csv": "every run, numbers as they are",
+    "runs.md": "the same in Markdown",
+    "groups.csv": "means and standard deviations of groups of runs",
+    "groups.md": "the same in Markdown",
+    "figures/": "the figures of this page",
+}
+
+
+def write_overview(runs: Sequence[Run], out: Path | None = None, keys: Sequence[str] = ()) -> Path:
+    """Write the page over many runs, its figures and its tables.
+
+    Args:
+        runs: Runs in any state, at least one of them finished; those that are no runs are named by their message.
+        out: The folder to write to; None: `report` beside the runs.
+        keys: Keys of config.yaml to group by, as config.yaml has them; none: those in which runs differ.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: The folder to write to is that of a run.
+    """
+    listed = [run for run in runs if run.state != NONE]
+    out = common_folder([run.folder for run in listed]) / FOLDER if out is None else out
+    if (out / "config.yaml").exists() or (out / "results.json").exists():
+        raise ValueError(f"--out {out}: this is the folder of a run; choose another one for the report over all.")
+    with matplotlib.rc_context(STYLE):
+        content, figures, tables = _content(listed, list(keys))
+        images = {name: png(figure) for name, figure in figures.items()}
+    make_folder(out / "figures")
+    files = {f"figures/{name}.png": image for name, image in images.items()}
+    for name, table in tables.items():
+        files |= {f"{name}.csv": table.as_csv(), f"{name}.md": table.as_markdown()}
+    links = {name: _link(run, out) for name, run in by_short_name({run.folder: run for run in listed}).items()}
+    content["table"] = _linked(tables["runs"], links)
+    inside = {name: base64.b64encode(image).decode() for name, image in images.items()}
+    about = {name: text for name, text in FILES.items() if name in files or name == "figures/"}
+    messages = [message for run in runs for message in (run.message, *run.remarks) if message]
+    page = render("overview.html.j2", script="sort.js", images=inside, files=about, messages=messages, **content)
+    for name, text in (files | {"report.html": page}).items():
+        with replaced(out / name) as file:
+            file.write(text)
+    return out / "report.html"
+
+
+def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Figure], dict[str, Table]]:
+    """What the page says, its figures and its tables."""
+    names = by_short_name({run.folder: run for run in runs})
+    different = differing_keys(runs)
+    chosen = keys or different
+    groups = grouped(runs, chosen)
+    groups = groups if keys or len(groups) < len(runs) else []  # else each run would be a group
+    shown = measures(runs)
+    tables = {"runs": runs_table(names, list(dict.fromkeys([*chosen, *different])), shown)}
+    means = [one for one in shown if one in GROUPED or one not in shown[:15]]
+    if groups:
+        tables["groups"] = groups_table(groups, means)
+    colored = label_of(chosen[0]) if chosen else ""
+    figures = pareto_figures(runs, [value_of(run, chosen[0]) if chosen else "" for run in runs])
+    pareto = list(figures)
+    figures |= {"groups": group_figure(groups)} if 1 < len(groups) <= MOST else {}
+    by_windows = granularity(runs)
+    figures |= {"windows": group_figure(by_windows)} if by_windows else {}
+    found = studies({run.folder: run.results for run in runs if run.results is not None})
+    figures |= {f"criteria_{number}": criteria(study) for number, study in enumerate(found, start=1)}
+    content: dict[str, Any] = {
+        **_header(names),
+        "groups": tables.get("groups", Table([], [])),
+        "keys": ", ".join(map(label_of, chosen)) or "nothing",
+        "sweeps": rate_sweeps(runs),
+        "pareto": pareto,
+        "colored": colored,
+        "studies": [_about(study, number) for number, study in enumerate(found, start=1)],
+        "windows": groups_table(by_windows, means),
+        "cells": _cells,
+    }
+    return content, figures, tables
+
+
+def _header(names: Mapping[str, Run]) -> dict[str, Any]:
+    """Title, states, what all share, and the best run."""
+    folder = common_folder([run.folder for run in names.values()])
+    states = Counter(run.state for run in names.values())
+    results = {name: run.results for name, run in names.items() if run.results is not None}
+    shared = shared_and_different({name: settings(found) for name, found in results.items()})[0]
+    perplexities = [(PERPLEXITY.of(run), name) for name, run in names.items()]
+    finite = [pair for pair in perplexities if math.isfinite(pair[0])]
+    return {
+        "title": f"{len(names)} runs in {folder.name or folder}",
+        "states": ", ".join(f"{number} {state}" for state, number in states.most_common()),
+        "shared": shared,
+        "best": min(finite)[::-1] if finite else None,
+    }
+
+
+def _about(study: Study, number: int) -> dict[str, Any]:
+    """A study of criteria as the page shows it."""
+    header, rows = spread_header(study), spread_rows(study)
+    return {"name": f"criteria_{number}", "about": study.about, "header": header, "rows": rows}
+
+
+def _cells(group: Group, name: str) -> str:
+    """Mean and deviation of a rate's runs, as text."""
+    return mean_cell(group, {"held_out": HELD_OUT, "perplexity": PERPLEXITY, "nats": NATS}[name]).text
+
+
+def _link(run: Run, out: Path) -> str:
+    """The page of a run as seen from the folder of the overview; empty where there is none."""
+    page = run.folder / "report.html"
+    return relative_link(page, out) if page.is_file() else ""
+
+
+def _linked(table: Table, links: Mapping[str, str]) -> Table:
+    """The table of all runs with a link to each page."""
+    rows = [[row[0], row[1]._replace(link=links[row[1].text]), *row[2:]] for row in table.rows]
+    return Table(table.columns, rows)

@@ -1,0 +1,136 @@
+"""Tables over runs and over groups of runs: the same cells on the page, in Markdown and in CSV.
+
+CSV has the numbers as they are, Markdown and page as people read them. A cell of text that a spreadsheet would take for
+a formula is prefixed by an apostrophe (OWASP, CSV injection).
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lit_recon.report.comparison import escaped
+from lit_recon.report.groups import ABSENT, Group, label_of, value_of
+from lit_recon.report.measures import (
+    GAP,
+    GAP_IN_NATS,
+    HELD_OUT,
+    NATS,
+    PERPLEXITY,
+    PRUNED,
+    TOKENS,
+    WALK_MEMORY,
+    WALK_SECONDS,
+    Measure,
+)
+from lit_recon.report.runs import Run
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that a spreadsheet computes
+GROUPED = (PRUNED, PERPLEXITY, NATS, GAP, GAP_IN_NATS, HELD_OUT, TOKENS, WALK_SECONDS, WALK_MEMORY)
+
+
+class Column(NamedTuple):
+    """A column: its label, with the unit, and the names of its numbers in CSV."""
+
+    label: str
+    keys: tuple[str, ...]
+    is_number: bool = True
+
+
+class Cell(NamedTuple):
+    """A cell: what people read, and the values behind it, by the first of which rows are sorted."""
+
+    text: str
+    values: tuple[float | str, ...]
+    link: str = ""
+
+    @property
+    def order(self) -> str:
+        """What the page sorts by; empty for what has no number."""
+        value = self.values[0]
+        if isinstance(value, str):
+            return "" if value == ABSENT else value
+        return repr(value) if math.isfinite(value) else ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and rows of as many cells."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def as_csv(self) -> bytes:
+        """The table as CSV: UTF-8, a comma between cells."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)  # ends lines by CR LF (RFC 4180), so that a cell with either is quoted
+        writer.writerow([_harmless(key) for column in self.columns for key in column.keys])
+        for row in self.rows:
+            writer.writerow([_harmless(value) for cell in row for value in cell.values])
+        return buffer.getvalue().encode(errors="backslashreplace")
+
+    def as_markdown(self) -> bytes:
+        """The table in GitHub's Markdown."""
+        rows = [[escaped(column.label) for column in self.columns]]
+        rows.append(["---:" if column.is_number else "---" for column in self.columns])
+        rows += [[escaped(cell.text) for cell in row] for row in self.rows]
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows).encode(errors="backslashreplace")
+
+
+def _harmless(value: float | str) -> float | str:
+    """A value that no spreadsheet computes; numbers that are not finite are empty."""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(FORMULA) else value
+    return value if math.isfinite(value) else ""
+
+
+def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence[Measure]) -> Table:
+    """A row per run: number, name, state, the settings in which runs differ, and what was measured.
+
+    Args:
+        names: Runs by their names, in the order of the rows.
+        keys: Keys of config.yaml.
+        measures: What is shown of each.
+    """
+    columns = [Column("#", ("number",)), Column("run", ("run",), False), Column("state", ("state",), False)]
+    columns += [Column(label_of(key), (key,), False) for key in keys]
+    columns += [Column(measure.label, (measure.key,)) for measure in measures]
+    rows = []
+    for number, (name, run) in enumerate(names.items(), start=1):
+        row = [Cell(str(number), (number,)), Cell(name, (name,)), Cell(run.state, (run.state,))]
+        row += [Cell(value, (value,)) for value in (value_of(run, key) for key in keys)]
+        row += [Cell(measure.text_of(run), (measure.of(run),)) for measure in measures]
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def groups_table(groups: Sequence[Group], measures: Sequence[Measure]) -> Table:
+    """A row per group: the settings that its runs share, their number, means and standard deviations.
+
+    Args:
+        groups: Groups of the same keys.
+        measures: What means are taken of.
+    """
+    keys = list(groups[0].values) if groups else []
+    columns = [Column(label_of(key), (key,), False) for key in keys]
+    columns.append(Column("runs", ("finished", "runs")))
+    columns += [Column(one.label, (f"{one.key}_mean", f"{one.key}_standard_deviation")) for one in measures]
+    rows = []
+    for group in groups:
+        finished = sum(run.results is not None for run in group.runs)
+        number = str(finished) if finished == len(group.runs) else f"{finished} of {len(group.runs)}"
+        row = [Cell(value, (value,)) for value in group.values.values()]
+        row.append(Cell(number, (finished, len(group.runs))))
+        rows.append([*row, *(mean_cell(group, measure) for measure in measures)])
+    return Table(columns, rows)
+
+
+def mean_cell(group: Group, measure: Measure) -> Cell:
+    """Mean and standard deviation of a group's runs."""
+    mean, deviation = group.mean(measure), group.deviation(measure)
+    text = measure.as_text(mean) if any(run.results for run in group.runs) else ABSENT
+    if math.isfinite(mean) and math.isfinite(deviation):
+        text += f" ± {measure.as_text(deviation)}"
+    return Cell(text, (mean, deviation))
