@@ -222,11 +222,13 @@ def _report(members: Sequence[Member]) -> dict[str, int]:
     found = {one.folder: one.kind for one in map(standing, members) if one.kind in ("done", "left") and one.folder}
     folders, is_whole = list(found), "left" not in found.values()  # of one that is not finished it says so
     configs = [member.config or {} for member in members]
-    is_experiment = all(config.get("experiment_dir") for config in configs)
-    if "done" not in found.values() or not is_experiment or configs[0].get("plan"):
+    homes = {str(config.get("experiment_dir") or "") for config in configs}
+    if "done" not in found.values() or "" in homes or configs[0].get("plan"):
         return {}
+    out = ["--out", str(Path(homes.pop(), "report").expanduser())] if len(homes) == 1 else []
     _say("\n== report ==")
-    status = subprocess.run([sys.executable, "-m", "lit_recon.report", *map(str, folders)], check=False).returncode
+    command = [sys.executable, "-m", "lit_recon.report", *map(str, folders), *out]
+    status = subprocess.run(command, check=False).returncode
     return {"report": status} if status and is_whole else {}
 
 

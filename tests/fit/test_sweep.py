@@ -76,7 +76,8 @@ class Started:
     def report(self, command: Sequence[str], **_: Any) -> SimpleNamespace:
         """The report."""
         assert list(command[1:3]) == ["-m", "lit_recon.report"]
-        self.reports.append(list(command[3:]))
+        assert list(command[-2:]) == ["--out", str(Path("runs/report"))]
+        self.reports.append(list(command[3:-2]))
         return SimpleNamespace(returncode=self.statuses.get("report", 0))
 
 

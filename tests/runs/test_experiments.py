@@ -228,7 +228,8 @@ def test_an_experiment_is_a_sweep_also_without_the_flag_and_its_runs_are_a_study
     assert "2 runs: 2 to be started\nabout " in ended.out and "1 of 2 runs ended; about " in ended.out
     assert [path.name for path in Path().iterdir()] == ["runs"], "nothing but the folders of the runs"
     runs = [f"runs/criteria/hf_unstructured/{case}" for case in ("magnitude", "wanda_swaps")]
-    assert sorted(path.as_posix() for path in Path("runs").glob("*/*/*")) == runs
+    assert sorted(path.parent.as_posix() for path in Path("runs").rglob("results.json")) == runs
+    assert Path("runs/criteria/hf_unstructured/report/report.html").is_file()
     monkeypatch.setattr("lit_recon.report.page.write_report", lambda folder, out: None)
     again = tiny_run(*words)
     assert again.status == 0 and "2 runs: 2 done\n" in again.out and "spread between criteria, 2 runs" in again.out
