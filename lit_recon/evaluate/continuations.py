@@ -89,7 +89,9 @@ class Continuation:
         return self.repetition > DEGENERATE
 
 
-def side_by_side(prompts: Sequence[str], by_state: Mapping[str, Sequence[Continuation]]) -> list[dict[str, Any]]:
+def continuations_as_json(
+    prompts: Sequence[str], by_state: Mapping[str, Sequence[Continuation]]
+) -> list[dict[str, Any]]:
     """The entry `continuations` of evaluations.json, given the continuations of each state ("dense", ...)."""
     return [
         {

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_recon.evaluate.configure import Evaluation
-from lit_recon.evaluate.continuations import Continuation, continue_prompts, side_by_side
+from lit_recon.evaluate.continuations import Continuation, continuations_as_json, continue_prompts
 from lit_recon.evaluate.drift import drift_of_layers
 from lit_recon.evaluate.harness import TaskResult, run_tasks, tasks_as_json
 from lit_recon.evaluate.side_by_side import State, Tick
@@ -43,7 +43,7 @@ def continuations(evaluation: Evaluation, states: Mapping[str, State]) -> list[d
                 evaluation.decoding,
                 device=evaluation.compute.device,
             )
-    return side_by_side(evaluation.prompts, made)
+    return continuations_as_json(evaluation.prompts, made)
 
 
 @contextmanager

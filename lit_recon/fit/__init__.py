@@ -8,6 +8,7 @@ resume_config.py   the configuration of a run that is resumed
 rehearsal.py       one training step of a tiny window, before anything is written
 samples.py         samples of its source of text, which the dense model may generate
 checks.py          rules between settings, and between settings and a model
+pruning_checks.py  those of criterion, pattern, refinement and allocation
 allocate.py        the pattern of each matrix: by rules, one threshold, or an allocation
 job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report

@@ -11,6 +11,7 @@ measures.py      what runs are compared by: labels, units, numbers
 tables.py        tables over runs and groups, as CSV, in Markdown and on the page
 pareto.py        quality against cost, and the front
 templates.py     pages from templates, with a policy that lets them request nothing; style.css
+drift_figure.py  the figure of drift over depth, of an evaluation
 comparison.py    the table over several runs for the terminal, and in Markdown
 study.py         runs that differ in nothing but the criterion: their spread before and after reconstruction
 study_figure.py  its figure

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_recon.report.drift_figure import drift_figure
 from lit_recon.report.evaluations import latest, read_evaluations
 from lit_recon.report.figures import write_figures
 from lit_recon.report.format import LABELS, as_error, as_perplexity, as_share
@@ -52,9 +53,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     results = read_results(run)
     evaluations, unread = read_evaluations(run)
     by_matrix = results["sparsity"]["by_matrix"]
-    agreement = latest(evaluations, "agreement")
+    agreement, drift = latest(evaluations, "agreement"), latest(evaluations, "drift")
     more = {
         "hidden_states": lambda: hidden_errors((agreement or {}).get("hidden") or []),
+        "drift": lambda: drift_figure(drift) if drift else None,
         "sparsity": lambda: sparsity_by_layer(by_matrix),
     }
     out = run if out is None else out

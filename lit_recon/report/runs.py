@@ -48,12 +48,13 @@ class Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Runs in folders, each once; figures of studies and earlier overviews, which `runs/*` matches too, are left out.
+    """Runs in folders, each once; figures of studies and earlier overviews, which `runs/*/*` matches too, are left out.
 
     They are not where nothing else was given.
     """
     once = list({folder.absolute(): folder for folder in folders}.values())
-    meant = [folder for folder in once if not is_study_figure(folder) and not is_overview(folder)]
+    apart = [is_study_figure(folder) or is_overview(folder) or is_overview(folder.parent) for folder in once]
+    meant = [folder for folder, is_apart in zip(once, apart, strict=True) if not is_apart]
     return [read_run(folder) for folder in meant or once]
 
 

@@ -13,9 +13,9 @@ from lit_recon.evaluate.continuations import (
     PROMPTS,
     Continuation,
     Decoding,
+    continuations_as_json,
     continue_prompts,
     encode_prompts,
-    side_by_side,
 )
 from lit_recon.model.architectures import tiny_model
 
@@ -143,7 +143,7 @@ def test_no_text_by_people_degenerates() -> None:
 
 def test_states_stand_side_by_side() -> None:
     dense, checkpoint = [Continuation("x y", (1, 2))], [Continuation("aaaa", (7,) * 14)]
-    assert side_by_side(["p"], {"dense": dense, "checkpoint": checkpoint}) == [
+    assert continuations_as_json(["p"], {"dense": dense, "checkpoint": checkpoint}) == [
         {
             "prompt": "p",
             "texts": {"dense": "x y", "checkpoint": "aaaa"},

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -290,3 +291,26 @@ def test_perplexity_of_smollm2_is_that_of_transformers_loss_on_the_same_windows(
     (found,) = entries("record.json")
     assert found["perplexity"]["nats"]["checkpoint"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["perplexity"]["protocol"]["tokens"] == tokens
+
+
+VALUES = "0 1 -1 0.5 nan 1e30 true null abc '' ??? ~/x ~nobody/x . / [] [1,2] [a=b] {} {a:1} a=b a,b 1,2 a(b été [ \\"
+SETTINGS = """
+    checkpoint dense perplexity agreement drift tasks tasks_path fewshot unsafe_code prompts max_new_tokens temperature
+    chat seed batch_size opening_at record memory_limit nope data.paths data.bos data.evaluation_samples data.stride
+    data.nope data.evaluation_length data.batch_size trainer.precision trainer.devices trainer._target_ trainer"""
+
+
+def test_every_command_line_is_carried_out_or_refused_in_words_that_name_a_setting(
+    run_evaluation: Evaluate, model_folder: Path
+) -> None:
+    draw, found = random.Random(20261128), []
+    for _ in range(40):
+        name = draw.choice(SETTINGS.split())
+        word = draw.choice((f"{name}={draw.choice((*VALUES.split(), '${seed}', '${nope}'))}",) * 9 + (f"~{name}",))
+        others = [] if word.startswith("checkpoint=") else [f"checkpoint={model_folder}"]
+        others += [] if word.startswith("record=") else ["record=record.json"]
+        ended = run_evaluation(*others, word)
+        told = name in ended.err or word.partition("=")[2] in ended.err
+        if ended.status not in (0, 2) or "Traceback" in ended.err + ended.out or (ended.status == 2 and not told):
+            found.append((word, ended.status, ended.err[-1000:]))
+    assert found == []

@@ -67,4 +67,6 @@ def test_the_legend_stays_inside_and_kinds_look_different(kinds: list[str], dept
 
 @pytest.mark.parametrize("drift", [[], [entry(0, "q", math.nan, None)]], ids=["empty", "not finite"])
 def test_a_figure_without_numbers_is_drawn_all_the_same(drift: list[dict[str, Any]]) -> None:
-    FigureCanvasAgg(drift_figure(drift)).draw()
+    figure = drift_figure(drift)
+    FigureCanvasAgg(figure).draw()
+    assert [axes.get_xlim() for axes in figure.axes] == [(-0.5, 0.5)] * 2

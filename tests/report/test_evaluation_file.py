@@ -68,7 +68,8 @@ def test_the_page_shows_all_parts_and_says_where_text_degenerates(tmp_path: Path
     assert page.count("degenerates") == 1 and "This text degenerates: 87.5% of its word groups" in page
     assert "<img src=x" not in page and "<script" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "stride None" not in page
-    assert (run / "figures" / "hidden_states.png").exists()
+    assert (run / "figures" / "hidden_states.png").exists() and (run / "figures" / "drift.png").exists()
+    assert page.count('<img src="data:image/png;base64,') == len(list((run / "figures").iterdir()))
 
 
 def test_what_evaluations_measured_is_compared_between_runs(tmp_path: Path) -> None:

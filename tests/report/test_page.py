@@ -1,15 +1,18 @@
 """The page of a run: every number and remark, nothing from elsewhere."""
 
 import base64
+import csv
 import hashlib
 import html
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from finished_run import NEW, REFUSED, in_units, make_run, results_of
 
+from lit_recon.report.__main__ import main
 from lit_recon.report.figures import error_over_depth
 from lit_recon.report.page import sparsity_by_kind, tries, verdict, write_report
 
@@ -249,3 +252,23 @@ def test_names_that_are_not_utf_8_are_shown_as_escapes(tmp_path: Path) -> None:
     (run / "config.yaml").write_bytes(b"name: caf\xe9\n")
     page = write_report(run).read_text(encoding="utf-8")
     assert "caf\\udce9" in page and "name: caf\N{REPLACEMENT CHARACTER}" in page
+
+
+def test_a_page_elsewhere_leaves_the_run_as_it_was_links_to_its_files_and_has_its_table_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = in_units(2)
+    results["windows"][1] |= REFUSED | {"note": "=1+1"}
+    run = make_run(tmp_path / "a run", results, curves=False)
+    before = sorted(path.name for path in run.iterdir())
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in run.iterdir()) == before
+    page = References((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "../a%20run/results.json" in page.links and all(
+        (tmp_path / "out" / unquote(link)).exists() for link in page.links
+    )
+    with (tmp_path / "out" / "windows.csv").open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["window"], first["held_out_before"], first["accepted"]) == ("block_00", "0.011", "accepted")
+    assert (second["accepted"], second["note"]) == ("not accepted", "'=1+1")
+    assert (tmp_path / "out" / "windows.md").read_text(encoding="utf-8").startswith("| window | held out before |")

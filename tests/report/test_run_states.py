@@ -127,4 +127,5 @@ def test_the_folder_of_an_earlier_overview_is_no_run_that_is_missing(tmp_path: P
     for name in ("report.html", "runs.csv"):
         (tmp_path / "report" / name).write_text("", encoding="utf-8")
     assert [found.folder for found in read_runs(sorted(tmp_path.iterdir()))] == [run]
+    assert [found.folder for found in read_runs([run, *(tmp_path / "report").iterdir()])] == [run]
     assert [found.state for found in read_runs([tmp_path / "report"])] == ["no run"], "where it is all that was given"
