@@ -30,7 +30,10 @@ from lit_recon.reconstruction.fit_state import FitState
 from lit_recon.reconstruction.rate_search import Try
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_result import WindowResult
+from lit_recon.system.clock import WALK
+from lit_recon.system.command_line import as_argument
 from lit_recon.system.commits import Commit, CommitError, Commits
+from lit_recon.system.units import duration
 
 ERRORS = ("before", "held_out", "calibration")  # of a Try
 
@@ -63,6 +66,24 @@ class ResumePoint(WalkCallback):
         self._fit_files: list[str] = []
         self._number = 0  # of the newest commit
         self.fit_state: FitState | None = None
+
+    def describe_stop(self, folder: Path) -> str:
+        """What is kept of a walk that did not come to its end, and how to resume it, by its folder."""
+        done, session, again = self.done, self.session, as_argument("resume", folder)
+        if not done:
+            return f"no window was done yet; start again with {again}"
+        total = session.num_fits
+        if len(done) == len(session.windows):
+            return (
+                f"all {len(done)} windows are done, and all layers are not yet trained at once; {folder}/checkpoint "
+                f"holds the windows as they are. Resume with: python -m lit_recon.fit {again}"
+            )
+        seconds = sum(session.clock.seconds[name] for name in WALK) / len(done) * (total - len(done))
+        return (
+            f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {folder}/checkpoint holds "
+            f"them and is dense from there. Resume with: python -m lit_recon.fit {again}"
+            f" (about {duration(seconds)} more)"
+        )
 
     def on_window_pruned(self, window: Window, pruned: Pruning) -> None:
         """Write what a criterion that changes weights has left, which the commit of this window will list."""

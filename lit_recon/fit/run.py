@@ -53,13 +53,12 @@ from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import remove
-from lit_recon.system.clock import WALK, Clock
-from lit_recon.system.command_line import Refusal, as_argument
+from lit_recon.system.clock import Clock
+from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
 from lit_recon.system.signals import protected
-from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +103,7 @@ class _Opened:
         job: The run, with what its memory limit chose.
         session: The model and what walks over it.
         plan: What it will take.
+        described: The plan in words.
         facts: What each of its commits says besides its own.
         commit: The commit from which it is resumed.
     """
@@ -111,6 +111,7 @@ class _Opened:
     job: Job
     session: Session
     plan: Plan
+    described: dict[str, str]
     facts: dict[str, Any]
     commit: Commit | None
 
@@ -156,11 +157,12 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
         raise Refusal(str(error)) from error
     done = len(commit.state["windows"]) if commit else 0
     steps = commit.state["fit"]["step"] if commit and commit.state["fit"] else 0
-    for name, text in describe_plan(job, plan, session, _protocol(job).describe(), done=done, steps=steps).items():
+    described = describe_plan(job, plan, session, _protocol(job).describe(), done=done, steps=steps)
+    for name, text in described.items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
     facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"
-    return _Opened(job, session, plan, facts, commit)
+    return _Opened(job, session, plan, described, facts, commit)
 
 
 def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = None) -> Session:
@@ -248,7 +250,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     resume_point = _reconstruct(opened, commits, console)
     walk_peak = peak_memory_bytes(device)
     if len(resume_point.done) < session.num_fits:
-        console.print(_stopped(resume_point, job.output.folder), highlight=False, soft_wrap=True, markup=False)
+        console.print(resume_point.describe_stop(job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
     logits_BTV = evaluator.logits(session.model)
     return _Walked(
@@ -276,7 +278,7 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     names = [window.name for window in session.windows]
     last_step = commit.state["step"] if commit else None
     logger = RunLogger(folder, last_step=last_step, hidden=job.execution.logged.hidden(names))
-    logger.log_plan(describe_plan(job, opened.plan, session, _protocol(job).describe(), done=0), names)
+    logger.log_plan(opened.described, names)
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
@@ -304,7 +306,7 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     except KeyboardInterrupt as stop:
         session.weights.discard()
         _leave(checkpoint, logger)
-        raise type(stop)(_stopped(resume_point, folder)) from stop
+        raise type(stop)(resume_point.describe_stop(folder)) from stop
     _leave(checkpoint, logger)
     return resume_point
 
@@ -314,25 +316,6 @@ def _leave(checkpoint: CheckpointWriter, logger: RunLogger) -> None:
     logger.experiment.flush()
     with protected():
         checkpoint.close()
-
-
-def _stopped(resume_point: ResumePoint, folder: Path) -> str:
-    """What is kept of a walk that did not come to its end, and how to resume it."""
-    done, session = resume_point.done, resume_point.session
-    if not done:
-        return f"no window was done yet; start again with {as_argument('resume', folder)}"
-    total = session.num_fits
-    if len(done) == len(session.windows):
-        return (
-            f"all {len(done)} windows are done, and all layers are not yet trained at once; {folder}/checkpoint holds "
-            f"the windows as they are. Resume with: python -m lit_recon.fit {as_argument('resume', folder)}"
-        )
-    seconds = sum(session.clock.seconds[name] for name in WALK) / len(done) * (total - len(done))
-    return (
-        f"{len(done)} of {total} windows are done ({done[0].name} to {done[-1].name}); {folder}/checkpoint holds "
-        f"them and is dense from there. Resume with: python -m lit_recon.fit {as_argument('resume', folder)}"
-        f" (about {duration(seconds)} more)"
-    )
 
 
 def _card(opened: _Opened, results: Sequence[WindowResult], metadata: ModelCardData) -> str:
