@@ -32,17 +32,13 @@ if TYPE_CHECKING:
     from lit_recon.modules.least_squares import LeastSquares as LeastSquares
     from lit_recon.modules.losses import mean_squared as mean_squared
     from lit_recon.modules.masked_weights import MaskedWeights as MaskedWeights
-    from lit_recon.modules.untrained import Untrained as Untrained
     from lit_recon.pruning.criteria import Criterion as Criterion
     from lit_recon.pruning.criteria.magnitude import Magnitude as Magnitude
-    from lit_recon.pruning.criteria.ria import RIA as RIA
-    from lit_recon.pruning.criteria.sparsegpt import SparseGPT as SparseGPT
     from lit_recon.pruning.criteria.wanda import Wanda as Wanda
     from lit_recon.pruning.masks import Masks as Masks
     from lit_recon.pruning.patterns import NM as NM
     from lit_recon.pruning.patterns import Pattern as Pattern
     from lit_recon.pruning.patterns import Unstructured as Unstructured
-    from lit_recon.pruning.refine.swaps import Swaps as Swaps
     from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
     from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
@@ -66,15 +62,11 @@ _MODULES = {
     "modules.least_squares": ("LeastSquares",),
     "modules.losses": ("mean_squared",),
     "modules.masked_weights": ("MaskedWeights",),
-    "modules.untrained": ("Untrained",),
     "pruning.criteria": ("Criterion",),
     "pruning.criteria.magnitude": ("Magnitude",),
-    "pruning.criteria.ria": ("RIA",),
-    "pruning.criteria.sparsegpt": ("SparseGPT",),
     "pruning.criteria.wanda": ("Wanda",),
     "pruning.masks": ("Masks",),
     "pruning.patterns": ("NM", "Pattern", "Unstructured"),
-    "pruning.refine.swaps": ("Swaps",),
     "reconstruction.fit_settings": ("FitSettings",),
     "reconstruction.window_result": ("WindowResult",),
 }
