@@ -256,7 +256,7 @@ def test_a_result_that_cannot_be_written_is_shown(
 
 @pytest.mark.slow
 def test_several_checkpoints_are_evaluated_one_after_the_other(run_evaluation: Evaluate, model_folder: Path) -> None:
-    ended = run_evaluation("-m", f"checkpoint={model_folder},./nowhere", "record=record.json")
+    ended = run_evaluation(f"checkpoint={model_folder},./nowhere", "record=record.json", "-m")
     assert ended.status == 1 and ended.err.endswith("1 of 2 runs failed: checkpoint=./nowhere\n"), ended.err
     assert len(entries("record.json")) == 1
 
