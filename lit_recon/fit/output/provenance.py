@@ -9,6 +9,7 @@
 The signature of the run has hashed weights, tokens and code already (signature.py); only the rest is read here.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from lit_recon.model.loading import HubModel
 from lit_recon.pruning.criteria.given import MasksFile, Zeros
 from lit_recon.system.atomic_files import sha256
 from lit_recon.system.git_state import git_state
+
+log = logging.getLogger(__name__)
 
 _SMALL = (  # besides the vocabulary files, whose names the tokenizer knows
     *("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
@@ -37,15 +40,14 @@ def provenance(job: Job, signature: Mapping[str, Any]) -> dict[str, Any]:
         job: The run.
         signature: Its signature, with hashes of weights, tokens and code.
 
-    Raises:
-        OSError: A file is gone since it was read.
+    Files that are gone since they were read cost no result: they are null, or missing where nothing names them.
     """
     own = {name: path for name, path in code_files(job.output.config).items() if not name.startswith(_OURS)}
     init = Path(lit_recon.__file__)
     git = {"lit_recon": git_state(init.parent, [init], only_known=True), "modules": _states(own.values())}
     return {
         "model": _model(job, signature["model"]),
-        "text": _hashes(job.source.text_files()),
+        "text": _text(job),
         "samples": signature["data"],
         "masks": _hashes(_mask_files(job)),
         "modules": {name: signature["code"].get(name) or sha256(path) for name, path in own.items()},
@@ -93,5 +95,15 @@ def _states(files: Iterable[Path]) -> list[dict[str, Any]]:
     return list(states.values())
 
 
-def _hashes(files: Iterable[Path]) -> dict[str, str]:
-    return {str(path): sha256(path) for path in files}
+def _text(job: Job) -> dict[str, str | None]:
+    """Hashes of the files of text; `samples` says what was taken of them, also of those that are gone."""
+    try:
+        return _hashes(job.source.text_files())
+    except ValueError as error:  # a pattern that matches no file any more
+        log.info("results.json does not say what files the text was in: %s", error)
+        return {}
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str | None]:
+    """SHA-256 of files, by path; null for one that is gone."""
+    return {str(path): sha256(path) if path.is_file() else None for path in files}
