@@ -220,7 +220,9 @@ def learning_curves(
     unit = "median dense update" if has_units(windows) else "variance of the target"
     in_units = measure(windows) == "relative error" and (loss in IN_UNITS or not has_units(windows))
     axes.set_ylabel(f"loss ({unit} = 1)" if in_units else "loss")
-    _depth_axis(axes, windows, "each column: its optimizer steps, left to right")
+    without = sum(not any(f"{window['name']}/{name}" in curves for name in names) for window in windows)
+    remark = f"; {without} of {len(windows)} windows have no curves" if without else ""
+    _depth_axis(axes, windows, f"each column: its optimizer steps, left to right{remark}")
     lines = [
         Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),
         Line2D([], [], color=RECONSTRUCTED, linewidth=1.4, marker="o", markersize=3.5, label="held-out samples"),

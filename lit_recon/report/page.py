@@ -158,7 +158,7 @@ def facts(results: Mapping[str, Any], *keys: str) -> dict[str, str]:
     """Labels and texts of all entries below some keys of results.json, whatever a version or a user put there."""
     texts = {}
     for key in keys:
-        for name, value in results[key].items():
+        for name, value in ((name, value) for name, value in results[key].items() if value is not None):
             label = LABELS.get(f"{key}.{name}", name.replace("_", " "))
             if name == "covered":
                 texts[label] = as_share(value)
