@@ -252,11 +252,11 @@ def test_ctrl_c_ends_the_sweep_with_the_way_to_continue_it(
 
 @pytest.mark.slow
 def test_runs_of_a_sweep_know_their_number_and_are_resumed_by_the_same_command(tiny_run: Callable[..., Ended]) -> None:
-    words = ["seed=1,2", "output_dir=run_${hydra:job.num}", "-m"]
-    ended = tiny_run(*words, "stop_after=1")
+    words = ["seed=1,2", "output_dir=run_${hydra:job.num}"]
+    ended = tiny_run(*words, "stop_after=1", "-m")
     assert ended.status == 0, ended.err
     assert sorted(path.name for path in Path().iterdir()) == ["run_0", "run_1"]
-    ended = tiny_run(*words)
+    ended = tiny_run(*words, "-m")
     assert ended.status == 0, ended.err
     assert "2 runs: 2 to be resumed\n" in ended.out and "(run_1, after window 1)" in ended.out
     assert "1 of 3 windows are done" in ended.out and "2/3 block_01" in ended.out
