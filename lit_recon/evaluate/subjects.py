@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lit_recon.model.loading import HubModel, LanguageModel
@@ -116,9 +116,8 @@ def masks_of_run(subject: Subject) -> Path | None:
         return None
     try:
         config = _config(subject.run)
-        criterion = OmegaConf.create({"criterion": config.get("criterion")})
-        check_trusted(criterion, f"checkpoint={subject.name}")
-        changes = changes_weights(get_object(str(config.criterion._target_)))
+        check_trusted(OmegaConf.create({"criterion": config.get("criterion")}), f"checkpoint={subject.name}")
+        changes = changes_weights(instantiate(config.criterion, _convert_="all"))  # which its settings may decide
     except Exception as error:  # whatever the configuration of a run can hold
         log.warning(
             "what %s pruned by cannot be read, and the pruned model is left out (%s)", subject.run, in_words(error)

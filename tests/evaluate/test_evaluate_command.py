@@ -53,6 +53,26 @@ def entries(path: str) -> list[dict]:
     return content["evaluations"]
 
 
+@pytest.mark.parametrize(
+    ("words", "states"),
+    [
+        (("criterion=ria",), ["dense", "pruned", "checkpoint"]),
+        (("criterion=ria", "criterion.permute=true", "pattern=n_m"), ["dense", "checkpoint"]),
+        (("criterion=sparsegpt",), ["dense", "checkpoint"]),
+    ],
+    ids=["as they were", "in another order", "others"],
+)
+def test_the_pruned_model_is_made_of_masks_where_the_criterion_left_weights_as_they_were(
+    run_once: Callable[..., Ended], run_evaluation: Evaluate, words: tuple[str, ...], states: list[str]
+) -> None:
+    run_once("trainer.precision=32-true", *words)
+    assert run_evaluation("checkpoint=run").status == 0
+    (found,), results = entries("run/evaluations.json"), json.loads(Path("run/results.json").read_text())
+    nats = found["perplexity"]["nats"]
+    assert list(nats) == states
+    assert "pruned" not in states or nats["pruned"] == pytest.approx(results["nats"]["pruned"], rel=1e-6)
+
+
 def test_of_a_run_dense_and_pruned_and_checkpoint_are_what_the_run_has_measured(
     run_once: Callable[..., Ended], run_evaluation: Evaluate
 ) -> None:
