@@ -12,66 +12,65 @@ Tables whose runs are not there stay as they are. --check changes nothing and en
 """
 
 import argparse
-import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_recon.report.format import as_error, as_memory, as_perplexity, as_share
-from lit_recon.report.run_files import finite_or_nan, read_results
-from lit_recon.system.clock import WALK
-from lit_recon.system.units import duration
+from lit_recon.report.format import as_memory, as_perplexity
+from lit_recon.report.measures import FINAL, GAP_IN_NATS, NATS, NATS_PRUNED, PERPLEXITY, WALK_MEMORY, WALK_SECONDS
+from lit_recon.report.runs import Run, read_run
 
 README = Path(__file__).parents[1] / "README.md"
 _TABLE = re.compile(r"(<!-- runs: (\w+) (\S+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 Row = Sequence[str]
 
 
-def criteria(runs: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
+def criteria(runs: Sequence[Run]) -> list[Row]:
     """A row for each criterion, in perplexity and in nats over the dense model."""
     rows: list[Row] = [["criterion", "pruned", "reconstructed", "nats over dense, pruned", "reconstructed"]]
-    for results in runs.values():
-        recipe, found = results["recipe"], results["perplexity"]
-        nats = [math.log(finite_or_nan(found[state]) / found["dense"]) for state in ("pruned", "reconstructed")]
+    for run in runs:
+        recipe = _results(run)["recipe"]
         name = " with ".join(filter(None, (recipe["criterion"], recipe.get("refine", "").lower())))
-        rows.append([name, *map(as_perplexity, (found["pruned"], found["reconstructed"])), *(f"{n:.2f}" for n in nats)])
+        nats = (f"{measure.of(run):.2f}" for measure in (NATS_PRUNED, NATS))
+        rows.append([name, *_perplexities(run, "pruned", "reconstructed"), *nats])
     return rows
 
 
-def windows(runs: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
+def windows(runs: Sequence[Run]) -> list[Row]:
     """A row for each window kind: quality, time and memory."""
+    measures = (PERPLEXITY, GAP_IN_NATS, FINAL, WALK_SECONDS, WALK_MEMORY)
     rows: list[Row] = [
         ["window", "reconstructed", "recovered, in nats", "relative error", "walk", "peak memory, walk", "planned"]
     ]
-    for run, results in runs.items():
-        planned = (results.get("predicted") or {}).get("walk_peak_memory_bytes")
-        rows.append(
-            [
-                f"{results['recipe']['windows']} (`{run.name}`)",
-                as_perplexity(results["perplexity"]["reconstructed"]),
-                as_share(results["gap_recovered_nats"]),
-                as_error((results.get("relative_error") or {}).get("reconstructed")),
-                duration(sum(results["seconds"][phase] for phase in WALK)),
-                as_memory(results.get("walk_peak_memory_bytes")),
-                as_memory(planned),
-            ]
-        )
+    for run in runs:
+        planned = (_results(run).get("predicted") or {}).get("walk_peak_memory_bytes")
+        kind = f"{_results(run)['recipe']['windows']} (`{run.folder.name}`)"
+        rows.append([kind, *(measure.text_of(run) for measure in measures), as_memory(planned)])
     return rows
 
 
-def models(runs: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
+def models(runs: Sequence[Run]) -> list[Row]:
     """A row for each model."""
     rows: list[Row] = [["model", "dense", "pruned", "reconstructed", "recovered, in nats"]]
-    for results in runs.values():
-        found = (results["perplexity"][state] for state in ("dense", "pruned", "reconstructed"))
-        rows.append([results["model"]["name"], *map(as_perplexity, found), as_share(results["gap_recovered_nats"])])
+    for run in runs:
+        perplexities = _perplexities(run, "dense", "pruned", "reconstructed")
+        rows.append([_results(run)["model"]["name"], *perplexities, GAP_IN_NATS.text_of(run)])
     return rows
 
 
-TABLES: dict[str, Callable[[Mapping[Path, Mapping[str, Any]]], list[Row]]] = {
+def _results(run: Run) -> Mapping[str, Any]:
+    if run.results is None:
+        raise ValueError(run.message)
+    return run.results
+
+
+def _perplexities(run: Run, *states: str) -> list[str]:
+    return [as_perplexity(_results(run)["perplexity"][state]) for state in states]
+
+
+TABLES: dict[str, Callable[[Sequence[Run]], list[Row]]] = {
     "criteria": criteria,
     "windows": windows,
     "models": models,
@@ -92,7 +91,7 @@ def renewed(text: str, folder: Path) -> str:
         paths = sorted(path.parent for path in folder.glob(f"{pattern}/results.json"))
         if not paths:
             return found[0]
-        header, *rows = TABLES[kind]({path: read_results(path) for path in paths})
+        header, *rows = TABLES[kind]([read_run(path) for path in paths])
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         return opening + "".join(f"| {' | '.join(line)} |\n" for line in lines) + closing
 
@@ -108,7 +107,7 @@ def main() -> int:
     text = README.read_text(encoding="utf-8")
     try:
         made = renewed(text, chosen.runs)
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         parser.exit(2, f"{error}\n")
     if made != text and not chosen.check:
         README.write_text(made, encoding="utf-8")

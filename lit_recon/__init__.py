@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from lit_recon.data.source import Samples as Samples
     from lit_recon.data.source import TextSource as TextSource
     from lit_recon.evaluate.perplexity import perplexity as perplexity
-    from lit_recon.fit.library import Reconstruction as Reconstruction
     from lit_recon.fit.library import load as load
     from lit_recon.fit.library import prune_and_reconstruct as prune_and_reconstruct
+    from lit_recon.fit.output.library_run import Reconstruction as Reconstruction
     from lit_recon.model.matrices import Matrix as Matrix
     from lit_recon.model.partition import Partition as Partition
     from lit_recon.model.windows import Window as Window
@@ -55,7 +55,8 @@ _MODULES = {
     "data.self_generated": ("SelfGenerated",),
     "data.source": ("Samples", "TextSource"),
     "evaluate.perplexity": ("perplexity",),
-    "fit.library": ("Reconstruction", "load", "prune_and_reconstruct"),
+    "fit.library": ("load", "prune_and_reconstruct"),
+    "fit.output.library_run": ("Reconstruction",),
     "model.matrices": ("Matrix",),
     "model.partition": ("Partition",),
     "model.windows": ("Window",),

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from omegaconf import DictConfig, open_dict
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ from lit_recon.settings.annotations import wrong_type
 from lit_recon.settings.parts import make_part, make_partial
 from lit_recon.settings.values import GROUP_PATHS, GROUP_TEXTS, check_call, expand_home, given_of, plain
 from lit_recon.system.command_line import Problems, concerning
-from lit_recon.system.device import Compute
+from lit_recon.system.device import Compute, trainer_problem
 from lit_recon.system.memory import parse_limit
 
 CALL: dict[str, Any] = {
@@ -249,8 +248,8 @@ def _compute(cfg: DictConfig, problems: Problems) -> Compute | None:
     trainer = make_partial(cfg.get("trainer"), "trainer", problems, leave_out=("precision",))
     if trainer is None:
         return None
-    if not (isinstance(trainer.func, type) and issubclass(trainer.func, Trainer)):
-        problems.add(f"trainer._target_={trainer.func}: expected lightning.Trainer, or a class that inherits from it.")
+    if problem := trainer_problem(trainer):
+        problems.add(problem)
         return None
     precision = trainer.keywords.get("precision", "auto")
     others = partial(trainer.func, **{key: value for key, value in trainer.keywords.items() if key != "precision"})

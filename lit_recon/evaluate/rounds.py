@@ -15,10 +15,8 @@ from lit_recon.system.units import in_gb
 
 _FLOAT = 4  # bytes
 _FREE = 0.5  # share of the free memory that may be taken without a limit
-_STATES, _WIDE = (
-    8,
-    4,
-)  # arrays of hidden size, and of the MLP's, that a layer has at once: q, k, v, gate, up, ...
+_STATES = 8  # arrays of hidden size that a layer has at once: q, k, v, ...
+_WIDE = 4  # of the MLP's: gate, up, ...
 _LOGITS = 6  # slices that are there at once besides the logits of each state: the terms of a divergence
 
 

@@ -6,7 +6,6 @@ It opens a session and walks over it by the same functions as the command; what 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, Schedule
-from lit_recon.fit.output.library_run import Done, write_run
+from lit_recon.fit.output.library_run import Reconstruction
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
 from lit_recon.fit.session import open_session, reconstruct
@@ -66,47 +65,6 @@ TRAINER: dict[str, Any] = {  # conf/fit.yaml
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What was done to a model.
-
-    Attributes:
-        windows: The result of each window, in order: its errors, and whether its reconstruction was accepted.
-        masks: By the name of each pruned matrix, its boolean mask (True = kept).
-        by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
-        recipe: What was done, in the words of the settings.
-        seconds: Per phase, and in total.
-        seed: Of everything that was drawn.
-    """
-
-    windows: list[WindowResult]
-    masks: Masks
-    by_magnitude: list[str]
-    recipe: dict[str, str]
-    seconds: dict[str, float]
-    seed: int
-
-    def report(
-        self, folder: str | Path, model: PreTrainedModel, samples: Samples, *, perplexity: Mapping[str, float]
-    ) -> Path:
-        """Write results.json, the masks and report.html, with which `python -m lit_recon.report` compares runs.
-
-        Args:
-            folder: A new folder, or an empty one.
-            model: The reconstructed model.
-            samples: The samples that it was made with.
-            perplexity: That of the "dense", the "pruned" and the "reconstructed" model on samples.evaluation_ST.
-
-        Returns:
-            The page.
-
-        Raises:
-            ValueError: The folder holds something, a perplexity is missing, or a pruned weight is not zero.
-        """
-        done = Done(self.windows, self.masks, self.recipe, self.seconds, self.seed)
-        return write_run(Path(folder), done, model, samples, perplexity)
 
 
 def load(

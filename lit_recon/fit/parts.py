@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,6 +29,7 @@ from lit_recon.settings import parts
 from lit_recon.settings.conf import members
 from lit_recon.settings.values import given_of, plain
 from lit_recon.system.command_line import Problems
+from lit_recon.system.device import trainer_problem
 
 PARTS: dict[str, type] = {  # what each is an object of
     "model": LanguageModel,
@@ -71,8 +71,8 @@ def make_part(cfg: DictConfig, name: str, problems: Problems) -> Any:
 
 def _made_later(make: "partial[Any]", name: str, node: DictConfig, problems: Problems) -> Any:
     """A partial call of what is made for each window, or None with a problem."""
-    if name == "trainer" and not (isinstance(make.func, type) and issubclass(make.func, Trainer)):
-        problems.add(f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it.")
+    if name == "trainer" and (problem := trainer_problem(make)):
+        problems.add(problem)
         return None
     if name == "loss" and not node.get("_partial_"):  # of a class
         return problems.check(make, about=f"{given_of(name)}: ")

@@ -35,7 +35,7 @@ from lit_recon.fit.output.folder import (
 )
 from lit_recon.fit.output.provenance import provenance
 from lit_recon.fit.output.read_back import Saved, read_back
-from lit_recon.fit.output.results import Results, sparsity, table
+from lit_recon.fit.output.results import Results, model_facts, sparsity, table
 from lit_recon.fit.plan.description import describe_plan
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
@@ -332,12 +332,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         relative_error={state: found.errors[state].mean for state in PRUNED_STATES},
         typical_error={state: found.errors[state].typical for state in PRUNED_STATES},
         protocol=_protocol(job),
-        model={
-            "name": job.model.describe(),
-            "parameters": plan.parameters,
-            "prunable_parameters": plan.prunable,
-            "covered": plan.prunable / plan.parameters,
-        },
+        model=model_facts(job.model.describe(), plan.parameters, plan.prunable),
         recipe=job.recipe,
         sparsity={
             **sparsity(saved.masks, found.zeros, plan.parameters),

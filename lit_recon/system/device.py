@@ -118,6 +118,13 @@ class _NoCheckpoints(CheckpointIO):
         """Nothing: there are none."""
 
 
+def trainer_problem(make: "partial[Any]") -> str | None:
+    """What is wrong with the class that a Trainer is to be of; None: nothing."""
+    if isinstance(make.func, type) and issubclass(make.func, Trainer):
+        return None
+    return f"trainer._target_={make.func}: expected lightning.Trainer, or a class that inherits from it."
+
+
 def without_strategy(trainer: "partial[Trainer]") -> "partial[Trainer]":
     """A Trainer without its strategy, which is for the fit of all layers at once: a window needs none."""
     settings = {name: value for name, value in trainer.keywords.items() if name != "strategy"}

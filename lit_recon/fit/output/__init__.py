@@ -8,5 +8,5 @@ push.py        upload to the Hub, where that is asked for
 read_back.py   the checkpoint read as a user will read it
 provenance.py  where all that a run reads came from
 results.py     results.json, the final table
-library_run.py the same files of what the library has done to a model object
+library_run.py what the library has done to a model object, and the same files of it
 """

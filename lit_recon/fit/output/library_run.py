@@ -1,16 +1,17 @@
-"""Folder of what the library has done to a model object: results.json, masks and page of a run of the command."""
+"""Reconstruction: what the library has done to a model object, and its folder with the files of a run."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from lit_recon.data.source import Samples
 from lit_recon.evaluate.perplexity import EvaluationProtocol, share_recovered
-from lit_recon.fit.output.results import sparsity
+from lit_recon.fit.output.results import model_facts, sparsity
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.report.page import write_report
@@ -24,31 +25,55 @@ STATES = ("dense", "pruned", "reconstructed")
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was done to a model; the fields are those of fit.library.Reconstruction."""
+class Reconstruction:
+    """What was done to a model.
 
-    windows: Sequence[WindowResult]
+    Attributes:
+        windows: The result of each window, in order: its errors, and whether its reconstruction was accepted.
+        masks: By the name of each pruned matrix, its boolean mask (True = kept).
+        by_magnitude: Labels of the experts that saw no token and were scored by magnitude.
+        recipe: What was done, in the words of the settings.
+        seconds: Per phase, and in total.
+        seed: Of everything that was drawn.
+    """
+
+    windows: list[WindowResult]
     masks: Masks
-    recipe: Mapping[str, str]
-    seconds: Mapping[str, float]
+    by_magnitude: list[str]
+    recipe: dict[str, str]
+    seconds: dict[str, float]
     seed: int
 
+    def report(
+        self, folder: str | Path, model: PreTrainedModel, samples: Samples, *, perplexity: Mapping[str, float]
+    ) -> Path:
+        """Write results.json, the masks and report.html, with which `python -m lit_recon.report` compares runs.
 
-def write_run(
-    folder: Path, done: Done, model: PreTrainedModel, samples: Samples, perplexity: Mapping[str, float]
-) -> Path:
-    """Write the folder; the page that a person looks at.
+        Args:
+            folder: A new folder, or an empty one.
+            model: The reconstructed model.
+            samples: The samples that it was made with.
+            perplexity: That of the "dense", the "pruned" and the "reconstructed" model on samples.evaluation_ST.
 
-    Args:
-        folder: A new folder, or an empty one.
-        done: What was done.
-        model: The model that it was done to.
-        samples: The samples that it was done with.
-        perplexity: Of each of STATES, on the evaluation samples.
+        Returns:
+            The page.
 
-    Raises:
-        ValueError: The folder holds something, a perplexity is missing, or a pruned weight is not zero.
-    """
+        Raises:
+            ValueError: The folder holds something, a perplexity is missing, or a pruned weight is not zero.
+        """
+        folder = Path(folder)
+        results = _results(self, folder, model, samples, perplexity)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.masks.save(folder / "masks.safetensors")
+        with replaced(folder / "results.json") as file:
+            file.write((json.dumps(without_nan(results), indent=2, allow_nan=False) + "\n").encode())
+        return write_report(folder)
+
+
+def _results(
+    done: Reconstruction, folder: Path, model: PreTrainedModel, samples: Samples, perplexity: Mapping[str, float]
+) -> dict[str, Any]:
+    """The content of results.json; a ValueError where it cannot be told, or not there."""
     if missing := [state for state in STATES if not isinstance(perplexity.get(state), (int, float))]:
         raise ValueError(f"perplexity: expected one for each of {', '.join(STATES)}; {', '.join(missing)} is missing.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -60,7 +85,7 @@ def write_run(
     nats = {state: math.log(perplexity[state]) if perplexity[state] > 0 else math.nan for state in STATES}
     compute = Compute.default()
     parameters, prunable = model.num_parameters(), sum(done.masks[name].numel() for name in done.masks)
-    results = {
+    return {
         "perplexity": {state: perplexity[state] for state in STATES},
         "nats": nats,
         "gap_recovered": share_recovered(**{state: perplexity[state] for state in STATES}),
@@ -74,12 +99,7 @@ def write_run(
                 precision=compute.precision,
             )
         ),
-        "model": {
-            "name": model.config.name_or_path or type(model).__name__,
-            "parameters": parameters,
-            "prunable_parameters": prunable,
-            "covered": prunable / parameters,
-        },
+        "model": model_facts(model.config.name_or_path or type(model).__name__, parameters, prunable),
         "recipe": dict(done.recipe),
         "sparsity": sparsity(done.masks, zeros, parameters),
         "windows": [asdict(window) for window in done.windows],
@@ -89,8 +109,3 @@ def write_run(
         "seed": done.seed,
         "versions": versions(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    done.masks.save(folder / "masks.safetensors")
-    with replaced(folder / "results.json") as file:
-        file.write((json.dumps(without_nan(results), indent=2, allow_nan=False) + "\n").encode())
-    return write_report(folder)

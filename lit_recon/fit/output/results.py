@@ -70,6 +70,16 @@ class Results:
         sync_folder(path.parent)  # before the commits that these come from are removed
 
 
+def model_facts(name: str, parameters: int, prunable: int) -> dict[str, Any]:
+    """A dense model, by its name and its numbers of parameters."""
+    return {
+        "name": name,
+        "parameters": parameters,
+        "prunable_parameters": prunable,
+        "covered": prunable / parameters,
+    }
+
+
 def sparsity(masks: Masks, zeros: Mapping[str, int], parameters: int) -> dict[str, Any]:
     """Share of zeros in the file: of all parameters, of what was prunable, and of each matrix.
 
