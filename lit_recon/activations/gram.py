@@ -2,6 +2,9 @@
 
     || X W^T - Y ||^2 = tr(W G W^T) - 2 tr(W B^T) + ||Y||^2      G = X^T X      B = Y^T X
 
+Targets are products of the dense matrix V with sources S, mostly X itself, so that B = V S^T X and ||Y||^2 =
+tr(V S^T S V^T) need no products either, and matrices with the same inputs share all sums.
+
 Medians over rows come from a sample of the rows, which is kept.
 
 Shapes: N rows, E experts, O outputs, I inputs.
@@ -17,7 +20,6 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_recon.activations.datamodule import Activations
 from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.products import Product, SharedInputs, observing_products
@@ -102,6 +104,78 @@ def summing_products(
         yield
 
 
+@dataclass
+class PairedSums:
+    """Sums over pairs of rows: of the inputs, of the sources of the targets, and of one by the other (I, I) in float32.
+
+    Attributes:
+        inputs: Of the inputs.
+        sources: Of what the dense matrix makes targets of; the same object where that is the inputs.
+        cross_II: Of sources (first) by inputs.
+    """
+
+    inputs: GramSums
+    sources: GramSums
+    cross_II: Tensor
+
+    @classmethod
+    def zero(cls, width: int, device: torch.device) -> "PairedSums":
+        """Of no rows."""
+        return cls(GramSums.zero(width, device), GramSums.zero(width, device), torch.zeros(width, width, device=device))
+
+    @classmethod
+    def of_one(cls, sums: GramSums) -> "PairedSums":
+        """Where the sources are the inputs."""
+        return cls(sums, sums, sums.gram_II)
+
+    def add(self, sources_NI: Tensor, inputs_NI: Tensor) -> None:
+        """Add pairs of rows, of one token each."""
+        self.sources.add(sources_NI)
+        self.inputs.add(inputs_NI)
+        with torch.autocast(inputs_NI.device.type, enabled=False):
+            self.cross_II.addmm_(sources_NI.float().T, inputs_NI.float())
+
+
+class PairedProducts:
+    """Observes two passes of a layer in turn (`Passes.run_in_turn`), over sources and over inputs, and sums up pairs.
+
+    Args:
+        matrices: The matrices of the layer, each with one expert.
+        shared: Learns which of them share their inputs.
+
+    Attributes:
+        turn: Which of both runs now: 0 for the sources, 1 for the inputs.
+        sums: The sums, by part of the samples and the name of the matrix that leads.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], shared: SharedInputs) -> None:
+        self.turn = 0
+        self.sums: dict[str, dict[str, PairedSums]] = {}
+        self._matrices, self._shared = matrices, shared
+        self._sources: dict[str, list[Tensor]] = {}  # of the batch, until its inputs come
+
+    @contextmanager
+    def observing(self, part: str) -> Iterator[None]:
+        """Sum up the pairs of a part of the samples."""
+        sums = self.sums.setdefault(part, {})
+
+        def note(product: Product) -> None:
+            name = product.matrix.name
+            if self._shared.leader_of(product) != name:
+                return
+            if self.turn == 0:
+                self._sources.setdefault(name, []).append(product.rows_NI.clone())  # the layer may change them
+                return
+            sources_NI, inputs_NI = self._sources[name].pop(0), product.rows_NI
+            assert len(sources_NI) == len(inputs_NI), f"{name} sees other tokens in the two passes"
+            if name not in sums:
+                sums[name] = PairedSums.zero(inputs_NI.shape[1], inputs_NI.device)
+            sums[name].add(sources_NI, inputs_NI)
+
+        with observing_products(self._matrices, note):
+            yield
+
+
 class QuadraticError(NamedTuple):
     """The squared error of a matrix as a quadratic function of its weights, summed over the rows of some samples.
 
@@ -157,16 +231,10 @@ class NormalEquations:
 
     @classmethod
     def from_sums(
-        cls, window: MatrixWindow, calibration: list[GramSums], held_out: list[GramSums]
+        cls, window: MatrixWindow, calibration: Sequence[PairedSums], held_out: Sequence[PairedSums]
     ) -> "NormalEquations":
-        """Where the targets are the dense products: B = W G; `window` has its dense weight."""
-        return cls(_of_products(window, calibration), _of_products(window, held_out))
-
-    @classmethod
-    def from_activations(cls, activations: Activations) -> "NormalEquations":
-        """Where targets are of other inputs; of a plain matrix."""
-        split = activations.batching.num_samples
-        return cls(_of_activations(activations, slice(0, split)), _of_activations(activations, slice(split, None)))
+        """Of the sums of each expert; `window` has its dense weight, whose products are the targets."""
+        return cls(_quadratic(window, calibration), _quadratic(window, held_out))
 
     def unit(self) -> float:
         """Median over calibration rows of the energy of the dense product: the unit of errors."""
@@ -209,37 +277,19 @@ def _some(rows: Tensor, most: int) -> Tensor:
 
 
 @torch.no_grad()
-def _of_products(window: MatrixWindow, sums: list[GramSums]) -> QuadraticError:
+def _quadratic(window: MatrixWindow, sums: Sequence[PairedSums]) -> QuadraticError:
     (matrix,) = window.matrices()
     weight_EOI = matrix.by_expert(matrix.weight)
-    gram_EII = torch.stack([one.gram_II for one in sums]).double()
-    cross_EOI = weight_EOI.double() @ gram_EII
-    count = torch.tensor(max(1, sum(one.count for one in sums)), dtype=torch.float64, device=weight_EOI.device)
+    gram_EII = torch.stack([one.inputs.gram_II for one in sums])
+    cross_EOI = weight_EOI.double() @ torch.stack([one.cross_II for one in sums]).double()
+    of_sources_EOI = cross_EOI
+    if any(one.sources is not one.inputs for one in sums):
+        of_sources_EOI = weight_EOI.double() @ torch.stack([one.sources.gram_II for one in sums]).double()
+    square = (of_sources_EOI * weight_EOI).sum()
+    count = torch.tensor(max(1, sum(one.inputs.count for one in sums)), dtype=torch.float64, device=weight_EOI.device)
     sampled = []
     for weight_OI, one in zip(weight_EOI, sums, strict=True):
-        inputs_NI = torch.cat([weight_OI.new_zeros(0, weight_OI.shape[1]), *one.sampled])
-        sampled.append((inputs_NI, inputs_NI @ weight_OI.T))
-    square = (cross_EOI * weight_EOI).sum()
-    return QuadraticError(gram_EII.float(), cross_EOI.float(), square, count, sampled)
-
-
-@torch.no_grad()
-def _of_activations(activations: Activations, samples: slice) -> QuadraticError:
-    batching, arrays_STD = activations.batching, (activations.inputs_STD, activations.targets_STD)
-    device, (inputs, outputs) = batching.compute.device, (array_STD.shape[2] for array_STD in arrays_STD)
-    sums, cross_OI = GramSums.zero(inputs, device), torch.zeros(outputs, inputs, device=device)
-    square, targets = torch.zeros((), dtype=torch.float64, device=device), list[Tensor]()
-    first, last, _ = samples.indices(len(activations.inputs_STD))
-    for part in batching.batches(first, last):  # the arrays may be as large as a disk
-        rows_NI, rows_NO = (activations.rows(array_STD, part).to(device) for array_STD in arrays_STD)
-        before = len(sums.sampled)
-        sums.add(rows_NI)
-        if len(sums.sampled) > before:
-            targets.append(_some(rows_NO, len(sums.sampled[-1])).clone())
-        cross_OI.addmm_(rows_NO.T, rows_NI)
-        square += rows_NO.square().sum(dtype=torch.float64)
-        for array_STD in arrays_STD:
-            batching.store.release(array_STD, part)
-    num_rows = torch.tensor(sums.count, dtype=torch.float64, device=device)
-    sampled = [(torch.cat(sums.sampled), torch.cat(targets))]
-    return QuadraticError(sums.gram_II[None], cross_OI[None], square, num_rows, sampled)
+        none_NI = weight_OI.new_zeros(0, weight_OI.shape[1])
+        inputs_NI, sources_NI = (torch.cat([none_NI, *those.sampled]) for those in (one.inputs, one.sources))
+        sampled.append((inputs_NI, sources_NI @ weight_OI.T))
+    return QuadraticError(gram_EII, cross_EOI.float(), square, count, sampled)

@@ -2,7 +2,7 @@
 
     Activations      inputs and products, kept: for modules that train by gradient
     NormalEquations  X^T X and Y^T X alone (gram.py): for least squares, summed in the same pass as the criterion's
-                     statistics
+                     statistics where targets are of the same inputs, else in a pass over both
 
 Matrices with the same input, such as q, k and v, share its pass or its sums. The experts of a fused matrix have rows
 of their own; as samples, rows are cut to the chain's number of positions, the last sample padded.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.gram import GramSums, NormalEquations, summing_products
+from lit_recon.activations.gram import GramSums, NormalEquations, PairedProducts, PairedSums, summing_products
 from lit_recon.activations.passes import PARTS, Batching
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
@@ -67,6 +67,7 @@ class MatrixInputs:
         self._names: set[str] = set()  # the matrices whose inputs are captured now
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
         self._sums: dict[str, dict[str, list[GramSums]]] = {part: {} for part in PARTS}
+        self._pairs: dict[str, dict[str, PairedSums]] = {part: {} for part in PARTS}
 
     def activations(self, window: MatrixWindow) -> Activations | None:
         """The inputs and products of one matrix, in the layer run on the chain's inputs; None if it is not reached.
@@ -116,13 +117,27 @@ class MatrixInputs:
         """The sums over calibration samples for a matrix, of each expert; None if it was in no product."""
         return self._sums["calibration"].get(self._shared[matrix.name])
 
+    def sum_up(self) -> None:
+        """Sum up, in a pass of its own, all that normal equations need."""
+        passes, chain = self.chain.passes, self.chain
+        if chain.propagation.one_source:
+            passes.run(self.layer, chain.inputs_STD, None, [self])
+        else:
+            assert chain.dense
+            pairs = PairedProducts(self.layer.matrices(), self._shared)
+            passes.run_in_turn(self.layer, [chain.dense.states_STD, chain.inputs_STD], pairs)
+            self._pairs = pairs.sums
+
     def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:
         """The normal equations of one matrix, whose weight is still dense; None if no token reaches it."""
+        calibration, held_out = (self._paired(self._shared[window.matrix.name], part) for part in PARTS)
+        return NormalEquations.from_sums(window, calibration, held_out) if calibration and held_out else None
+
+    def _paired(self, leader: str, part: str) -> list[PairedSums]:
+        """The sums for the matrices that one leads, of each expert; none if no token reaches them."""
         if self.chain.propagation.one_source:
-            calibration, held_out = (self._sums[part].get(self._shared[window.matrix.name]) for part in PARTS)
-            return NormalEquations.from_sums(window, calibration, held_out) if calibration and held_out else None
-        activations = self.activations(window)
-        return NormalEquations.from_activations(activations) if activations else None
+            return [PairedSums.of_one(sums) for sums in self._sums[part].get(leader, [])]
+        return [self._pairs[part][leader]] if leader in self._pairs[part] else []
 
 
 def _no_calls(rows_B: Tensor) -> list[LayerCall]:

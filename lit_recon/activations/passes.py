@@ -57,6 +57,16 @@ class Batching:
             yield slice(start, min(start + self.batch_size, last))
 
 
+class TurnObserver(Observer, Protocol):
+    """Looks at what happens in passes over several arrays in turn.
+
+    Attributes:
+        turn: Index of the array that is run now.
+    """
+
+    turn: int
+
+
 class Energies(NamedTuple):
     """Energy of each token's update, gathered in a pass: the mean over features of (output - start)^2.
 
@@ -186,18 +196,41 @@ class Passes:
         Raises:
             NotFinite: An output is not finite.
         """
-        split, total = self.batching.num_samples, len(self.tokens_ST)
-        ranges = {"calibration": (0, split), "held_out": (split, total)}
         for part in parts:
             with ExitStack() as stack:
                 for observer in observers:
                     stack.enter_context(observer.observing(part))
-                for rows in self.batching.batches(*ranges[part]):
+                for rows in self._batches_of(part):
                     self.store.prefetch(inputs_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
                     self._run_rows(forward, inputs_STD, outputs_STD, rows, energies)
                     self.store.release(inputs_STD, rows)
                     if outputs_STD is not None:
                         self.store.release(outputs_STD, rows)
+
+    @torch.no_grad()
+    def run_in_turn(self, forward: Forward, arrays_STD: Sequence[Tensor], observer: TurnObserver) -> None:
+        """Run a window over several arrays of hidden states of the same samples, each batch of all before the next.
+
+        Args:
+            forward: Makes outputs, which are dropped, of hidden states and calls.
+            arrays_STD: What it is run on.
+            observer: Looks at all samples.
+
+        Raises:
+            NotFinite: An output is not finite.
+        """
+        for part in PARTS:
+            with observer.observing(part):
+                for rows in self._batches_of(part):
+                    for observer.turn, states_STD in enumerate(arrays_STD):
+                        self.store.prefetch(states_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
+                        self._run_rows(forward, states_STD, None, rows, None)
+                        self.store.release(states_STD, rows)
+
+    def _batches_of(self, part: str) -> Iterator[slice]:
+        """The batches of a part of the samples."""
+        split = self.batching.num_samples
+        return self.batching.batches(*((0, split) if part == "calibration" else (split, len(self.tokens_ST))))
 
     def _run_rows(
         self,

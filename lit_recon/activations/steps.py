@@ -91,20 +91,19 @@ class MatrixStep:
         self.needs_gram = needs_gram
         self.inputs = MatrixInputs(window, chain)
         propagation = chain.propagation
-        summed = needs_gram and propagation.one_source
         # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs.
-        self.observers: Sequence[Observer] = [self.inputs] if summed and propagation.independent else ()
-        self._own_pass = summed and not propagation.independent
+        self.observers: Sequence[Observer] = [self.inputs] if needs_gram and propagation.independent else ()
+        self._own_pass = needs_gram and not propagation.independent
         self._grams = WindowGrams(window.matrices()) if solves_first else None
         self.observers = [*self.observers, *_shares_pass(self._grams, chain)]
         self._gathered: Grams | None = None
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each matrix, with a copy of its weight to work on, and its normal equations or its activations."""
-        clock, passes = self.chain.clock, self.chain.passes
+        clock = self.chain.clock
         if self._own_pass:
             with clock.phase("teacher"):
-                passes.run(self.window, self.chain.inputs_STD, None, [self.inputs])
+                self.inputs.sum_up()
         for matrix in self.matrices:
             with clock.phase("teacher"):
                 data: TrainingData | None

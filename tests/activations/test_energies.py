@@ -6,7 +6,7 @@ from conftest import CPU
 from torch import Tensor
 from walks import CALIBRATION, LENGTH, SAMPLES, Walk, chain_in, each, name_of, propagation_of, title_of
 
-from lit_recon.activations.gram import SAMPLED, GramSums, NormalEquations
+from lit_recon.activations.gram import SAMPLED, GramSums, NormalEquations, PairedSums
 from lit_recon.activations.matrix_inputs import MatrixInputs
 from lit_recon.activations.propagation import Propagation
 from lit_recon.data.packing import PADDING
@@ -108,7 +108,7 @@ def gathered(rows_NI: Tensor, size: int) -> NormalEquations:
     sums = GramSums.zero(rows_NI.shape[1], CPU.device)
     for batch_NI in rows_NI.split(size):
         sums.add(batch_NI)
-    return NormalEquations.from_sums(window, [sums], [sums])
+    return NormalEquations.from_sums(window, *[[PairedSums.of_one(sums)]] * 2)
 
 
 @pytest.mark.parametrize(

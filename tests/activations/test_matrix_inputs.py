@@ -351,8 +351,7 @@ def moments_of(
         chain.dense_pass(span, [data])
     else:
         chain.dense_pass(span)
-        if propagation.one_source:
-            chain.passes.run(span, chain.inputs_STD, None, [data])
+        data.sum_up()
     return [(name, window, data.normal_equations(window), data.activations(window)) for name, window in windows.items()]
 
 
@@ -443,25 +442,22 @@ def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inpu
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
-def test_moments_of_other_inputs_are_summed_batch_by_batch(
-    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, is_padded: bool
+@pytest.mark.parametrize("inputs", ["sparse", "mix"])
+def test_moments_of_other_inputs_take_one_pass_over_each_for_the_whole_layer(
+    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, inputs: str
 ) -> None:
-    chain, windows, layer = at_layer(
-        tiny_model("llama"), padded(tokens_ST) if is_padded else tokens_ST, 1, Propagation(inputs="sparse")
-    )
+    """Of all its matrices, and no more than a batch of either is held."""
+    chain, windows, layer = at_layer(tiny_model("llama"), tokens_ST, 1, Propagation(inputs=inputs))
     chain.dense_pass(layer)
-    data = MatrixInputs(layer, chain).activations(windows["mlp.down_proj"])
-    assert data is not None
-    chosen, rows = [], Activations.rows
+    run, forward = list[int](), Window.forward
 
-    def noting(self: Activations, hidden_STD: Tensor, samples: slice) -> Tensor:
-        chosen.append(samples.stop - samples.start)
-        return rows(self, hidden_STD, samples)
+    def noting(self: Window, hidden_BTD: Tensor, *args: object) -> Tensor:
+        run.append(len(hidden_BTD))
+        return forward(self, hidden_BTD, *args)
 
-    monkeypatch.setattr(Activations, "rows", noting)
-    found = NormalEquations.from_activations(data)
-    assert max(chosen) <= data.batching.batch_size < data.batching.num_samples
-    targets_NO = rows(data, data.targets_STD, slice(0, data.batching.num_samples)).double()
-    assert found.unit() == pytest.approx(targets_NO.square().mean(-1).median().item(), rel=1e-6)
-    assert found.calibration.square.item() == pytest.approx(targets_NO.square().sum().item(), rel=1e-6)
+    monkeypatch.setattr(Window, "forward", noting)
+    data = MatrixInputs(layer, chain)
+    data.sum_up()
+    assert all(data.normal_equations(window) for window in windows.values())
+    assert sum(run) == 2 * len(tokens_ST)
+    assert max(run) <= chain.passes.batching.batch_size < chain.passes.batching.num_samples

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from lit_recon.activations.datamodule import Activations, Batch
-from lit_recon.activations.gram import GramSums, NormalEquations, QuadraticError
+from lit_recon.activations.gram import GramSums, NormalEquations, PairedSums, QuadraticError
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
@@ -210,7 +210,7 @@ def test_least_squares_finds_the_minimiser_also_in_a_run_of_16_bits(tmp_path: Pa
     window.open()
     sums = GramSums.zero(32, CPU.device)
     sums.add(rows_NI)
-    equations = NormalEquations.from_sums(window, [sums], [sums])
+    equations = NormalEquations.from_sums(window, *[[PairedSums.of_one(sums)]] * 2)
     targets_NO = (rows_NI @ window.weight.T).double().numpy()
     mask = torch.rand(window.weight.shape, generator=generator) < 0.5
     window.weight.mul_(mask)

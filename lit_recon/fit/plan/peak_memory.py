@@ -172,20 +172,20 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     shapes = {name: matrix.by_expert(matrix.weight).shape for name, matrix in matrices.items()}
     copy = sum(shape.numel() for shape in shapes.values())
     leaders, rows = rows_per_matrix(layer, chain, batch_size)
-    if uses_gram and chain.propagation.one_source:
+    if uses_gram:
         # Of calibration and held-out samples, in float32; those that are solved for once more in float64.
+        each = 2 if chain.propagation.one_source else 6  # where targets have other inputs: theirs, and of both
         led = {name: shapes[name] for name in leaders if name in shapes}
         widest = max((inputs for _, _, inputs in shapes.values()), default=0)
-        sums = 2 * sum(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
+        sums = each * sum(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
         return _FLOAT32 * (copy + sums), 0
     sources = 2 if chain.propagation.one_source else 3  # rows, and rows cut into samples
     kept, captured = 0, 0
     for name, (experts, outputs, inputs) in shapes.items():
         mine = rows[name] * (sources * inputs + outputs)
-        # Gram matrices: normal equations; else products, optimizer states, gradients and copies.
+        # Products, optimizer states, gradients and copies.
         trained = rows[name] * outputs + (4 + copies) * experts * outputs * inputs
-        aside = 12 * inputs * inputs if uses_gram else trained
-        kept, captured = max(kept, mine + aside), max(captured, mine)
+        kept, captured = max(kept, mine + trained), max(captured, mine)
     return _FLOAT32 * (copy + kept), _FLOAT32 * captured
 
 
