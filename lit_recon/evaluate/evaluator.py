@@ -78,13 +78,6 @@ class Evaluator:
             nats = negative_log_likelihoods(decoder, states_STD, tokens_ST, self.compute, given)
             return Measured(nats, states_STD[: self.num_compared].clone())
 
-    @torch.no_grad()
-    def final_states(self, model: PreTrainedModel) -> Tensor:
-        """Hidden states after the last layer that models are compared by, (S, T, D)."""
-        with self.clock.phase("evaluate"):
-            tokens_ST = self.samples.evaluation_ST[: self.num_compared]
-            return self._states(Decoder(model, self.compute.device), tokens_ST, unchanged)
-
     def _states(self, decoder: Decoder, tokens_ST: Tensor, around: LayerContext) -> Tensor:
         size = max(1, self.tokens_per_batch // tokens_ST.shape[1])
         return final_states(decoder, tokens_ST, batch_size=size, compute=self.compute, around=around)

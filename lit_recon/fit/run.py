@@ -21,6 +21,7 @@ from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
+from lit_recon.fit.dense_measure import DenseMeasure
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.card import card_metadata, model_card
 from lit_recon.fit.output.checkpoint import Companions
@@ -42,7 +43,7 @@ from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, 
 from lit_recon.fit.resume_config import mend_config
 from lit_recon.fit.resume_point import ResumePoint
 from lit_recon.fit.session import Session, open_session, reconstruct
-from lit_recon.fit.signature import changes, differences, machine, signature
+from lit_recon.fit.signature import changes, differences, machine, measured_by, signature
 from lit_recon.fit.walk_callbacks import CheckpointWriter, ProgressBar
 from lit_recon.model.loading import auto_class
 from lit_recon.model.mapped_files import DenseFiles
@@ -104,6 +105,7 @@ class _Opened:
         session: The model and what walks over it.
         plan: What it will take.
         described: The plan in words.
+        dense: Measures the dense model.
         facts: What each of its commits says besides its own.
         commit: The commit from which it is resumed.
     """
@@ -112,6 +114,7 @@ class _Opened:
     session: Session
     plan: Plan
     described: dict[str, str]
+    dense: DenseMeasure
     facts: dict[str, Any]
     commit: Commit | None
 
@@ -144,7 +147,8 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
             if limited or commit:
                 choice = Choice(**commit.state["choice"]) if commit else choose(job, session)
                 job, session = adopt(choice, job, session)
-            plan = plan_job(job, session)
+            dense = DenseMeasure(_evaluator(job, clock), {**measured_by(facts["signature"]), **facts["machine"]})
+            plan = plan_job(job, session, dense_is_known=dense.is_known)
             if job.source.needs_model:  # generation of its text is over: what that took is known
                 taken = peak_memory_bytes(job.execution.compute.device)
                 plan = replace(plan, peak_bytes=max(plan.peak_bytes, taken))
@@ -162,7 +166,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
     facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"
-    return _Opened(job, session, plan, described, facts, commit)
+    return _Opened(job, session, plan, described, dense, facts, commit)
 
 
 def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = None) -> Session:
@@ -205,6 +209,7 @@ class _Walked:
     saved: Saved
     windows: list[WindowResult]
     logger: RunLogger
+    dense: DenseMeasure
     dense_nats: float
     pruned_by: dict[str, list[str]]
     target: dict[str, float]
@@ -229,12 +234,12 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
     job, session, commit, facts = opened.job, opened.session, opened.commit, opened.facts
     device, evaluator = job.execution.compute.device, _evaluator(job, session.clock)
     if commit is None:
-        dense = evaluator.measure(session.model)
+        measured = opened.dense.of(session.model)
         try:
-            dense.check(job.execution.compute.precision)
+            measured.check(job.execution.compute.precision)
         except NotFinite as error:
             raise Refusal(str(error)) from error
-        facts["dense_nats"] = dense.nats
+        facts["dense_nats"] = measured.nats
         with protected():
             begin_output(job.output.folder, _config(job))
     else:
@@ -259,6 +264,7 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         saved=Saved(job.output.folder / "checkpoint", resume_point.masks, logits_BTV, resume_point.pruned),
         windows=resume_point.done,
         logger=resume_point.logger,
+        dense=opened.dense,
         dense_nats=facts["dense_nats"],
         pruned_by={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
         target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
@@ -326,7 +332,7 @@ def _card(opened: _Opened, results: Sequence[WindowResult], metadata: ModelCardD
 def _conclude(walked: _Walked, clock: Clock) -> Results:
     """Read the checkpoint back, measure it, and write results and report."""
     job, plan, saved, folder = walked.job, walked.plan, walked.saved, walked.job.output.folder
-    found = read_back(saved, job.model, _evaluator(job, clock))
+    found = read_back(saved, job.model, walked.dense)
     results = Results(
         nats={"dense": walked.dense_nats} | {state: found.nats[state] for state in PRUNED_STATES},
         relative_error={state: found.errors[state].mean for state in PRUNED_STATES},

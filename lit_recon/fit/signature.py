@@ -48,6 +48,12 @@ def signature(job: Job) -> dict[str, Any]:
     }
 
 
+def measured_by(signature: Mapping[str, Any]) -> dict[str, Any]:
+    """What the measurement of a run's dense model depends on, besides its text: the part of a signature."""
+    parts = ("model", "model_config", "compute", "code", "versions")
+    return {name: signature[name] for name in parts} | {"loaded": signature["config"].get("model")}
+
+
 def model_signature(model: LanguageModel, device: torch.device) -> str:
     """Hash of what the text depends on that a model generates: its files, configuration, dtype, attention, and device.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_recon.evaluate.evaluator import Evaluator
+from lit_recon.fit.dense_measure import DenseMeasure
 from lit_recon.model.errors import Errors
 from lit_recon.model.loading import HubModel, LanguageModel
 from lit_recon.pruning.masks import Masks, StoredWeights
@@ -45,12 +45,13 @@ class Found:
     zeros: dict[str, int]
 
 
-def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found:
-    """Read the checkpoint as a user will, check and measure it, then the pruned model.
+def read_back(saved: Saved, dense: LanguageModel, measure: DenseMeasure) -> Found:
+    """Read the checkpoint as a user will, check and measure it, then the pruned model; `measure` knows the dense one.
 
     Raises:
         RuntimeError: A pruned weight is not zero, or the model computes other logits than the one that was saved.
     """
+    evaluator = measure.evaluator
     with evaluator.clock.phase("load"):
         model = HubModel(name=str(saved.folder), attention=dense.attention).load()
     zeros = saved.masks.count_zeros(model)
@@ -61,7 +62,7 @@ def read_back(saved: Saved, dense: LanguageModel, evaluator: Evaluator) -> Found
     with evaluator.clock.phase("load"):
         model = dense.load()
     measured["pruned"] = evaluator.measure(model, partial(saved.masks.applied, changed=saved.pruned))
-    dense_STD = evaluator.final_states(model)
+    dense_STD = measure.of(model).states_STD
     return Found(
         nats={state: one.nats for state, one in measured.items()},
         errors={state: evaluator.errors(one.states_STD, dense_STD) for state, one in measured.items()},

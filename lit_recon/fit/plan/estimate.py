@@ -41,7 +41,7 @@ class Workload:
 
     Attributes:
         schedule: How long each window is trained.
-        evaluation_tokens: Tokens of one evaluation; three are made.
+        evaluation_tokens: Tokens of one evaluation.
         needs_gram: Whether single matrices are solved for from normal equations.
         module: Makes the LightningModule that says what is trained; None: all of a window.
         solves_first: Whether matrices are solved for before windows are trained.
@@ -49,6 +49,7 @@ class Workload:
         retraining: How long all layers are trained at once; None: not at all.
         keeps_best: Whether the best state of a fit is kept.
         is_anchored: Whether what is trained is pulled towards its start.
+        evaluations: How many evaluations are made.
     """
 
     schedule: Schedule
@@ -60,6 +61,7 @@ class Workload:
     retraining: Schedule | None = None
     keeps_best: bool = False
     is_anchored: bool = False
+    evaluations: int = 3
 
     @property
     def copies(self) -> int:
@@ -235,14 +237,14 @@ def _seconds_of_run(
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
     trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
     over_all = chain.propagation.passes
-    if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.one_source:
-        over_all += not chain.propagation.independent
+    if kind == WindowKind.MATRIX and work.needs_gram:  # one over all that the sums are of
+        over_all += 0 if chain.propagation.independent else 1 if chain.propagation.one_source else 2
     elif kind == WindowKind.MATRIX:  # one for each input that matrices have, and for that of its targets if it differs
         inputs = len(rows_per_matrix(layers[0], chain, batch_size)[0])
         over_all += inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after.
     samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
-    evaluated = trained_at_once + 3 * work.evaluation_tokens / passes.tokens_ST.shape[1]
+    evaluated = trained_at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
 

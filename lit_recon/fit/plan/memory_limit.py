@@ -58,8 +58,8 @@ class _Need(NamedTuple):
         return f"{what} with data.batch_size={choice.batch_size}"
 
 
-def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
-    """The plan of a run as it is, or with another batch size."""
+def plan_job(job: Job, session: Session, batch_size: int | None = None, *, dense_is_known: bool = False) -> Plan:
+    """The plan of a run as it is, or with another batch size; of one whose dense model was measured, or not."""
     samples, method = job.samples, job.method
     work = Workload(
         method.schedule,
@@ -71,6 +71,7 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None) -> Plan:
         retraining=method.retraining_schedule,
         keeps_best=method.fitting.keep == "best",
         is_anchored=method.is_anchored,
+        evaluations=2 if dense_is_known else 3,
     )
     return make_plan(
         session,
