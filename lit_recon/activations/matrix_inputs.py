@@ -102,8 +102,8 @@ class MatrixInputs:
     def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
         """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
         passes = self.chain.passes
-        capture = _Capture(window.matrix, self.layer.matrices(), self._shared, passes.store)
-        passes.run(self.layer, states_STD, None, [capture])
+        capture = _Capture(window.matrix, self.layer, self._shared, passes.store)
+        passes.run(capture.forward, states_STD, None, [capture])
         reached = all(rows.count for rows in capture.rows.values())
         return _as_samples(capture.rows, passes.tokens_ST.shape[1], passes.store) if reached else None
 
@@ -148,16 +148,35 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
+class _EnoughError(Exception):
+    """Raised within a layer's forward that has shown all that is looked at."""
+
+
 class _Capture:
     """Observes a pass for the inputs of one matrix, and for which matrices share an input.
+
+    The first batch runs through the whole layer. If the matrix is multiplied by one row for each token there, the layer
+    is left in other batches as soon as these rows were seen: most of it comes after q, k and v.
 
     Attributes:
         rows: The matrix's inputs, by part of the samples.
     """
 
-    def __init__(self, matrix: Matrix, all_matrices: Sequence[Matrix], shared: SharedInputs, store: Store) -> None:
-        self.matrix, self.all_matrices, self.shared = matrix, all_matrices, shared
+    def __init__(self, matrix: Matrix, layer: Window, shared: SharedInputs, store: Store) -> None:
+        self.matrix, self.layer, self.shared = matrix, layer, shared
         self.rows = {part: _RowPieces(store) for part in PARTS}
+        self._awaited, self._is_first, self._one_each = 0, True, False
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """The layer's outputs, or its inputs where it was left."""
+        self._awaited = hidden_BTD[..., 0].numel()  # rows that are still to come
+        try:
+            outputs_BTD = self.layer(hidden_BTD, calls)
+        except _EnoughError:
+            return hidden_BTD
+        if self._is_first:
+            self._is_first, self._one_each = False, self._awaited == 0
+        return outputs_BTD
 
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
@@ -166,9 +185,13 @@ class _Capture:
         def note(product: Product) -> None:
             self.shared.leader_of(product)
             if product.matrix.name == self.matrix.name:
-                self.rows[part].add(product.rows_NI, product.expert)
+                rows_NI = product.rows_NI
+                self.rows[part].add(rows_NI, product.expert)
+                self._awaited -= len(rows_NI)
+                if self._one_each and self._awaited == 0 and self.matrix.experts == 1:
+                    raise _EnoughError
 
-        with observing_products(self.all_matrices, note):
+        with observing_products(self.layer.matrices(), note):
             yield
         self.rows[part].put_away()
 

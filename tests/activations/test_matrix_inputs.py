@@ -442,6 +442,22 @@ def test_matrices_of_experts_with_dense_targets_of_other_inputs_are_refused(inpu
 
 
 @torch.no_grad()
+def test_a_layer_is_run_no_further_than_to_the_matrix_once_that_is_known(
+    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    chain, windows, layer = at_layer(model, tokens_ST, 1, Propagation(inputs="sparse"))
+    chain.dense_pass(layer)
+    entered, mlp = list[str](), type(model.model.layers[1].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, *args: entered.append("mlp") or forward(self, *args))
+    for name, expected in {"self_attn.q_proj": 2, "self_attn.o_proj": 2, "mlp.gate_proj": 6}.items():
+        entered.clear()
+        assert MatrixInputs(layer, chain).activations(windows[name]) is not None
+        assert len(entered) == expected, f"{name}: of three batches of two chains; the first of each runs to the end"
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("inputs", ["sparse", "mix"])
 def test_moments_of_other_inputs_take_one_pass_over_each_for_the_whole_layer(
     tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, inputs: str
