@@ -116,7 +116,7 @@ class Evaluation:
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Chosen:
     """What a configuration chooses, before it is looked at together; None for what could not be made."""
 

@@ -27,7 +27,7 @@ from lit_recon.system.device import Compute
 LOGITS_BYTES = 64 * 2**20  # of one slice of logits in float32; their softmax doubles it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationProtocol:
     """How perplexity is measured; printed and stored with every number.
 
@@ -57,7 +57,15 @@ class EvaluationProtocol:
     ) -> "EvaluationProtocol":
         """The protocol of an evaluation part, of which the first `given` tokens of each sequence are not predicted."""
         windows, context = tokens_ST.shape
-        return cls(dataset, "evaluation", context, windows, windows * (context - given), precision, opening)
+        return cls(
+            dataset=dataset,
+            split="evaluation",
+            context=context,
+            windows=windows,
+            tokens=windows * (context - given),
+            precision=precision,
+            opening=opening,
+        )
 
     def describe(self) -> str:
         """One line."""

@@ -5,7 +5,7 @@ The command and the library open one in the same way, and `reconstruct` walks ov
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Session:
     pruner: Pruner
     weights: WeightOffloader
     clock: Clock
+    _: KW_ONLY
     retrained: Retrained | None = None
 
     @property
@@ -130,7 +131,7 @@ def open_session(
     retrained = None
     if method.walk != "local":
         retrained = open_retraining(method.retraining, passes, matrices, weights)
-    return Session(model, matrices, windows, chain, pruner, weights, clock, retrained)
+    return Session(model, matrices, windows, chain, pruner, weights, clock, retrained=retrained)
 
 
 def _passes(

@@ -6,7 +6,7 @@ between files that transformers loads into the same model (layout.py).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Change:
     name: str
     dtypes: tuple[str, str]
     is_matrix: bool
+    _: KW_ONLY
     numbers: int = 0
     pruned: int = 0
     kept: int = 0

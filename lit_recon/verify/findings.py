@@ -7,7 +7,7 @@ the masks of all experts of a matrix. What the zeros of a matrix are: zeros.py.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,6 +72,7 @@ class Findings:
     """
 
     request: Request
+    _: KW_ONLY
     remarks: list[str] = field(default_factory=list)
     matrices: list[Found] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)

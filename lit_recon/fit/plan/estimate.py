@@ -5,7 +5,7 @@ hooks, and the same forward is timed to tell how long the walk will take.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from lightning import LightningModule
 from transformers import PreTrainedModel
@@ -54,6 +54,7 @@ class Workload:
 
     schedule: Schedule
     evaluation_tokens: int
+    _: KW_ONLY
     needs_gram: bool = False
     module: Callable[..., LightningModule] | None = None
     solves_first: bool = False
@@ -163,7 +164,16 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(forward, layers, chain, work, batch_size, largest, kind, again.samples),
+        seconds=_seconds_of_run(
+            forward,
+            layers,
+            chain,
+            work,
+            batch_size=batch_size,
+            largest=largest,
+            kind=kind,
+            trained_at_once=again.samples,
+        ),
     )
 
 
@@ -226,6 +236,7 @@ def _seconds_of_run(
     layers: Sequence[Window],
     chain: Chain,
     work: Workload,
+    *,
     batch_size: int,
     largest: int,
     kind: str,

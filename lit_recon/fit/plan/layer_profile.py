@@ -20,7 +20,7 @@ from lit_recon.system.device import Compute
 _FLOAT32 = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerProfile:
     """Seconds and memory of one window on one batch.
 

@@ -83,7 +83,9 @@ def opened() -> Session:
     matrices, chain = verify(model, TOKENS_ST), chain_of(model, TOKENS_ST, 4)
     pruner, weights = Pruner(Magnitude(), Unstructured(sparsity=0.5), chain), WeightOffloader(model, CPU.device)
     retrained = open_retraining(Retraining(), chain.passes, matrices, weights)
-    return Session(model, matrices, Partition().cut(model, matrices), chain, pruner, weights, Clock(), retrained)
+    return Session(
+        model, matrices, Partition().cut(model, matrices), chain, pruner, weights, Clock(), retrained=retrained
+    )
 
 
 def bytes_in(scope: str, make: Callable[..., LightningModule], keep: str) -> int:
