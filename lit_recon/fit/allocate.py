@@ -26,10 +26,10 @@ Patterns = dict[str, Sequence[Pattern]]  # of each matrix, or of each of its exp
 
 def allocation_of(method: Method) -> Allocation | None:
     """What shares the sparsity out after a look at the dense model; None where nothing does."""
-    pattern = method.pattern
+    pattern = method.pruning.pattern
     if isinstance(pattern, Unstructured) and pattern.scope in ("layer", "model"):
         return SharedThreshold()
-    return method.allocation
+    return method.pruning.allocation
 
 
 def by_rules(method: Method, matrices: Sequence[Matrix]) -> Patterns:
@@ -38,12 +38,12 @@ def by_rules(method: Method, matrices: Sequence[Matrix]) -> Patterns:
     Raises:
         ValueError: A rule matches no matrix, or a matrix has no rule.
     """
-    if method.rules is None:
+    if method.pruning.rules is None:
         return {}
     names = [matrix.name for matrix in matrices if matrix.input_dim is not None]
-    base = None if method.is_covered else method.pattern
-    scope = method.pattern.scope if isinstance(method.pattern, Unstructured) else "row"
-    return {name: [pattern] for name, pattern in method.rules.resolve(names, base, scope=scope).items()}
+    base = None if method.pruning.is_covered else method.pruning.pattern
+    scope = method.pruning.pattern.scope if isinstance(method.pruning.pattern, Unstructured) else "row"
+    return {name: [pattern] for name, pattern in method.pruning.rules.resolve(names, base, scope=scope).items()}
 
 
 def allocate(method: Method, chain: Chain, matrices: LayerMatrices, *, seed: int) -> Patterns:
@@ -60,7 +60,7 @@ def allocate(method: Method, chain: Chain, matrices: LayerMatrices, *, seed: int
         NotFinite: A score or an error is not finite.
     """
     allocation = allocation_of(method)
-    if isinstance(method.criterion, GivenMasks) or allocation is None:
+    if isinstance(method.pruning.criterion, GivenMasks) or allocation is None:
         return by_rules(method, [matrix for layer in matrices for matrix in layer])
     model = chain.passes.decoder.model
     boundary = chain.dense or chain.sparse
@@ -68,15 +68,15 @@ def allocate(method: Method, chain: Chain, matrices: LayerMatrices, *, seed: int
     log.info("looking at all layers for %s", allocation.describe())
     with chain.clock.phase("teacher"):
         survey = Survey(layer_windows(model, matrices), chain.passes, boundary.states_STD, seed)
-        return {**allocation.allocate(survey, method.criterion, method.pattern)}
+        return {**allocation.allocate(survey, method.pruning.criterion, method.pruning.pattern)}
 
 
 def target_sparsity(method: Method, patterns: Patterns, matrices: LayerMatrices) -> dict[str, float]:
     """The share of weights that is to be removed of each matrix, by name."""
     names = [matrix.name for layer in matrices for matrix in layer if matrix.input_dim is not None]
-    if isinstance(method.criterion, GivenMasks):
-        return {name: method.criterion.shares[name] for name in names}
-    found = {name: patterns.get(name, [method.pattern]) for name in names}
+    if isinstance(method.pruning.criterion, GivenMasks):
+        return {name: method.pruning.criterion.shares[name] for name in names}
+    found = {name: patterns.get(name, [method.pruning.pattern]) for name in names}
     return {name: sum(one.sparsity for one in of_experts) / len(of_experts) for name, of_experts in found.items()}
 
 

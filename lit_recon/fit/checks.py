@@ -167,9 +167,9 @@ def check_model(model: PreTrainedModel, method: Method, matrices: LayerMatrices 
     matrices = find_matrices(model) if matrices is None else matrices
     found = [matrix for layer in matrices for matrix in layer]
     patterns = by_rules(method, found)
-    check_pattern(found, {one.name: patterns.get(one.name, [method.pattern]) for one in found})
-    if isinstance(method.criterion, GivenMasks):
-        method.criterion.check(found)
+    check_pattern(found, {one.name: patterns.get(one.name, [method.pruning.pattern]) for one in found})
+    if isinstance(method.pruning.criterion, GivenMasks):
+        method.pruning.criterion.check(found)
     if method.windows.by == WindowKind.MATRIX:
         check_experts([matrix for matrix in found if matrix.input_dim is not None], method.propagation)
 
@@ -211,24 +211,27 @@ def check_windows(
             scored, or windows that are to be solved for are not dense when they are pruned.
     """
     check_nested(pruning_windows, windows)
-    if method.fitting.start != "none" and _are_smaller(pruning_windows, windows):
+    if method.training.fitting.start != "none" and _are_smaller(pruning_windows, windows):
         raise ValueError(
-            f"start={method.fitting.start} with prune_by={method.prune_by} and windows={method.windows.by}: a window "
-            "is solved for while it is dense, and this prunes parts of it one after the other; use prune_by=window."
+            f"start={method.training.fitting.start} with prune_by={method.pruning.prune_by} and "
+            f"windows={method.windows.by}: a window is solved for while it is dense, and this prunes parts of it one "
+            "after the other; use prune_by=window."
         )
     check_larger(method, windows, pruning_windows)
     check_halves(windows, method.propagation, recompute=recompute)
     layers = {id(window.enclosing): window.enclosing for window in windows}.values()
-    check_scored([matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.allow_unscored)
+    check_scored(
+        [matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.pruning.allow_unscored
+    )
 
 
 def check_larger(method: Method, windows: Sequence[AnyWindow], pruning_windows: Sequence[Window]) -> None:
     """Raise a ValueError for a criterion that changes weights where more than a window is pruned at once."""
-    if changes_weights(method.criterion) and _are_smaller(windows, pruning_windows):
+    if changes_weights(method.pruning.criterion) and _are_smaller(windows, pruning_windows):
         raise ValueError(
-            f"criterion={type(method.criterion).__name__} with prune_by={method.prune_by}, windows={method.windows.by} "
-            "and chain.statistics=sparse: the weights that it changes would be kept for several windows; use "
-            "prune_by=window, another criterion, or chain.statistics=dense."
+            f"criterion={type(method.pruning.criterion).__name__} with prune_by={method.pruning.prune_by}, "
+            f"windows={method.windows.by} and chain.statistics=sparse: the weights that it changes would be kept for "
+            "several windows; use prune_by=window, another criterion, or chain.statistics=dense."
         )
 
 

@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
-from lit_recon.fit.job import Execution, Job, Method, Output, Schedule, callable_name, num_arrays
+from lit_recon.fit.job import (
+    Execution,
+    Job,
+    Method,
+    Output,
+    PruningMethod,
+    Schedule,
+    TrainingMethod,
+    callable_name,
+    num_arrays,
+)
 from lit_recon.fit.output.folder import ACTIVATIONS, check_output, check_writable, folder_state
 from lit_recon.fit.output.inputs import check_inputs
 from lit_recon.fit.output.push import check_push
@@ -74,22 +84,26 @@ class _Chosen:
         assert self.compute is not None and self.fitting is not None
         apart = prunes_apart(self.call["prune_by"], self.parts["chain"])
         return Method(
-            criterion=self.parts["criterion"],
-            pattern=self.parts["pattern"],
+            pruning=PruningMethod(
+                criterion=self.parts["criterion"],
+                pattern=self.parts["pattern"],
+                prune_by=self.call["prune_by"] if apart else "window",
+                allow_unscored=self.call["allow_unscored"],
+                refinement=self.parts["refine"],
+                rules=self.parts["rules"],
+                allocation=self.parts["allocation"],
+            ),
+            training=TrainingMethod(
+                module=self.parts["module"],
+                fitting=self.fitting,
+                trainer=self.compute.trainers(without_strategy(self.parts["trainer"])),
+                schedule=Schedule.from_trainer(self.trainer),
+                retraining=self.parts["retraining"],
+                retraining_trainer=self.compute.trainers(self.parts["trainer"]),
+            ),
             windows=self.parts["windows"],
             propagation=self.parts["chain"],
-            prune_by=self.call["prune_by"] if apart else "window",
-            module=self.parts["module"],
-            fitting=self.fitting,
-            trainer=self.compute.trainers(without_strategy(self.parts["trainer"])),
-            schedule=Schedule.from_trainer(self.trainer),
-            allow_unscored=self.call["allow_unscored"],
             walk=self.call["walk"],
-            retraining=self.parts["retraining"],
-            refinement=self.parts["refine"],
-            rules=self.parts["rules"],
-            allocation=self.parts["allocation"],
-            retraining_trainer=self.compute.trainers(self.parts["trainer"]),
         )
 
     def execution(self, limit: int | None = None) -> Execution:
@@ -131,8 +145,8 @@ def prepare(cfg: DictConfig, *, samples_of: Callable[..., Samples] = make_sample
         skeleton = model.skeleton()
         check_model(skeleton, method)
     with concerning(given_of("module")):
-        prepare_model(skeleton, method.module)
-        check_module(method.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
+        prepare_model(skeleton, method.training.module)
+        check_module(method.training.module, skeleton, single=method.windows.by == WindowKind.MATRIX)
     if call["resume"] is None:  # that run was rehearsed when it began; what has changed since is refused
         _rehearse(chosen, skeleton)
     with concerning(given_of("model")):

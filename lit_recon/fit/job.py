@@ -53,8 +53,8 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """What is done to a model.
+class PruningMethod:
+    """How a model is pruned.
 
     Attributes:
         criterion: Scores weights.
@@ -62,46 +62,17 @@ class Method:
         refinement: Refines masks; None where nothing does.
         rules: Give matrices patterns of their own, by name; None where there are none.
         allocation: Shares the sparsity out over layers, after a look at all of them; None where nothing does.
-        windows: How the model is cut into windows.
-        propagation: What windows see.
         prune_by: What is pruned at once, one of PRUNE_BY; "window" where it makes no difference.
-        module: Makes a window's LightningModule from (window, masks, unit).
-        fitting: How windows are tried, and what is kept.
-        trainer: Makes a window's Trainer from `callbacks` and `logger`.
-        schedule: How long it trains.
         allow_unscored: Whether matrices may stay dense that the criterion cannot score.
-        walk: One of WALKS: windows are reconstructed one by one, or all layers are trained at once, or both in turn.
-        retraining: How all layers are trained at once.
-        retraining_trainer: Makes the Trainer of that, which may have a strategy; None: `trainer`.
     """
 
     criterion: Criterion
     pattern: Pattern
-    windows: Partition
-    propagation: Propagation
     prune_by: str
-    module: Callable[..., LightningModule]
-    fitting: FitSettings
-    trainer: Callable[..., Trainer]
-    schedule: Schedule
     allow_unscored: bool
-    walk: str = "local"
-    retraining: Retraining = Retraining()
-    retraining_trainer: Callable[..., Trainer] | None = None
     refinement: Refinement | None = None
     rules: Rules | None = None
     allocation: Allocation | None = None
-
-    @property
-    def retraining_schedule(self) -> Schedule:
-        """How long all layers are trained at once."""
-        epochs = self.retraining.max_epochs
-        return self.schedule if epochs is None else replace(self.schedule, epochs=epochs)
-
-    @property
-    def is_anchored(self) -> bool:
-        """Whether the module pulls what it trains towards its start, of which it then holds copies."""
-        return bool(_argument(self.module, "anchor"))
 
     def describe_pattern(self) -> str:
         """What is removed where, in the words of the settings."""
@@ -116,27 +87,87 @@ class Method:
         """Whether rules alone say what is removed: the setting `sparsity` is a list of them, and no number."""
         return self.rules is not None and isinstance(self.pattern, Unstructured) and not self.pattern.sparsity
 
-    def recipe(self, batch_size: int) -> dict[str, str]:
-        """The method in the words of the settings, for results, report and model card."""
-        accumulated = f", {self.schedule.accumulate} per step" if self.schedule.accumulate > 1 else ""
-        found = {
-            "criterion": type(self.criterion).__name__ + (", channels reordered" if permutes(self.criterion) else ""),
-            "pattern": self.describe_pattern(),
-            **({} if self.refinement is None else {"refine": type(self.refinement).__name__}),
-            "windows": self.windows.describe(),
-            "module": callable_name(self.module),
-            **self.propagation.describe(),
-            "epochs": str(self.schedule.epochs),
-            "batch_size": f"{batch_size}{accumulated}",
-        }
-        rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
-        if self.walk != "local":
-            found |= {"walk": self.walk, **self.retraining.describe()}
+    def describe(self) -> dict[str, str]:
+        """The words of the settings, by what they are about."""
+        reordered = ", channels reordered" if permutes(self.criterion) else ""
+        found = {"criterion": type(self.criterion).__name__ + reordered, "pattern": self.describe_pattern()}
+        return found if self.refinement is None else found | {"refine": type(self.refinement).__name__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod:
+    """How windows are trained, and all layers at once.
+
+    Attributes:
+        module: Makes a window's LightningModule from (window, masks, unit).
+        fitting: How windows are tried, and what is kept.
+        trainer: Makes a window's Trainer from `callbacks` and `logger`.
+        schedule: How long it trains.
+        retraining: How all layers are trained at once.
+        retraining_trainer: Makes the Trainer of that, which may have a strategy; None: `trainer`.
+    """
+
+    module: Callable[..., LightningModule]
+    fitting: FitSettings
+    trainer: Callable[..., Trainer]
+    schedule: Schedule
+    retraining: Retraining = Retraining()
+    retraining_trainer: Callable[..., Trainer] | None = None
+
+    @property
+    def retraining_schedule(self) -> Schedule:
+        """How long all layers are trained at once."""
+        epochs = self.retraining.max_epochs
+        return self.schedule if epochs is None else replace(self.schedule, epochs=epochs)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the module pulls what it trains towards its start, of which it then holds copies."""
+        return bool(_argument(self.module, "anchor"))
+
+    def describe(self) -> dict[str, str]:
+        """What differs from the defaults, and the learning rate, in the words of the settings."""
+        found: dict[str, str] = {}
         for name, usual in USUAL.items():
             chosen = _argument(self.module, name)
             found |= {} if chosen is None or callable_name(chosen) == usual else {name: callable_name(chosen)}
+        rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
         found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
         return found if needs_gram(self.module) else found | self.fitting.describe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is done to a model.
+
+    Attributes:
+        pruning: How it is pruned.
+        training: How windows are trained.
+        windows: How the model is cut into windows.
+        propagation: What windows see.
+        walk: One of WALKS: windows are reconstructed one by one, or all layers are trained at once, or both in turn.
+    """
+
+    pruning: PruningMethod
+    training: TrainingMethod
+    windows: Partition
+    propagation: Propagation
+    walk: str = "local"
+
+    def recipe(self, batch_size: int) -> dict[str, str]:
+        """The method in the words of the settings, for results, report and model card."""
+        schedule = self.training.schedule
+        accumulated = f", {schedule.accumulate} per step" if schedule.accumulate > 1 else ""
+        return {
+            **self.pruning.describe(),
+            "windows": self.windows.describe(),
+            "module": callable_name(self.training.module),
+            **self.propagation.describe(),
+            "epochs": str(schedule.epochs),
+            "batch_size": f"{batch_size}{accumulated}",
+            **({} if self.walk == "local" else {"walk": self.walk, **self.training.retraining.describe()}),
+            **self.training.describe(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +258,7 @@ def num_arrays(method: Method, store: StoreSettings, windows: Sequence[AnyWindow
         kind=kind,
         parallel=has_parallel_halves(windows),
         overlapping=kind == method.windows.by and method.windows.overlapping,
-        prune_by=method.prune_by,
+        prune_by=method.pruning.prune_by,
     )
 
 

@@ -21,7 +21,7 @@ from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
-from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.job import Execution, Method, PruningMethod, Schedule, TrainingMethod
 from lit_recon.fit.output.library_run import Reconstruction
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
@@ -183,8 +183,8 @@ _Asked = tuple[dict[str, Any], dict[str, Any], StoreSettings, int, int]  # the a
 def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: bool) -> Reconstruction:
     """Open a session and walk over it."""
     method, execution = _checked(*asked)
-    prepare_model(model, method.module)
-    check_module(method.module, model, single=method.windows.by == WindowKind.MATRIX)
+    prepare_model(model, method.training.module)
+    check_module(method.training.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
     _rehearse(model, samples, asked)
     masks = _KeptMasks()
@@ -277,10 +277,18 @@ def _checked(
     compute = problems.check(Compute.choose, make, settings["precision"], about="trainer: ")
     problems.raise_all()
     apart = prunes_apart(parts["prune_by"], parts["propagation"])
+    in_pruning = ("criterion", "pattern", "allow_unscored", "refinement", "rules", "allocation")
+    in_training = ("module", "fitting", "retraining")
     method = Method(
-        **parts | {"prune_by": parts["prune_by"] if apart else "window"},
-        trainer=compute.trainers(make),
-        schedule=Schedule.from_trainer(settings),
+        pruning=PruningMethod(
+            **{name: parts[name] for name in in_pruning}, prune_by=parts["prune_by"] if apart else "window"
+        ),
+        training=TrainingMethod(
+            **{name: parts[name] for name in in_training},
+            trainer=compute.trainers(make),
+            schedule=Schedule.from_trainer(settings),
+        ),
+        **{name: parts[name] for name in ("windows", "propagation", "walk")},
     )
     return method, Execution(compute=compute, store=store, batch_size=batch_size, seed=seed)
 

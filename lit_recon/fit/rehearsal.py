@@ -87,18 +87,25 @@ def _fit_two_steps(
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
     with TemporaryDirectory(prefix="lit_recon.") as scratch:
         stopping = partial(_stopping, scratch=scratch, batches=-(-counts[0] // execution.batch_size))
+        pruning, training = method.pruning, method.training
         method = replace(
             method,
-            # Given masks are of the real model.
-            criterion=Magnitude() if isinstance(method.criterion, GivenMasks) else _copy(method.criterion),
-            pattern=_copy(method.pattern),
-            refinement=_copy(method.refinement),
-            rules=None,  # on names of the real model
-            module=_copy(method.module),
+            pruning=replace(
+                pruning,
+                # Given masks are of the real model.
+                criterion=Magnitude() if isinstance(pruning.criterion, GivenMasks) else _copy(pruning.criterion),
+                pattern=_copy(pruning.pattern),
+                refinement=_copy(pruning.refinement),
+                rules=None,  # on names of the real model
+            ),
+            training=replace(
+                training,
+                module=_copy(training.module),
+                fitting=replace(training.fitting, retry_rates=()),
+                trainer=stopping(training.trainer),
+                retraining_trainer=stopping(training.retraining_trainer or training.trainer),
+            ),
             windows=windows,
-            fitting=replace(method.fitting, retry_rates=()),
-            trainer=stopping(method.trainer),
-            retraining_trainer=stopping(method.retraining_trainer or method.trainer),
         )
         execution = replace(execution, stop_after=None)
         most = [min(count, MOST * execution.batch_size) for count in counts]

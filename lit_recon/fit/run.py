@@ -179,7 +179,7 @@ def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = 
         patterns: Those of its matrices, where the run is resumed.
     """
     model = job.model.load()
-    prepare_model(model, job.method.module)
+    prepare_model(model, job.method.training.module)
     if said := job.model.describe_left_out():
         log.info("%s; the checkpoint holds them as they are", said)
     found = DenseFiles.from_model(model, job.model.files(), job.model.renamed)
@@ -288,7 +288,7 @@ def _reconstruct(opened: _Opened, commits: Commits, console: Console) -> ResumeP
     resume_point = ResumePoint(commits, session, logger, opened.facts)
     if commit:
         resume_point.restore(commit)
-    fit_commits = FitCommits(job.method.retraining.commit_every, resume_point.on_steps, resume_point.fit_state)
+    fit_commits = FitCommits(job.method.training.retraining.commit_every, resume_point.on_steps, resume_point.fit_state)
     companions = Companions(job.tokenizer, job.model.companions(), job.model.left_out_tensors())
     metadata = card_metadata(job.model, job.source.hub_datasets())
     checkpoint = CheckpointWriter(folder, companions, resume_point, lambda done: _card(opened, done, metadata))

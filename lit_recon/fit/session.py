@@ -113,24 +113,24 @@ def open_session(
     passes = _passes(model, samples, method, execution, windows, activations)
     chain = Chain(passes, method.propagation, recompute=execution.store.recompute, clock=clock)
     weights.release_pages()
-    if isinstance(method.criterion, GivenMasks):
-        method.criterion.prepare([matrix for layer in matrices for matrix in layer])
+    if isinstance(method.pruning.criterion, GivenMasks):
+        method.pruning.criterion.prepare([matrix for layer in matrices for matrix in layer])
     if patterns is None:
         patterns = allocate(method, chain, matrices, seed=execution.seed)
         weights.release_pages()
     pruner = Pruner(
-        method.criterion,
-        method.pattern,
+        method.pruning.criterion,
+        method.pruning.pattern,
         chain,
         patterns=patterns,
-        refinement=method.refinement,
+        refinement=method.pruning.refinement,
         pruning_windows=pruning_windows,
         seed=execution.seed,
         clock=clock,
     )
     retrained = None
     if method.walk != "local":
-        retrained = open_retraining(method.retraining, passes, matrices, weights)
+        retrained = open_retraining(method.training.retraining, passes, matrices, weights)
     return Session(model, matrices, windows, chain, pruner, weights, clock, retrained=retrained)
 
 
@@ -188,7 +188,7 @@ def reconstruct(
         "device": execution.compute.device,
         "seed": execution.seed,
         "logger": logger,
-        "fitting": method.fitting,
+        "fitting": method.training.fitting,
         "callbacks": trainer_callbacks,
         "clock": session.clock,
     }
@@ -219,8 +219,8 @@ def reconstruct(
 
 def _window_fitter(session: Session, method: Method, settings: Mapping[str, Any]) -> WindowFitter:
     """Fits the windows of the walk; with walk=global it only measures them."""
-    module: Any = Untrained if method.walk == "global" else method.module
-    return WindowFitter(module, method.trainer, **settings, search=_search(method, session.windows))
+    module: Any = Untrained if method.walk == "global" else method.training.module
+    return WindowFitter(module, method.training.trainer, **settings, search=_search(method, session.windows))
 
 
 def _global_fitter(
@@ -228,18 +228,18 @@ def _global_fitter(
 ) -> WindowFitter:
     """Fits all layers at once, by the loss, at the rate and with the Trainer of that."""
     return WindowFitter(
-        partial(method.module, loss=method.retraining.loss),
-        method.retraining_trainer or method.trainer,
+        partial(method.training.module, loss=method.training.retraining.loss),
+        method.training.retraining_trainer or method.training.trainer,
         **settings,
         search=_search(method, [retrained.window]),
-        scale=method.retraining.rate,
+        scale=method.training.retraining.rate,
         commits=commits,
     )
 
 
 def _search(method: Method, windows: Iterable[AnyWindow]) -> RateSearch | None:
     """Says at which rates some windows are tried; None: as their settings do."""
-    probes = is_probed(method.module) and method.fitting.retry_rates
+    probes = is_probed(method.training.module) and method.training.fitting.retry_rates
     return ProbedRates(window.name for window in windows) if probes else None
 
 
@@ -261,6 +261,6 @@ def _lengths(samples: Samples) -> Mapping[str, int]:
 def _pruning_windows(method: Method, model: PreTrainedModel, matrices: LayerMatrices) -> list[Window]:
     """What is pruned at once, where that is not each window."""
     try:
-        return [] if method.prune_by == "window" else layer_windows(model, matrices, by=method.prune_by)
+        return [] if method.pruning.prune_by == "window" else layer_windows(model, matrices, by=method.pruning.prune_by)
     except ValueError as error:  # it advises another kind of windows
         raise ValueError(f"prune_by=half: {str(error).partition(';')[0]}; use prune_by=block.") from error

@@ -15,7 +15,7 @@ from torch.nn import functional
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.source import Samples
-from lit_recon.fit.job import Execution, Method, Schedule
+from lit_recon.fit.job import Execution, Method, PruningMethod, Schedule, TrainingMethod
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.decoder import Decoder, call_layer
 from lit_recon.model.partition import Partition
@@ -135,16 +135,17 @@ def test_a_plain_loop_is_at_most_ten_percent_faster_than_the_walk(
         loss=mean_squared,
     )
     method = Method(
-        criterion=Wanda(),
-        pattern=Unstructured(sparsity=0.5),
+        pruning=PruningMethod(
+            criterion=Wanda(), pattern=Unstructured(sparsity=0.5), prune_by="window", allow_unscored=False
+        ),
+        training=TrainingMethod(
+            module=module,
+            fitting=FitSettings(),
+            trainer=compute.trainers(trainer),
+            schedule=Schedule(epochs=1, max_steps=-1, accumulate=1),
+        ),
         windows=Partition(),
         propagation=Propagation(inputs="dense"),
-        prune_by="window",
-        module=module,
-        fitting=FitSettings(),
-        trainer=compute.trainers(trainer),
-        schedule=Schedule(epochs=1, max_steps=-1, accumulate=1),
-        allow_unscored=False,
     )
     execution = Execution(compute=compute, store=StoreSettings(), batch_size=BATCH, stop_after=WINDOWS)
     samples = Samples(tokens_ST[:SAMPLES], tokens_ST[SAMPLES:], tokens_ST[SAMPLES:], "random tokens")

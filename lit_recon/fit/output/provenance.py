@@ -74,7 +74,7 @@ def _model(job: Job, weights: Mapping[str, str]) -> dict[str, Any]:
 
 def _mask_files(job: Job) -> list[Path]:
     """The files that masks are read from: a file of masks, or the weights of a sparse model."""
-    criterion = job.method.criterion
+    criterion = job.method.pruning.criterion
     if isinstance(criterion, MasksFile):
         return [Path(criterion.path)]
     if isinstance(criterion, Zeros) and criterion.name is not None:

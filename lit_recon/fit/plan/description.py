@@ -40,7 +40,7 @@ def describe_plan(
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
         + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
         "reconstruct": f"{len(session.windows)} windows ({job.recipe['windows']}), "
-        + ("solved exactly, " if needs_gram(job.method.module) else f"{plan.steps} steps each, ")
+        + ("solved exactly, " if needs_gram(job.method.training.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
         "compute": f"{compute.device.type}, {compute.precision}, masters in float32",
@@ -56,7 +56,7 @@ def describe_plan(
     if job.method.walk == "global":
         lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
     if session.retrained:
-        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.retraining)
+        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.training.retraining)
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
         lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""

@@ -152,7 +152,6 @@ def make_plan(
     peaks, owned = peaks_of(bytes_of_kind, common, again, copies=2 if chain.recompute else 1)
     name = name_of(kind, size)
     disk_bytes = _disk_bytes(session, array_bytes, linked=linked) + again.disk_bytes
-    forward = sum(block.seconds for block in blocks) * (1 + session.pruner.needs_gram * _GRAM)
     return Plan(
         windows=session.num_fits,
         **_counts(session),
@@ -164,16 +163,7 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
-        seconds=_seconds_of_run(
-            forward,
-            layers,
-            chain,
-            work,
-            batch_size=batch_size,
-            largest=largest,
-            kind=kind,
-            trained_at_once=again.samples,
-        ),
+        seconds=_seconds_of_run(session, blocks, layers, work, batch_size=batch_size, kind=kind, at_once=again.samples),
     )
 
 
@@ -232,19 +222,29 @@ def _profiled_halves(
 
 
 def _seconds_of_run(
-    forward: float,
+    session: Session,
+    blocks: Sequence[LayerProfile],
     layers: Sequence[Window],
-    chain: Chain,
     work: Workload,
     *,
     batch_size: int,
-    largest: int,
     kind: str,
-    trained_at_once: float,
+    at_once: float,
 ) -> float:
-    """Seconds of walk and evaluation, from those of all layers' forward on a batch."""
-    passes = chain.passes
-    head = passes.decoder.model.get_output_embeddings().weight.numel() / max(1, largest)
+    """Seconds of walk and evaluation, from those of all layers' forward on a batch.
+
+    Args:
+        session: The model, cut into windows.
+        blocks: What one batch of each layer showed.
+        layers: The layers.
+        work: How much is computed.
+        batch_size: Samples per batch.
+        kind: What kind of windows they are.
+        at_once: Samples over which all layers are run at once.
+    """
+    chain, passes = session.chain, session.chain.passes
+    forward = sum(block.seconds for block in blocks) * (1 + session.pruner.needs_gram * _GRAM)
+    head = session.model.get_output_embeddings().weight.numel() / max(1, max(block.parameters for block in blocks))
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
     trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
     over_all = chain.propagation.passes
@@ -255,7 +255,7 @@ def _seconds_of_run(
         over_all += inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after.
     samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
-    evaluated = trained_at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
+    evaluated = at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
 

@@ -62,15 +62,15 @@ def plan_job(job: Job, session: Session, batch_size: int | None = None, *, dense
     """The plan of a run as it is, or with another batch size; of one whose dense model was measured, or not."""
     samples, method = job.samples, job.method
     work = Workload(
-        method.schedule,
+        method.training.schedule,
         samples.evaluation_ST.numel(),
-        needs_gram=needs_gram(method.module),
-        module=_known(method.module),
-        solves_first=method.fitting.start != "none",
+        needs_gram=needs_gram(method.training.module),
+        module=_known(method.training.module),
+        solves_first=method.training.fitting.start != "none",
         prunes_only=method.walk == "global",
-        retraining=method.retraining_schedule,
-        keeps_best=method.fitting.keep == "best",
-        is_anchored=method.is_anchored,
+        retraining=method.training.retraining_schedule,
+        keeps_best=method.training.fitting.keep == "best",
+        is_anchored=method.training.is_anchored,
         evaluations=2 if dense_is_known else 3,
     )
     return make_plan(
@@ -136,14 +136,18 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
     method, execution = job.method, job.execution
     if choice == Choice(method.windows.by, execution.batch_size):
         return job, session
-    accumulate = method.schedule.accumulate * (execution.batch_size // choice.batch_size)
+    training = method.training
+    accumulate = training.schedule.accumulate * (execution.batch_size // choice.batch_size)
+    trainer, again = (
+        partial(make, accumulate_grad_batches=accumulate)
+        for make in (training.trainer, training.retraining_trainer or training.trainer)
+    )
+    schedule = replace(training.schedule, accumulate=accumulate)
     windows = method.windows.of_kind(choice.kind)
     changed = replace(
         method,
         windows=windows,
-        trainer=partial(method.trainer, accumulate_grad_batches=accumulate),
-        retraining_trainer=partial(method.retraining_trainer or method.trainer, accumulate_grad_batches=accumulate),
-        schedule=replace(method.schedule, accumulate=accumulate),
+        training=replace(training, trainer=trainer, retraining_trainer=again, schedule=schedule),
     )
     session.chain.passes.batching.batch_size = choice.batch_size
     if session.retrained:
