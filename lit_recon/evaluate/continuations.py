@@ -156,7 +156,7 @@ def continue_prompts(
         tokenizer: Its tokenizer.
         prompts: The prompts.
         decoding: How; None: greedy, 64 tokens.
-        device: Where; all of the model is there meanwhile. None: where it is.
+        device: Where; all of the model is moved there and back. None: where it is.
 
     Raises:
         ValueError: What `encode_prompts` finds, or a device without the memory.

@@ -125,7 +125,7 @@ def run_tasks(
         tokenizer: Its tokenizer.
         tasks: The tasks.
         state: What the model is, in the results.
-        device: Where; all of the model is there meanwhile. None: where it is.
+        device: Where; all of the model is moved there and back. None: where it is.
         batch_size: Questions at once.
 
     Raises:

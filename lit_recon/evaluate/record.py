@@ -1,4 +1,4 @@
-"""Record of evaluations: evaluations.json beside a checkpoint, to which every evaluation adds an entry.
+"""Record of evaluations: evaluations.json next to a checkpoint, to which every evaluation adds an entry.
 
     {"version": 1, "evaluations": [{"when": ..., "checkpoint": ..., "perplexity": ..., "agreement": ..., ...}, ...]}
 

@@ -1,7 +1,7 @@
 """Continuations, tasks and drift of the states of a model, as the record has them.
 
 Prompts and tasks need a whole model on the device, in its own dtype; the pruned one is the dense model, all of whose
-layers are pruned meanwhile, which takes the memory of its matrices.
+layers are pruned while it runs, which takes the memory of its matrices.
 """
 
 import logging

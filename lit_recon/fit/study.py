@@ -200,7 +200,7 @@ def _run(program: str, member: Member, pace: Pace, *, tracebacks: bool) -> int:
     """Run a member, or resume it, as its folder is by now; its exit status."""
     now = standing(member)  # another command may have worked there
     if now.kind == "done":
-        _say(f"\n== {member.name} ==", f"done meanwhile by another command ({now.folder})")
+        _say(f"\n== {member.name} ==", f"another command has done it ({now.folder})")
         return 0
     again = (member.config or {}).get("overwrite") is True
     remedy = "the runs of the sweep that were left are not started; give the same command again "

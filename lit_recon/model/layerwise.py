@@ -62,7 +62,7 @@ def step(
     compute: Compute,
     around: LayerContext = unchanged,
 ) -> None:
-    """Replace the inputs of a layer, (S, T, D) in float32 on the CPU, by its outputs; it is on the device meanwhile.
+    """Replace the inputs of a layer, (S, T, D) in float32 on the CPU, by its outputs; it visits the device.
 
     Args:
         decoder: The model, in memory or mapped.

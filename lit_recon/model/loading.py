@@ -201,7 +201,7 @@ class LanguageModel(ABC):
         return {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)} | attention
 
     def companions(self) -> dict[str, bytes]:
-        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        """The small files next to its weights that belong to it: licence, processor, chat template, code of its own."""
         return {}
 
     def describe_left_out(self) -> str | None:
@@ -274,7 +274,7 @@ class HubModel(LanguageModel):
         return {"pretrained_model_name_or_path": source, "revision": self.revision, "trust_remote_code": False}
 
     def companions(self) -> dict[str, bytes]:
-        """The small files beside its weights that belong to it: licence, processor, chat template, code of its own."""
+        """The small files next to its weights that belong to it: licence, processor, chat template, code of its own."""
         folder = Path(self._location()["pretrained_model_name_or_path"])
         if not folder.is_dir():
             wanted: dict[str, Any] = {"allow_patterns": COMPANIONS, "ignore_patterns": NO_COMPANIONS}

@@ -7,7 +7,7 @@ No architecture is trusted: before anything is written, a run sees on a few toke
     that a token changes nothing before it: only a causal model predicts
 
 Layers are compared in float32, one of them at a time: what the model itself makes in 16 bits would hide a wrong mask.
-What a model's own code raises meanwhile is a refusal with the cause.
+What a model's own code raises while it is examined is a refusal with the cause.
 """
 
 from collections.abc import Callable, Iterator, Mapping

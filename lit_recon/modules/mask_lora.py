@@ -7,7 +7,7 @@
 
 with s = alpha / rank, M the mask and * elementwise. Each formula stands in for the weight itself while a window is
 trained (torch.nn.utils.parametrize), which serves any use of the weight: single matrices, halves and fused experts,
-also where a layer is run again in the backward. peft wraps modules, with an unmasked product of its own beside theirs,
+also where a layer is run again in the backward. peft wraps modules, with an unmasked product of its own next to theirs,
 and has none of the four.
 
 Shapes: E experts (1 for a plain matrix), O outputs, I inputs, R rank.

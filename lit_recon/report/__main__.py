@@ -3,9 +3,9 @@
     python -m lit_recon.report RUN [RUN ...] [--out FOLDER] [--group KEY[,KEY]] [--markdown]
 
 Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded. Of
-several runs there is one page more, over all of them (overview.py), with its figures and tables in a folder beside
+several runs there is one page more, over all of them (overview.py), with its figures and tables in a folder next to
 them. Runs that are not finished are listed as such. Runs that differ in nothing but the criterion are a study
-(study.py): their spread is printed below the table, and a figure is drawn beside them.
+(study.py): their spread is printed below the table, and a figure is drawn next to them.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "Redraw the figures and report.html of finished runs and print one table that compares all."
     parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
-    where = "where the page goes; by default into the folder of a run, of several into report/ beside them"
+    where = "where the page goes; by default into the folder of a run, of several into report/ next to them"
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=where)
     keys = "keys of config.yaml to group runs by, such as module.optimizer.lr,data.num_samples; by default those"
     more = f"{keys} in which runs differ, seed apart"

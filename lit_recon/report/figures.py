@@ -252,7 +252,7 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
 
 
 def peak_memory(results: Mapping[str, Any]) -> Figure | None:
-    """Peak memory of the walk and of the whole run, beside what was predicted; None for a run that measured neither."""
+    """Peak memory of walk and whole run, next to what was predicted; None for a run that measured neither."""
     predicted = results.get("predicted") or {}
     rows = {
         "walk": results.get("walk_peak_memory_bytes"),

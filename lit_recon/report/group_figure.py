@@ -1,6 +1,6 @@
 """The figure over groups of runs: nats over the dense model before and after, and the memory that it took.
 
-A row per group, a dot per run, the mean and the standard deviation of the runs beside them. In the colours of
+A row per group, a dot per run, the mean and the standard deviation of the runs next to them. In the colours of
 figures.py.
 """
 

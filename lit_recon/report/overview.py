@@ -1,6 +1,6 @@
 """The page over many runs: one table of all, groups, rates, Pareto fronts, criteria and windows, and the same as files.
 
-One file that opens without network; beside it the figures as PNG and the tables as CSV and Markdown. overview.html.j2
+One file that opens without network; next to it the figures as PNG and the tables as CSV and Markdown. overview.html.j2
 is its text and layout.
 """
 
@@ -27,7 +27,7 @@ from lit_recon.report.tables import GROUPED, Table, groups_table, mean_cell, run
 from lit_recon.report.templates import relative_link, render
 from lit_recon.system.atomic_files import make_folder, replaced
 
-FOLDER = "report"  # beside the runs, where no other is asked for
+FOLDER = "report"  # next to the runs, where no other is asked for
 FILES = {
     "runs.csv": "every run, numbers as they are",
     "runs.md": "the same in Markdown",
@@ -42,7 +42,7 @@ def write_overview(runs: Sequence[Run], out: Path | None = None, keys: Sequence[
 
     Args:
         runs: Runs in any state, at least one of them finished; those that are no runs are named by their message.
-        out: The folder to write to; None: `report` beside the runs.
+        out: The folder to write to; None: `report` next to the runs.
         keys: Keys of config.yaml to group by, as config.yaml has them; none: those in which runs differ.
 
     Returns:

@@ -14,7 +14,7 @@ from typing import Any
 from lit_recon.report.shapes import FLAG, LARGEST, MAYBE, NUMBER, TEXT, problems_of
 from lit_recon.system.clock import WALK
 
-STUDY_FIGURE = "criteria{}.png"  # lies beside the runs that it compares; a number where there are several
+STUDY_FIGURE = "criteria{}.png"  # lies next to the runs that it compares; a number where there are several
 RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be absent or null; str: any other name
     "perplexity": {"dense": MAYBE, "pruned": MAYBE, "reconstructed": MAYBE},
     "gap_recovered": MAYBE,
@@ -71,7 +71,7 @@ def _origin(results: Any) -> str:
 
 
 def is_study_figure(path: Path) -> bool:
-    """Whether a path is the figure of a study, which runs/* matches as well as the runs beside it."""
+    """Whether a path is the figure of a study, which runs/* matches as well as the runs next to it."""
     return path.match(STUDY_FIGURE.format("*")) and path.is_file()
 
 

@@ -35,7 +35,7 @@ class Study:
     Attributes:
         about: The settings that they share.
         runs: results.json by criterion.
-        figure: The file of the study's figure, beside the runs.
+        figure: The file of the study's figure, next to the runs.
     """
 
     about: str

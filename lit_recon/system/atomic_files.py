@@ -130,7 +130,7 @@ def _partial(path: Path) -> Path:
 
 
 def _umask() -> int:
-    """The permissions that new files do not get; it can only be read by setting it, to none for others meanwhile."""
+    """The permissions that new files do not get; it can only be read by setting it, here to none for others."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -3,7 +3,7 @@
 A commit is a state and the files that it names. Files are written first, each whole or not at all; then the commit
 becomes current by a single rename of its manifest, so that the newest manifest is always that of a whole commit,
 whatever ends a process. Size and CRC-32 in the manifest find files that were truncated or changed on the disk since
-then; for that case the commit before the newest is kept. A mark beside the folder, made with the first commit, finds
+then; for that case the commit before the newest is kept. A mark next to the folder, made with the first commit, finds
 that all of them are gone. They guard against accidents, not against malice.
 """
 
@@ -28,7 +28,7 @@ from lit_recon.system.tensor_files import map_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MARK = "commits.begun"  # beside the folder
+MARK = "commits.begun"  # next to the folder
 _REMEDIES = {
     **dict.fromkeys(FULL, "free space"),
     **dict.fromkeys(READ_ONLY, "make the folder writable"),

@@ -1,4 +1,4 @@
-"""Versions of what computed a result, which stand beside it."""
+"""Versions of what computed a result, which stand next to it."""
 
 from importlib.metadata import version
 

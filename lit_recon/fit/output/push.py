@@ -16,7 +16,7 @@ from rich.console import Console
 from lit_recon.fit.output.card import PLACE
 from lit_recon.system.command_line import as_argument, in_words
 
-MASKS = "lit_recon/masks.safetensors"  # not beside the weights: some programs load every file of tensors there
+MASKS = "lit_recon/masks.safetensors"  # not next to the weights: some programs load every file of tensors there
 _WEIGHTS = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|gguf)|[^/]+\.index\.json")
 
 
