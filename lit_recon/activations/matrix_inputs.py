@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.gram import GramSums, NormalEquations, PairedProducts, PairedSums, summing_products
-from lit_recon.activations.passes import PARTS, Batching
+from lit_recon.activations.passes import SAMPLE_PARTS, Batching
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import Store
 from lit_recon.model.decoder import LayerCall
@@ -66,8 +66,8 @@ class MatrixInputs:
         self._shared = SharedInputs()
         self._names: set[str] = set()  # the matrices whose inputs are captured now
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
-        self._sums: dict[str, dict[str, list[GramSums]]] = {part: {} for part in PARTS}
-        self._pairs: dict[str, dict[str, PairedSums]] = {part: {} for part in PARTS}
+        self._sums: dict[str, dict[str, list[GramSums]]] = {part: {} for part in SAMPLE_PARTS}
+        self._pairs: dict[str, dict[str, PairedSums]] = {part: {} for part in SAMPLE_PARTS}
 
     def activations(self, window: MatrixWindow) -> Activations | None:
         """The inputs and products of one matrix, in the layer run on the chain's inputs; None if it is not reached.
@@ -92,7 +92,7 @@ class MatrixInputs:
         batching = replace(
             self.chain.passes.batching, num_samples=inputs.num_samples, calls=calls, valid_ST=inputs.valid_ST
         )
-        products_STO, energies_ST = _products(window, sources.inputs_STI, batching)
+        products_STO, energies_ST = _own_products(window, sources.inputs_STI, batching)
         return Activations(inputs.inputs_STI, products_STO, batching, energies_ST)
 
     def forget(self) -> None:
@@ -130,7 +130,7 @@ class MatrixInputs:
 
     def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:
         """The normal equations of one matrix, whose weight is still dense; None if no token reaches it."""
-        calibration, held_out = (self._paired(self._shared[window.matrix.name], part) for part in PARTS)
+        calibration, held_out = (self._paired(self._shared[window.matrix.name], part) for part in SAMPLE_PARTS)
         return NormalEquations.from_sums(window, calibration, held_out) if calibration and held_out else None
 
     def _paired(self, leader: str, part: str) -> list[PairedSums]:
@@ -164,7 +164,7 @@ class _Capture:
 
     def __init__(self, matrix: Matrix, layer: Window, shared: SharedInputs, store: Store) -> None:
         self.matrix, self.layer, self.shared = matrix, layer, shared
-        self.rows = {part: _RowPieces(store) for part in PARTS}
+        self.rows = {part: _RowPieces(store) for part in SAMPLE_PARTS}
         self._awaited, self._is_first, self._one_each = 0, True, False
 
     def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
@@ -258,7 +258,7 @@ def _as_samples(rows: dict[str, _RowPieces], length: int, store: Store) -> _Capt
 
 
 @torch.no_grad()
-def _products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> tuple[Tensor, Tensor]:
+def _own_products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) -> tuple[Tensor, Tensor]:
     """The matrix's products with these inputs, (S, T, O), and the energy of each, (S, T)."""
     (matrix,) = window.matrices()
     outputs = matrix.by_expert(matrix.weight).shape[1]

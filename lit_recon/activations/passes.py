@@ -19,8 +19,8 @@ from lit_recon.model.decoder import Decoder, LayerCall
 from lit_recon.system.device import Compute
 from lit_recon.system.finite import NotFinite, first_not_finite
 
-PARTS = ("calibration", "held_out")  # of the samples
-CALIBRATION = PARTS[:1]
+SAMPLE_PARTS = ("calibration", "held_out")  # of the samples
+CALIBRATION = SAMPLE_PARTS[:1]
 Forward = Callable[..., Tensor]  # of hidden states and calls
 
 
@@ -28,7 +28,7 @@ class Observer(Protocol):
     """Looks at what happens in a pass, for example at the inputs of matrices."""
 
     def observing(self, part: str) -> AbstractContextManager:
-        """A context around the samples of a part, one of PARTS."""
+        """A context around the samples of a part, one of SAMPLE_PARTS."""
 
 
 @dataclass
@@ -179,7 +179,7 @@ class Passes:
         inputs_STD: Tensor,
         outputs_STD: Tensor | None,
         observers: Sequence[Observer] = (),
-        parts: Sequence[str] = PARTS,
+        parts: Sequence[str] = SAMPLE_PARTS,
         *,
         energies: Energies | None = None,
     ) -> None:
@@ -219,7 +219,7 @@ class Passes:
         Raises:
             NotFinite: An output is not finite.
         """
-        for part in PARTS:
+        for part in SAMPLE_PARTS:
             with observer.observing(part):
                 for rows in self._batches_of(part):
                     for observer.turn, states_STD in enumerate(arrays_STD):

@@ -26,7 +26,7 @@ from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARE = 0.5  # of the free memory: what "auto" may take
 
 
@@ -159,7 +159,11 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         """Check the settings; all problems in one message."""
-        allowed = {"kind": ("memory", "disk", "auto"), "targets": ("keep", "recompute"), "dtype": (None, *DTYPES)}
+        allowed = {
+            "kind": ("memory", "disk", "auto"),
+            "targets": ("keep", "recompute"),
+            "dtype": (None, *STORED_DTYPES),
+        }
         problems = [
             f"store.{name}={getattr(self, name)!r}: expected one of {', '.join(str(choice) for choice in choices)}."
             for name, choices in allowed.items()
@@ -216,7 +220,7 @@ class StoreSettings:
         return DiskStore(folder, dtype) if needed.disk else MemoryStore(dtype)
 
     def _dtype(self, kind: str) -> torch.dtype:
-        return DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]
+        return STORED_DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]
 
 
 def _available() -> int:

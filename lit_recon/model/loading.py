@@ -42,7 +42,7 @@ from lit_recon.system.quiet_libraries import no_load_report, no_progress_bars
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOADED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPANIONS = [
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.py"),
     *("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
@@ -95,7 +95,11 @@ class LanguageModel(ABC):
 
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
-        problems = [] if self.dtype in DTYPES else [f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}"]
+        problems = (
+            []
+            if self.dtype in LOADED_DTYPES
+            else [f"model.dtype={self.dtype!r}: choose one of {', '.join(LOADED_DTYPES)}"]
+        )
         named = isinstance(self.attention, str) and re.fullmatch(r"\w+", self.attention)  # others are code of the Hub
         if self.attention is not None and not named:
             problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")

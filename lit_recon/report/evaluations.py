@@ -13,7 +13,7 @@ from lit_recon.report.shapes import FLAG, MAYBE, NUMBER, TEXT, problems_of
 
 PERPLEXITIES = {"dense?": MAYBE, "pruned?": MAYBE, "checkpoint": MAYBE}
 TEXTS = {"dense?": TEXT, "pruned?": TEXT, "checkpoint": TEXT}
-PARTS: dict[str, Any] = {  # of one evaluation; "?": may be absent or null
+ENTRY_SHAPE: dict[str, Any] = {  # of one evaluation; "?": may be absent or null
     "perplexity": {
         "protocol": {str: None},
         "perplexity": PERPLEXITIES,
@@ -93,7 +93,7 @@ def _evaluation(entry: Any, where: str) -> tuple[Evaluation | None, list[str]]:
     if not isinstance(entry, dict):
         return None, [f"{where} is no mapping of names to values"]
     parts, problems = {}, []
-    for name, shape in PARTS.items():
+    for name, shape in ENTRY_SHAPE.items():
         if (part := entry.get(name)) is None:
             continue
         unclear = list(islice(problems_of(part, shape, f"{where}.{name}"), 1))

@@ -114,7 +114,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _write_manifest(folder: Path) -> None:
     """Write the fingerprint of each file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
+    manifest = {path.relative_to(folder).as_posix(): _size_and_crc(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -124,13 +124,13 @@ def _damage(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not manifest:
             return f"{MANIFEST} lists no files"
-        changed = [name for name, expected in manifest.items() if _fingerprint(folder / name) != expected]
+        changed = [name for name, expected in manifest.items() if _size_and_crc(folder / name) != expected]
     except (OSError, ValueError, TypeError, RecursionError) as error:  # the manifest itself may be what is damaged
         return str(error)
     return f"changed: {', '.join(changed)}" if changed else None
 
 
-def _fingerprint(path: Path) -> str:
+def _size_and_crc(path: Path) -> str:
     """Size and CRC-32 of a file."""
     found = fingerprint(path)
     return f"{found['bytes']} bytes, crc32 {found['crc32']:08x}"
