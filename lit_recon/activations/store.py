@@ -26,7 +26,7 @@ from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 
-STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KEPT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARE = 0.5  # of the free memory: what "auto" may take
 
 
@@ -162,7 +162,7 @@ class StoreSettings:
         allowed = {
             "kind": ("memory", "disk", "auto"),
             "targets": ("keep", "recompute"),
-            "dtype": (None, *STORED_DTYPES),
+            "dtype": (None, *KEPT_DTYPES),
         }
         problems = [
             f"store.{name}={getattr(self, name)!r}: expected one of {', '.join(str(choice) for choice in choices)}."
@@ -220,7 +220,7 @@ class StoreSettings:
         return DiskStore(folder, dtype) if needed.disk else MemoryStore(dtype)
 
     def _dtype(self, kind: str) -> torch.dtype:
-        return STORED_DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]
+        return KEPT_DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]
 
 
 def _available() -> int:

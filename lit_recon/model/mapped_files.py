@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_recon.model.decoder import decoder_layers
-from lit_recon.system.tensor_files import FORMAT_NAMES, memory_map
+from lit_recon.system.tensor_files import DTYPE_NAMES, memory_map
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-_OF_NAME = {name: dtype for dtype, name in FORMAT_NAMES.items()}
+_OF_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _AHEAD = 2**20  # bytes
 _RUN = 2**28  # bytes that may be mapped at once in a small model
 _LENGTH = 8  # bytes of a safetensors file that tell how long its header is
@@ -297,7 +297,7 @@ class DenseFiles:
             return f"its files have no {name}: transformers converts them when it loads them"
         if stored.dtype not in _OF_NAME or stored.start % tensor.element_size():
             return f"{name} is stored in a form that cannot be mapped ({stored.dtype} at byte {stored.start})"
-        kind = FORMAT_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        kind = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
         if (stored.dtype, stored.shape) != kind:
             return f"{name} is {stored.dtype} {stored.shape} in its files and {kind[0]} {kind[1]} in the model"
         return None

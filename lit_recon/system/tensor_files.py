@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_recon.system.atomic_files import CHUNK, Fingerprint
 
-FORMAT_NAMES = {  # names of the safetensors format
+DTYPE_NAMES = {  # names of the safetensors format
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -29,7 +29,7 @@ FORMAT_NAMES = {  # names of the safetensors format
     torch.float64: "F64",
 }
 _OPEN_FILES = 4096  # more than any model has layers
-_OF_NAME = {name: dtype for dtype, name in FORMAT_NAMES.items()}
+_OF_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def memory_map(file: BinaryIO, length: int, **settings: Any) -> mmap.mmap:
@@ -77,7 +77,7 @@ def write_tensors(
     for name in names:
         tensor, end = tensors[name], offset + tensors[name].nbytes
         entries[name] = {
-            "dtype": FORMAT_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_recon.model.mapped_files import DenseFiles
-from lit_recon.system.tensor_files import FORMAT_NAMES
+from lit_recon.system.tensor_files import DTYPE_NAMES
 from lit_recon.verify.layout import Layout, shapes_of
 from lit_recon.verify.quantised import FLOATS
 from lit_recon.verify.zeros import CHUNK
@@ -66,7 +66,7 @@ class Comparison:
         """Compare a tensor, or all of its parts, with the dense model's, and note what differs in `change`."""
         here, dense = change.dtypes
         # codes of quantised weights say nothing without their scales
-        if not {here, dense} <= set(FLOATS) and not (here == dense and here in FORMAT_NAMES.values()):
+        if not {here, dense} <= set(FLOATS) and not (here == dense and here in DTYPE_NAMES.values()):
             self.mismatched.append(f"{change.name}: {here}, of the dense model {dense}")
             return
         for one, other in pairs:
@@ -135,5 +135,5 @@ def compare_all(here: DenseFiles, layout: Layout, dense: DenseFiles) -> Comparis
 
 def _tensor(files: DenseFiles, name: str) -> Tensor:
     """A tensor, mapped; an empty one of a dtype that torch lacks, which is not compared."""
-    readable = files.kind(name)[0] in FORMAT_NAMES.values()
+    readable = files.kind(name)[0] in DTYPE_NAMES.values()
     return files.tensors([name])[name] if readable else torch.empty(0)
