@@ -307,7 +307,7 @@ def numbers(run: Path) -> dict:
     results = json.loads((run / "results.json").read_text())
     for window in results["windows"]:
         window.pop("seconds")
-    return {key: value for key, value in results.items() if key not in (*TIMES, "provenance")}
+    return {key: value for key, value in results.items() if key not in (*TIMES, "compute", "provenance")}
 
 
 def content(folder: Path) -> dict[str, bytes]:

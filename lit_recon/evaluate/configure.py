@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import PreTrainedTokenizerBase
 
 from lit_recon.data.packing import find_opening
@@ -21,6 +21,7 @@ from lit_recon.evaluate.record import check_record
 from lit_recon.evaluate.subjects import Subject, dense_of_run, find_subject, masks_of_run
 from lit_recon.evaluate.windows import TextWindows, cut
 from lit_recon.model.loading import LanguageModel
+from lit_recon.model.precision import with_measured_precision
 from lit_recon.settings import values
 from lit_recon.settings.annotations import wrong_type
 from lit_recon.settings.parts import make_part, make_partial
@@ -126,6 +127,7 @@ class _Chosen:
     source: TextSource | None
     stride: int | None
     compute: Compute | None
+    is_auto: bool
     decoding: Decoding | None
     limit: int | None
     record: Path | None
@@ -150,6 +152,9 @@ def prepare(cfg: DictConfig) -> Evaluation:
             raise ValueError("drift=true: it is that of the dense model's outputs; give dense=<model>.")
         tokenizer = subject.model.tokenizer()
         _check_pair(subject.model, dense, tokenizer, given=chosen.dense is not None)
+        if chosen.is_auto:
+            tokens = chosen.source.batch_size * chosen.source.evaluation_length if chosen.source else LONGEST
+            compute = with_measured_precision(compute, subject.model.skeleton(), tokens)
     with concerning(given_of("prompts")):
         if prompts:
             encode_prompts(subject.model.skeleton(), tokenizer, prompts, decoding)
@@ -203,6 +208,7 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
         source=source,
         stride=stride,
         compute=_compute(cfg, problems),
+        is_auto=OmegaConf.select(cfg, "trainer.precision", default="auto") == "auto",
         decoding=decoding,
         limit=problems.check(parse_limit, call["memory_limit"]) if call.get("memory_limit") is not None else None,
         record=record,

@@ -5,7 +5,7 @@ With parts.py, settings.py and resume_config.py the only file that sees the conf
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from lit_recon.fit.output.push import check_push
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
+from lit_recon.fit.resume_config import committed_state
 from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import CALL, PATHS
+from lit_recon.model.precision import with_measured_precision
 from lit_recon.model.windows import WindowKind
 from lit_recon.modules.norms_biases import prepare_model
 from lit_recon.modules.trained import needs_gram
@@ -78,6 +80,18 @@ class _Chosen:
     trainer: dict[str, Any]
     fitting: FitSettings | None
     compute: Compute | None
+
+    def in_precision_for(self, model: PreTrainedModel) -> "_Chosen":
+        """The same with the precision that "auto" stands for: that of the run that is resumed, or the faster one."""
+        if self.trainer["precision"] != "auto":
+            return self
+        assert self.compute is not None
+        if self.call["resume"] is not None and (state := committed_state(Path(self.call["output_dir"]))).get(
+            "signature"
+        ):
+            return replace(self, compute=replace(self.compute, precision=state["signature"]["compute"]["precision"]))
+        data = self.parts["data"]
+        return replace(self, compute=with_measured_precision(self.compute, model, data.batch_size * data.length))
 
     def method(self) -> Method:
         """The method, of parts that could all be made."""
@@ -138,11 +152,13 @@ def prepare(cfg: DictConfig, *, samples_of: Callable[..., Samples] = make_sample
     limit = _check_call(cfg, chosen.call, chosen.parts, problems)
     problems.raise_all()
     model, source, call = chosen.parts["model"], chosen.parts["data"], chosen.call
-    with concerning(given_of("trainer")):
-        method, execution = chosen.method(), chosen.execution(limit)
     with concerning(given_of("model")):
         model.check()
         skeleton = model.skeleton()
+    chosen = chosen.in_precision_for(skeleton)
+    with concerning(given_of("trainer")):
+        method, execution = chosen.method(), chosen.execution(limit)
+    with concerning(given_of("model")):
         check_model(skeleton, method)
     with concerning(given_of("module")):
         prepare_model(skeleton, method.training.module)

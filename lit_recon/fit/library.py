@@ -29,6 +29,7 @@ from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.fit.walk_callbacks import ProgressBar
 from lit_recon.model.named import model_named
 from lit_recon.model.partition import Partition
+from lit_recon.model.precision import with_measured_precision
 from lit_recon.model.windows import Window, WindowKind
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import prepare_model
@@ -183,6 +184,12 @@ _Asked = tuple[dict[str, Any], dict[str, Any], StoreSettings, int, int]  # the a
 def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: bool) -> Reconstruction:
     """Open a session and walk over it."""
     method, execution = _checked(*asked)
+    if asked[1]["precision"] == "auto":
+        compute = with_measured_precision(
+            execution.compute, model, execution.batch_size * samples.calibration_ST.shape[1]
+        )
+        asked = (asked[0], asked[1] | {"precision": compute.precision}, *asked[2:])
+        method, execution = _checked(*asked)
     prepare_model(model, method.training.module)
     check_module(method.training.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)

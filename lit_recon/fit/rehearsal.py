@@ -31,6 +31,7 @@ from lit_recon.fit.job import Execution, Method
 from lit_recon.fit.session import open_session, reconstruct
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
+from lit_recon.model.few_layers import few_layers
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.masks import Masks
@@ -76,7 +77,7 @@ def rehearse(
             layer = decoder_layers(model)[1][0]
             if sum(parameter.numel() for parameter in layer.parameters()) > LARGEST:
                 raise
-            _fit_two_steps(_few_layers(model, {}), method, execution, counts, padded=padded)
+            _fit_two_steps(few_layers(model, {}), method, execution, counts, padded=padded)
 
 
 def _fit_two_steps(
@@ -166,27 +167,11 @@ def _narrow(model: PreTrainedModel) -> PreTrainedModel:
     try:
         heads = getattr(model.config.get_text_config(), "num_attention_heads", 4)
         grouped = getattr(model.config.get_text_config(), "num_key_value_heads", heads) != heads
-        tiny = _few_layers(model, NARROW | {"num_key_value_heads": 2 if grouped else 4})
+        tiny = few_layers(model, NARROW | {"num_key_value_heads": 2 if grouped else 4})
         tiny(torch.zeros(1, LENGTH, dtype=torch.long))
         return tiny
     except Exception:  # widths of a family may hang together in ways of its own
         return tiny_model("llama")
-
-
-def _few_layers(model: PreTrainedModel, widths: dict[str, int]) -> PreTrainedModel:
-    """A random model of a model's class with two layers, where it has more, and these widths, where it has such."""
-    config = deepcopy(model.config)
-    text = config.get_text_config()
-    depth = min(2, text.num_hidden_layers)
-    for name, value in (widths | {"num_hidden_layers": depth}).items():
-        if getattr(text, name, None) is not None:
-            setattr(text, name, value)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
-    made = type(model)._from_config(config, dtype=torch.float32)
-    return made.requires_grad_(False).eval()
 
 
 def _copy(part: Any) -> Any:

@@ -4,9 +4,11 @@ The folder may be another person's. Of what its configuration names, only classe
 files of the user's own working directory run; what the command line names itself runs as always.
 """
 
+import json
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -104,3 +106,12 @@ def _read(path: Path) -> DictConfig:
         raise ValueError(f"it has no {missing[0]}")
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def committed_state(folder: Path) -> dict[str, Any]:
+    """What the newest commit of a run says, as far as its manifest can be read; nothing before the first."""
+    try:
+        newest = max((folder / "commits").glob("*.json"), key=lambda path: path.stem)
+        return dict(json.loads(newest.read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged, as the resumed run will say
+        return {}

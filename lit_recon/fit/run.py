@@ -36,7 +36,7 @@ from lit_recon.fit.output.folder import (
 )
 from lit_recon.fit.output.provenance import provenance
 from lit_recon.fit.output.read_back import Saved, read_back
-from lit_recon.fit.output.results import Results, model_facts, sparsity, table
+from lit_recon.fit.output.results import Results, compute_facts, model_facts, sparsity, table
 from lit_recon.fit.plan.description import describe_plan
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
@@ -356,6 +356,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         },
         tokens={"calibration": job.samples.num_tokens},
         seed=job.execution.seed,
+        compute=compute_facts(job.execution.compute),
         provenance=walked.provenance,
     )
     walked.logger.log_results(results.as_dict())

@@ -8,7 +8,6 @@ a call. Before the first run starts it is said how many there are and how long t
 and the command ends with the report of all. Given again, it continues where it was interrupted.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf
 
 from lit_recon.fit.forecast import Forecast, forecasts
 from lit_recon.fit.output.folder import NEXT_CONFIG
+from lit_recon.fit.resume_config import committed_state
 from lit_recon.fit.settings import PATHS
 from lit_recon.fit.signature import OF_THE_CALL, differences
 from lit_recon.report.run_files import read_results
@@ -87,11 +87,7 @@ def _decisive(config: Any) -> dict[str, Any]:
 
 def _windows_done(folder: Path) -> int:
     """Windows that the newest commit of a run has, as far as its manifest can be read."""
-    try:
-        newest = max((folder / "commits").glob("*.json"), key=lambda path: path.stem)
-        return len(json.loads(newest.read_text(encoding="utf-8"))["state"]["windows"])
-    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged, as the resumed run will say
-        return 0
+    return len(committed_state(folder).get("windows", ()))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, sha
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import replaced, sync_folder
+from lit_recon.system.device import Compute
 from lit_recon.system.finite import without_nan
 from lit_recon.system.units import duration, in_gb
 from lit_recon.system.versions import versions
@@ -46,6 +47,7 @@ class Results:
     predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int
+    compute: dict[str, Any]
     provenance: dict[str, Any]
 
     @property
@@ -78,6 +80,11 @@ def model_facts(name: str, parameters: int, prunable: int) -> dict[str, Any]:
         "prunable_parameters": prunable,
         "covered": prunable / parameters,
     }
+
+
+def compute_facts(compute: Compute) -> dict[str, Any]:
+    """Where and how precisely a run computed; where the precision was measured, seconds of a step of a layer by it."""
+    return {"device": compute.device.type, "precision": compute.precision, "measured_seconds": dict(compute.measured)}
 
 
 def sparsity(masks: Masks, zeros: Mapping[str, int], parameters: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from lit_recon.fit.job import Job, Method
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.global_fit import describe_global_fit
 from lit_recon.fit.session import Session
+from lit_recon.model.precision import describe_measured
 from lit_recon.model.windows import HalfWindow
 from lit_recon.modules.trained import needs_gram
 from lit_recon.system.units import duration, in_gb
@@ -31,6 +32,7 @@ def describe_plan(
     halves = [window for window in session.windows if isinstance(window, HalfWindow)]
     shared = sorted({name for half in halves for name in half.split.shared})
     zeros = _share_of_zeros(session)
+    measured = f"; {describe_measured(compute)}" if compute.measured else ""
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{_removed(session, job.method) / plan.parameters:.1%} of the parameters: "
@@ -43,7 +45,7 @@ def describe_plan(
         + ("solved exactly, " if needs_gram(job.method.training.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
-        "compute": f"{compute.device.type}, {compute.precision}, masters in float32",
+        "compute": f"{compute.device.type}, {compute.precision}, masters in float32{measured}",
         "evaluate": protocol,
         "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
         + (f" (up to {in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")

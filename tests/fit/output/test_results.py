@@ -33,6 +33,7 @@ def results(seed: int = 0, **nats: float) -> Results:
         predicted={"seconds": 1.0, "peak_memory_bytes": 2},
         tokens={"calibration": 4},
         seed=seed,
+        compute={},
         provenance={},
     )
 
