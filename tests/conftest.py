@@ -75,7 +75,13 @@ PADDED = ("llama", "gemma2", "bloom", "opt", "mixtral", "gpt_oss", "llama4")  # 
 LENGTHS = [24, 9, 17, 24, 5]  # of padded samples
 EVERY_SHAPE = [pytest.param(shape, marks=() if shape in UNLIKE else pytest.mark.slow) for shape in SHAPES]
 Masks = Mapping[str, Tensor]
-TIMES = ("seconds", "peak_memory_bytes", "walk_peak_memory_bytes", "predicted")  # of results.json
+TIMES = (
+    "seconds",
+    "peak_memory_bytes",
+    "walk_peak_memory_bytes",
+    "phase_peak_memory_bytes",
+    "predicted",
+)  # of results.json
 
 
 def pairs(rows: Iterable, columns: Sequence, whole_rows: Sequence, whole_columns: Sequence) -> list:

@@ -9,8 +9,8 @@
     kept.1.00020        weights after step 20, the best of the try after 1 other       (keep=best; until others are)
     best.1              weights of the best try so far, after 1                        (where one was accepted)
 
-and, as JSON, the results so far, the step of the curves, seconds per phase and what the caller adds. Nothing random is
-in it: what is drawn for a window follows from the seed and the window's index alone.
+and, as JSON, the results so far, the step of the curves, seconds and peak memory per phase, and what the caller adds.
+Nothing random is in it: what is drawn for a window follows from the seed and the window's index alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -143,8 +143,7 @@ class ResumePoint(WalkCallback):
             "fit": fit,
             "instead": session.pruner.instead,
             "step": self.logger.last_step,
-            "seconds": session.clock.seconds,
-            "elapsed": session.clock.total(),
+            **session.clock.state(),
         }
         own = [name for name in (chain, unit, *(fit["files"] if fit else ())) if name]
         self.commits.commit(number, state, [*self._layers.values(), *self._mask_files, *self._pruned_files, *own])
@@ -178,7 +177,7 @@ class ResumePoint(WalkCallback):
             self._fit_files = list(fit["files"])
             tensors = {name: one for file in self._fit_files for name, one in commit.read(file).items()}
             self.fit_state = FitState(step=fit["step"], tries=tries, values=fit["values"], tensors=tensors)
-        session.clock.resume(state["seconds"], state["elapsed"])
+        session.clock.resume(state)
         self.done = [WindowResult(**result) for result in state["windows"]]
 
     def layer_files(self) -> dict[int, Path]:

@@ -54,11 +54,11 @@ from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import remove
-from lit_recon.system.clock import Clock
+from lit_recon.system.clock import WHOLE_WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.finite import NotFinite
-from lit_recon.system.memory import peak_memory_bytes, release_memory, reset_peak_memory
+from lit_recon.system.memory import PeakMemory, release_memory
 from lit_recon.system.signals import protected
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(job: Job, console: Console) -> Path | None:
         CommitError: The disk is full or read-only; the message says how to resume.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept, and the message says how to resume.
     """
-    clock, folder = Clock(), job.output.folder
+    clock, folder = Clock(memory=PeakMemory(job.execution.compute.device)), job.output.folder
     if job.output.plan_only:
         with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
@@ -150,8 +150,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
             dense = DenseMeasure(_evaluator(job, clock), {**measured_by(facts["signature"]), **facts["machine"]})
             plan = plan_job(job, session, dense_is_known=dense.is_known)
             if job.source.needs_model:  # generation of its text is over: what that took is known
-                taken = peak_memory_bytes(job.execution.compute.device)
-                plan = replace(plan, peak_bytes=max(plan.peak_bytes, taken))
+                plan = replace(plan, peak_bytes=max(plan.peak_bytes, clock.peak()))
             if commit and limited:
                 check_limit(plan, job)
             if not job.output.plan_only:
@@ -213,8 +212,6 @@ class _Walked:
     dense_nats: float
     pruned_by: dict[str, list[str]]
     target: dict[str, float]
-    peak_bytes: int
-    walk_peak_bytes: int
     provenance: dict[str, Any]
 
 
@@ -232,7 +229,7 @@ def _walk(job: Job, commits: Commits, clock: Clock, console: Console) -> _Walked
 
 def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked | None:
     job, session, commit, facts = opened.job, opened.session, opened.commit, opened.facts
-    device, evaluator = job.execution.compute.device, _evaluator(job, session.clock)
+    evaluator = _evaluator(job, session.clock)
     if commit is None:
         measured = opened.dense.of(session.model)
         try:
@@ -250,10 +247,8 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         traced = provenance(job, facts["signature"])
     session.weights.release_pages()
     release_memory()
-    before = peak_memory_bytes(device)
-    reset_peak_memory(device)
-    resume_point = _reconstruct(opened, commits, console)
-    walk_peak = peak_memory_bytes(device)
+    with session.clock.part(WHOLE_WALK):
+        resume_point = _reconstruct(opened, commits, console)
     if len(resume_point.done) < session.num_fits:
         console.print(resume_point.describe_stop(job.output.folder), highlight=False, soft_wrap=True, markup=False)
         return None
@@ -268,8 +263,6 @@ def _walk_over(opened: _Opened, commits: Commits, console: Console) -> _Walked |
         dense_nats=facts["dense_nats"],
         pruned_by={f"by_{name}": session.pruner.labels(name) for name in INSTEAD},
         target=target_sparsity(job.method, session.pruner.patterns, session.matrices),
-        peak_bytes=max(before, walk_peak),
-        walk_peak_bytes=walk_peak,
         provenance=traced,
     )
 
@@ -347,8 +340,9 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         },
         windows=walked.windows,
         seconds=clock.summary(),
-        peak_memory_bytes=max(walked.peak_bytes, peak_memory_bytes(job.execution.compute.device)),
-        walk_peak_memory_bytes=walked.walk_peak_bytes,
+        peak_memory_bytes=clock.peak(),
+        walk_peak_memory_bytes=clock.peak(WHOLE_WALK),
+        phase_peak_memory_bytes=clock.phase_peaks(),
         predicted={
             "seconds": round(plan.seconds, 1),
             "peak_memory_bytes": plan.peak_bytes,

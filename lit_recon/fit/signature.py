@@ -9,6 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from lit_recon.system.atomic_files import sha256
 # Settings of how a run is carried out, which may differ when it is resumed.
 OF_ONE_CALL = ("overwrite", "plan", "resume", "stop_after", "push")  # not kept from the call before
 OF_THE_CALL = (*OF_ONE_CALL, "output_dir", "memory_limit", "logger")
-_LIBRARIES = ("torch", "lightning", "transformers")
+LIBRARIES = ("torch", "lightning", "transformers")
 _INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")  # what may bound them
 _PACKAGE = Path(lit_recon.__file__).parent
+OURS = "lit_recon/"  # begins the names of the package's own code
 
 
 def signature(job: Job) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def signature(job: Job) -> dict[str, Any]:
         "code": {
             name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code_files(job.output.config).items()
         },
-        "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in _LIBRARIES},
+        "versions": {"lit_recon": lit_recon.__version__} | {name: version(name) for name in LIBRARIES},
     }
 
 
@@ -86,7 +88,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     changed = [key for key, _, _ in differences(before["model"], now["model"])]
     if changed:
-        found.append(f"files of the dense model are not the same ({_listed(changed)})")
+        found.append(f"files of the dense model are not the same ({listed(changed)})")
     found += [
         f"the dense model's config.json: {key} was {old!r} and is {new!r}"
         for key, old, new in differences(before["model_config"], now["model_config"])
@@ -96,7 +98,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # A module that is not loaded in both was not needed, or what asks for it has changed itself.
     changed = [name for name in sorted({*before["code"]} & {*now["code"]}) if before["code"][name] != now["code"][name]]
     if changed:
-        found.append(f"code has changed ({_listed(changed)})")
+        found.append(f"code has changed ({listed(changed)})")
     for name, old in before["versions"].items():
         if now["versions"].get(name) != old:
             found.append(f"{name} was {old} and is {now['versions'].get(name)}")
@@ -106,11 +108,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def code_files(config: Mapping[str, Any]) -> dict[str, Path]:
     """The files of the code that a run is made of, except installed packages', by the names of their modules."""
     named = own_files(config)
-    package = {
-        f"lit_recon/{path.relative_to(_PACKAGE).as_posix()}": path
-        for path in sorted(_PACKAGE.rglob("*.py"))
-        if "report" not in path.parts[len(_PACKAGE.parts) :]  # computes nothing
-    }
     installed = tuple(
         os.path.join(folder, "")
         for name in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -124,7 +121,25 @@ def code_files(config: Mapping[str, Any]) -> dict[str, Path]:
             installed_elsewhere = {"site-packages", "dist-packages"} & {*path.parts}
             if path.is_file() and not installed_elsewhere and _PACKAGE not in path.parents:
                 loaded[name] = path
-    return package | loaded | named
+    return _package_files() | loaded | named
+
+
+def _package_files() -> dict[str, Path]:
+    """The files of lit_recon, except the report's, which computes nothing."""
+    return {
+        f"{OURS}{path.relative_to(_PACKAGE).as_posix()}": path
+        for path in sorted(_PACKAGE.rglob("*.py"))
+        if "report" not in path.parts[len(_PACKAGE.parts) :]
+    }
+
+
+@cache
+def package_hash() -> str:
+    """Hash of the code of lit_recon, as this process found it first."""
+    digest = hashlib.sha256()
+    for name, path in _package_files().items():
+        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _files(model: LanguageModel) -> dict[str, str]:
@@ -132,7 +147,8 @@ def _files(model: LanguageModel) -> dict[str, str]:
     return {path.name: sha256(path) for path in model.files()}
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -1,7 +1,8 @@
 """Study: the runs of a sweep, of which those that are done are skipped and those that were interrupted are resumed.
 
 What is done is read off the folders: a run is the same as one of before if its config.yaml is, but for what belongs to
-a call. Before the first run starts it is said how many there are and how long they take,
+a call, and the files of its model and text are. Other code or versions are told of; the run stays done. Before the
+first run starts it is said how many there are and how long they take,
 
     seconds of a run = (start and load + its plan's prediction) * (measured / so predicted, of those that are finished),
 
@@ -20,6 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lit_recon.fit.forecast import Forecast, forecasts
+from lit_recon.fit.output.changed import changed_inputs, other_code, read_origin
 from lit_recon.fit.output.folder import NEXT_CONFIG
 from lit_recon.fit.resume_config import committed_state
 from lit_recon.fit.settings import PATHS
@@ -43,12 +45,14 @@ class Standing:
         folder: Its output folder, where that is known.
         windows: How many windows are done, of one that is left.
         differs: By what the run in its folder differs.
+        made_by: Versions or code that made one that is done, where they are others than today's.
     """
 
     kind: str
     folder: Path | None = None
     windows: int = 0
     differs: str = ""
+    made_by: str = ""
 
 
 def standing(member: Member) -> Standing:
@@ -76,7 +80,10 @@ def standing(member: Member) -> Standing:
         more = f", and {len(found) - _LONGEST} more" if len(found) > _LONGEST else ""
         return Standing("other", folder, differs="; ".join(named) + more)
     if not is_cleared and all((folder / name).is_file() for name in ("results.json", "report.html")):
-        return Standing("done", folder)
+        origin = read_origin(folder)
+        if changed := changed_inputs(origin, plain(asked)):
+            return Standing("other", folder, differs="; ".join(changed))
+        return Standing("done", folder, made_by=other_code(origin))
     return Standing("left", folder, windows=0 if is_cleared else _windows_done(folder))
 
 
@@ -184,7 +191,8 @@ def _survey(found: Mapping[str, Standing]) -> Iterable[str]:
     said = {"done": "done", "left": "to be resumed", "other": "not to be run", "new": "to be started"}
     yield f"{_runs(len(found))}: " + ", ".join(f"{len(names)} {said[kind]}" for kind, names in kinds.items() if names)
     for name in kinds["done"]:
-        yield f"done: {name} ({found[name].folder})"
+        by = f", by {found[name].made_by}; overwrite=true runs it again" if found[name].made_by else ""
+        yield f"done: {name} ({found[name].folder}){by}"
     for name in kinds["left"]:
         yield f"to be resumed: {name} ({found[name].folder}, after window {found[name].windows})"
     for name in kinds["other"]:

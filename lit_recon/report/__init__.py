@@ -2,7 +2,7 @@
 
 __main__.py      the command python -m lit_recon.report: draw reports again, compare runs
 page.py          report.html, one page per run, from page.html.j2 and evaluation.html.j2
-figures.py       the figures of a run: perplexity, error over depth, learning curves, time
+figures.py       the figures of a run: perplexity, error over depth, learning curves, time and memory
 drift_figure.py  the figure of drift over depth, of an evaluation
 heat_map.py      the figure of the sparsity of every matrix; hidden_figure.py of hidden states over depth
 overview.py      the page over many runs, from overview.html.j2 and sort.js
@@ -15,7 +15,8 @@ drift_figure.py  the figure of drift over depth, of an evaluation
 comparison.py    the table over several runs for the terminal, and in Markdown
 study.py         runs that differ in nothing but the criterion: their spread before and after reconstruction
 study_figure.py  its figure
-runs.py          folders of runs in any state: finished, running, unfinished, failed, damaged
+runs.py          folders of runs in any state: finished, running, unfinished, failed, damaged; or evaluated alone
+provenance.py    where a run came from, as its page shows it
 run_files.py     reads results.json and TensorBoard's event files
 evaluations.py   reads evaluations.json
 shapes.py        what parts of such files must look like

@@ -4,8 +4,9 @@
 
 Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded. Of
 several runs there is one page more, over all of them (overview.py), with its figures and tables in a folder next to
-them. Runs that are not finished are listed as such. Runs that differ in nothing but the criterion are a study
-(study.py): their spread is printed below the table, and a figure is drawn next to them.
+them; there, checkpoints of other tools are listed as well that `python -m lit_recon.evaluate` has measured. Runs that
+are not finished are listed as such. Runs that differ in nothing but the criterion are a study (study.py): their spread
+is printed below the table, and a figure is drawn next to them.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_recon.report.groups import resolve
-from lit_recon.report.runs import NONE, Run, read_runs
+from lit_recon.report.runs import EVALUATED, NONE, Run, read_runs
 from lit_recon.system.terminal import readable_output
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     readable_output()
     runs = read_runs(chosen.runs)
     said = _say([*(run.message for run in runs), *(remark for run in runs for remark in run.remarks)])
-    if not any(run.results for run in runs):
+    if not any(run.results or run.state == EVALUATED for run in runs):
         return 2 if said else 0
     try:
         keys = [resolve(key, runs) for keys in chosen.group for key in keys.split(",")]
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    is_one, out = len([run for run in runs if run.state != NONE]) == 1, chosen.out
+    listed, out = [run for run in runs if run.state != NONE], chosen.out
+    is_one = len(listed) == 1 and listed[0].state != EVALUATED  # which has no page of its own
     problems = _draw_pages(runs, out if is_one else None)
     problems += _show(runs, in_markdown=chosen.markdown)
     problems += [] if is_one else _draw_overview(runs, out, keys, quiet=chosen.markdown)
@@ -58,7 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     about = "Redraw the figures and report.html of finished runs and print one table that compares all."
     parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, such as runs/granularity/*")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="folder of a run, such as runs/granularity/*; or a checkpoint that was evaluated, by its folder or record",
+    )
     where = "where the page goes; by default into the folder of a run, of several into report/ next to them"
     parser.add_argument("--out", metavar="FOLDER", type=Path, help=where)
     keys = "keys of config.yaml to group runs by, such as module.optimizer.lr,data.num_samples; by default those"
@@ -113,7 +121,7 @@ def _show(runs: Sequence[Run], *, in_markdown: bool) -> list[str]:
     from lit_recon.report.study_figure import write_study_figure
 
     finished = {run.folder: run.results for run in runs if run.results is not None}
-    listed = {run.folder: run.results or run.state for run in runs if run.state != NONE}
+    listed = {run.folder: run.results or _known(run) for run in runs if run.state != NONE}
     named, found, problems = by_short_name(listed), studies(finished), []
     if in_markdown:
         sys.stdout.write("\n".join([as_markdown(named), *map(spread_markdown, found)]))
@@ -129,6 +137,13 @@ def _show(runs: Sequence[Run], *, in_markdown: bool) -> list[str]:
             continue
         sys.stdout.write(f"\n![nats of each criterion](<{path}>)\n" if in_markdown else f"Figure: {path}\n")
     return problems
+
+
+def _known(run: Run) -> list[str]:
+    """State of a run without results, and the perplexities of a checkpoint that was only evaluated."""
+    from lit_recon.report.measures import DENSE, GAP, PERPLEXITY, PRUNED
+
+    return [run.state, *(one.text_of(run) for one in (DENSE, PRUNED, PERPLEXITY, GAP))]
 
 
 def _print(*tables: "RenderableType") -> None:

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lit_recon.report.evaluations import protocol_text
 from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
 from lit_recon.system.clock import WALK
 from lit_recon.system.units import duration
@@ -54,12 +55,9 @@ def common_folder(runs: Iterable[Path]) -> Path:
 
 def settings(results: Mapping[str, Any]) -> dict[str, str]:
     """Settings of a run, each as text that needs no label; what refined the masks is part of the criterion."""
-    recipe, protocol = results["recipe"], results["protocol"]
+    recipe = results["recipe"]
     texts = {key: f"{LABELS.get(f'recipe.{key}', key.replace('_', ' '))} {value}" for key, value in recipe.items()}
     texts.pop("refine", None)
-    opening = protocol.get("opening", "none")  # which versions before 0.4 do not say
-    sequences = f"{protocol['windows']} x {protocol['context']} tokens"
-    sequences += f", each after {opening}" if opening != "none" else ""
     texts |= {key: recipe[key] for key in ("pattern", "windows", "module") if key in recipe}
     texts["criterion"] = " + ".join(recipe[key] for key in ("criterion", "refine") if recipe.get(key))
     if results.get("relative_error"):  # of two versions they do not compare: until 0.4 there was no typical error
@@ -68,7 +66,7 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
     return texts | {
         "model": results["model"]["name"],
         "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
-        "evaluation": f"perplexity on {protocol['dataset']}, {sequences}",
+        "evaluation": f"perplexity on {protocol_text(results['protocol'])}",
         "seed": f"seed {results['seed']}",
     }
 
@@ -107,11 +105,12 @@ def cells(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def comparison(runs: Mapping[str, Mapping[str, Any] | str]) -> Table:
+def comparison(runs: Mapping[str, Mapping[str, Any] | list[str]]) -> Table:
     """Table for the terminal, 120 columns wide; the settings of a run, or its state, stand below its name.
 
     Args:
-        runs: By the name of the run its results.json, or the state of a run that has none.
+        runs: By the name of the run its results.json; of a run that has none its state, and texts for the columns after
+            that as far as they are known.
     """
     shared, rows = _rows(runs)
     table = Table(title=Text(shared), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -124,7 +123,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any] | str]) -> Table:
     return table
 
 
-def as_markdown(runs: Mapping[str, Mapping[str, Any] | str]) -> str:
+def as_markdown(runs: Mapping[str, Mapping[str, Any] | list[str]]) -> str:
     """Table in GitHub's Markdown, without the settings that all runs share.
 
     Args:
@@ -135,12 +134,12 @@ def as_markdown(runs: Mapping[str, Mapping[str, Any] | str]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _rows(runs: Mapping[str, Mapping[str, Any] | str]) -> tuple[str, list[list[str]]]:
+def _rows(runs: Mapping[str, Mapping[str, Any] | list[str]]) -> tuple[str, list[list[str]]]:
     """The settings that all runs share, and a row of texts for each."""
-    results = {name: found for name, found in runs.items() if not isinstance(found, str)}
+    results = {name: found for name, found in runs.items() if isinstance(found, Mapping)}
     shared, different = shared_and_different({name: settings(found) for name, found in results.items()})
-    none = ["–"] * (len(COLUMNS) - 2)
-    states = {name: [name, found, *none] for name, found in runs.items() if isinstance(found, str)}
+    others = {name: [name, *found] for name, found in runs.items() if not isinstance(found, Mapping)}
+    states = {name: row + ["–"] * (len(COLUMNS) - len(row)) for name, row in others.items()}
     rows = {name: [name, different[name], *cells(found)] for name, found in results.items()} | states
     return shared, [rows[name] for name in runs]
 

@@ -4,6 +4,7 @@ Read leniently: what another version wrote is shown as far as it is understood, 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -68,9 +69,9 @@ def read_evaluations(run: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]
     """Evaluations of a run, the oldest first, and remarks on what could not be read.
 
     Args:
-        run: The folder of the run.
+        run: The folder of the run, or of a model; or the record itself, which those of the Hub's models have.
     """
-    path = run / "evaluations.json"
+    path = run if is_record(run) else run / "evaluations.json"
     if not path.is_file():
         return (), ()
     try:
@@ -86,6 +87,26 @@ def read_evaluations(run: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]
         found += [evaluation] if evaluation else []
         problems += unclear
     return tuple(found), (f"{path}: {'; '.join(problems[:3])}; left out.",) if problems else ()
+
+
+def protocol_text(protocol: Mapping[str, Any]) -> str:
+    """What perplexity was measured on, as far as it is known: data set, windows and their length, opening, stride."""
+    windows, context, opening = (protocol.get(key) for key in ("windows", "context", "opening"))
+    text = str(protocol.get("dataset") or "unknown text")
+    text += f", {windows} x {context} tokens" if windows is not None and context is not None else ""
+    text += f", each after {opening}" if opening not in (None, "none") else ""  # versions before 0.4 do not say
+    return text + (f", stride {stride}" if (stride := protocol.get("stride")) is not None else "")
+
+
+def tasks_text(tasks: Mapping[str, Any]) -> str:
+    """Scores of a checkpoint on tasks."""
+    scores = [one for one in tasks["results"] if one["state"] == "checkpoint" and one["value"] is not None]
+    return ", ".join(f"{one['task']} {one['metric']} {one['value']:.3f}" for one in scores)
+
+
+def is_record(path: Path) -> bool:
+    """Whether a path is a record of evaluations outside a run's folder; what is in it is not looked at."""
+    return path.suffix == ".json" and path.is_file() and not (path.parent / "config.yaml").exists()
 
 
 def _evaluation(entry: Any, where: str) -> tuple[Evaluation | None, list[str]]:

@@ -1,4 +1,4 @@
-"""The figures of a run: perplexity, error over depth, learning curves, time.
+"""The figures of a run: perplexity, error over depth, learning curves, time and memory.
 
 Drawn from the files of the run (run_files.py), so that they can be drawn again at any time. One colour means one thing
 in all of them: grey is the dense model, orange the pruned model, blue the reconstructed model (Okabe and Ito's palette,
@@ -252,9 +252,10 @@ def time_per_phase(seconds: Mapping[str, float]) -> Figure:
 
 
 def peak_memory(results: Mapping[str, Any]) -> Figure | None:
-    """Peak memory of walk and whole run, next to what was predicted; None for a run that measured neither."""
+    """Peak memory of each phase, the walk and the whole run, next to what was predicted; None where none is known."""
     predicted = results.get("predicted") or {}
     rows = {
+        **(results.get("phase_peak_memory_bytes") or {}),  # unknown of earlier versions, and on some systems
         "walk": results.get("walk_peak_memory_bytes"),
         "walk, predicted": predicted.get("walk_peak_memory_bytes"),
         "whole run": results["peak_memory_bytes"],

@@ -13,34 +13,39 @@ from typing import Any
 from lit_recon.report.evaluations import latest
 from lit_recon.report.format import as_count, as_error, as_memory, as_nats, as_perplexity, as_share
 from lit_recon.report.run_files import finite_or_nan
-from lit_recon.report.runs import Run
+from lit_recon.report.runs import EVALUATED, Run
 from lit_recon.system.clock import WALK
 from lit_recon.system.units import duration
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that every finished run has, or NaN.
+    """A number that every finished run has, or NaN; some of them also a checkpoint that was only evaluated.
 
     Attributes:
         key: Name in CSV, with the unit at its end where it has one.
         label: Name on a page or a figure, with the unit.
         value: The number of a finished run.
         as_text: The number as people read it.
+        evaluated: The number of a folder that has evaluations alone; None: it has none.
     """
 
     key: str
     label: str
     value: Callable[[Run], float]
     as_text: Callable[[float], str]
+    evaluated: Callable[[Run], float] | None = None
 
     def of(self, run: Run) -> float:
         """The number of a run; NaN where it has none."""
-        return self.value(run) if run.results is not None else math.nan
+        if run.results is not None:
+            return self.value(run)
+        return self.evaluated(run) if run.state == EVALUATED and self.evaluated is not None else math.nan
 
     def text_of(self, run: Run) -> str:
         """The number of a run as text; a dash for one that has not finished."""
-        return self.as_text(self.of(run)) if run.results is not None else "–"
+        value = self.of(run)
+        return self.as_text(value) if run.results is not None or math.isfinite(value) else "–"
 
 
 def _results(run: Run) -> Mapping[str, Any]:
@@ -114,6 +119,16 @@ def _evaluated(part: str, *keys: str) -> Callable[[Run], float]:
     return value
 
 
+def _evaluated_nats(state: str) -> Callable[[Run], float]:
+    """Nats per token over the dense model, of the newest evaluation of perplexity."""
+
+    def value(run: Run) -> float:
+        found, dense = (_evaluated("perplexity", "perplexity", name)(run) for name in (state, "dense"))
+        return math.log(found / dense) if found > 0 and dense > 0 else math.nan
+
+    return value
+
+
 def _gigabytes(value: float) -> str:
     return as_memory(value * 1e9) if math.isfinite(value) else "–"
 
@@ -126,15 +141,34 @@ def _or_dash(as_text: Callable[[float], str]) -> Callable[[float], str]:
     return lambda value: as_text(value) if math.isfinite(value) else "–"
 
 
-DENSE = Measure("perplexity_dense", "perplexity, dense", _number("perplexity", "dense"), as_perplexity)
-PRUNED = Measure("perplexity_pruned", "perplexity, pruned", _number("perplexity", "pruned"), as_perplexity)
-PERPLEXITY = Measure(
-    "perplexity_reconstructed", "perplexity, reconstructed", _number("perplexity", "reconstructed"), as_perplexity
+def _perplexity(state: str, evaluated: str) -> Measure:
+    """Perplexity of a state of the model, by the names that results.json and evaluations have for it."""
+    found = _evaluated("perplexity", "perplexity", evaluated)
+    number = _number("perplexity", state)
+    return Measure(f"perplexity_{state}", f"perplexity, {state}", number, as_perplexity, found)
+
+
+DENSE = _perplexity("dense", "dense")
+PRUNED = _perplexity("pruned", "pruned")
+PERPLEXITY = _perplexity("reconstructed", "checkpoint")
+NATS_PRUNED = Measure(
+    key="nats_over_dense_pruned",
+    label="nats over dense, pruned",
+    value=_nats("pruned"),
+    as_text=as_nats,
+    evaluated=_evaluated_nats("pruned"),
 )
-NATS_PRUNED = Measure("nats_over_dense_pruned", "nats over dense, pruned", _nats("pruned"), as_nats)
-NATS = Measure("nats_over_dense", "nats over dense, reconstructed", _nats("reconstructed"), as_nats)
-GAP = Measure("gap_recovered", "gap recovered", _number("gap_recovered"), as_share)
-GAP_IN_NATS = Measure("gap_recovered_nats", "gap recovered, in nats", _gap_in_nats, as_share)
+NATS = Measure(
+    key="nats_over_dense",
+    label="nats over dense, reconstructed",
+    value=_nats("reconstructed"),
+    as_text=as_nats,
+    evaluated=_evaluated_nats("checkpoint"),
+)
+_GAP = _evaluated("perplexity", "gap_recovered")
+_GAP_NATS = _evaluated("perplexity", "gap_recovered_nats")
+GAP = Measure("gap_recovered", "gap recovered", _number("gap_recovered"), as_share, _GAP)
+GAP_IN_NATS = Measure("gap_recovered_nats", "gap recovered, in nats", _gap_in_nats, as_share, _GAP_NATS)
 HELD_OUT = Measure("held_out_error", "held-out error", held_out_error, as_error)
 FINAL = Measure(
     "relative_error", "relative error of final states", _number("relative_error", "reconstructed"), _or_dash(as_error)
@@ -145,19 +179,19 @@ WALK_SECONDS = Measure("walk_seconds", "time, walk", _walk_seconds, _seconds)
 SECONDS = Measure("total_seconds", "time, total", _number("seconds", "total"), _seconds)
 WALK_MEMORY = Measure("walk_peak_memory_gb", "peak memory, walk", _bytes_in_gb("walk_peak_memory_bytes"), _gigabytes)
 MEMORY = Measure("peak_memory_gb", "peak memory, total", _bytes_in_gb("peak_memory_bytes"), _gigabytes)
-ACCURACY = Measure("tasks_mean", "accuracy, mean of tasks", _evaluated("tasks", "mean", "checkpoint"), as_share)
-DIVERGENCE = Measure(
-    "kl_nats_per_token", "KL from dense, nats per token", _evaluated("agreement", "kl"), _or_dash(as_error)
-)
-AGREEMENT = Measure("top1_agreement", "top-1 agreement with dense", _evaluated("agreement", "top1"), as_share)
+_MEAN = _evaluated("tasks", "mean", "checkpoint")
+_KL, _TOP1 = _evaluated("agreement", "kl"), _evaluated("agreement", "top1")
+ACCURACY = Measure("tasks_mean", "accuracy, mean of tasks", _MEAN, as_share, _MEAN)
+DIVERGENCE = Measure("kl_nats_per_token", "KL from dense, nats per token", _KL, _or_dash(as_error), _KL)
+AGREEMENT = Measure("top1_agreement", "top-1 agreement with dense", _TOP1, as_share, _TOP1)
 
 MEASURES = (
     *(DENSE, PRUNED, PERPLEXITY, NATS_PRUNED, NATS, GAP, GAP_IN_NATS, HELD_OUT, FINAL, SPARSITY, TOKENS),
     *(WALK_SECONDS, SECONDS, WALK_MEMORY, MEMORY),
 )
-EVALUATED = (ACCURACY, DIVERGENCE, AGREEMENT)
+OF_EVALUATIONS = (ACCURACY, DIVERGENCE, AGREEMENT)
 
 
 def measures(runs: Sequence[Run]) -> list[Measure]:
     """The measures that runs are compared by: those of evaluations where one of the runs has them."""
-    return [*MEASURES, *(one for one in EVALUATED if any(math.isfinite(one.of(run)) for run in runs))]
+    return [*MEASURES, *(one for one in OF_EVALUATIONS if any(math.isfinite(one.of(run)) for run in runs))]

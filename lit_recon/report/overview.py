@@ -20,7 +20,7 @@ from lit_recon.report.group_figure import MOST, group_figure
 from lit_recon.report.groups import Group, differing_keys, granularity, grouped, label_of, rate_sweeps, value_of
 from lit_recon.report.measures import HELD_OUT, NATS, PERPLEXITY, measures
 from lit_recon.report.pareto import pareto_figures
-from lit_recon.report.runs import NONE, Run
+from lit_recon.report.runs import EVALUATED, NONE, Run
 from lit_recon.report.study import Study, spread_header, spread_rows, studies
 from lit_recon.report.study_figure import criteria
 from lit_recon.report.tables import GROUPED, Table, groups_table, mean_cell, runs_table
@@ -41,7 +41,8 @@ def write_overview(runs: Sequence[Run], out: Path | None = None, keys: Sequence[
     """Write the page over many runs, its figures and its tables.
 
     Args:
-        runs: Runs in any state, at least one of them finished; those that are no runs are named by their message.
+        runs: Runs in any state, at least one of them finished or evaluated; those that are no runs are named by their
+            message.
         out: The folder to write to; None: `report` next to the runs.
         keys: Keys of config.yaml to group by, as config.yaml has them; none: those in which runs differ.
 
@@ -80,8 +81,9 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     names = by_short_name({run.folder: run for run in runs})
     different = differing_keys(runs)
     chosen = keys or different
-    groups = grouped(runs, chosen)
-    groups = groups if keys or len(groups) < len(runs) else []  # else each run would be a group
+    with_settings = [run for run in runs if run.state != EVALUATED]
+    groups = grouped(with_settings, chosen)
+    groups = groups if keys or len(groups) < len(with_settings) else []  # else each run would be a group
     shown = measures(runs)
     tables = {"runs": runs_table(names, list(dict.fromkeys([*chosen, *different])), shown)}
     means = [one for one in shown if one in GROUPED or one not in shown[:15]]
@@ -115,10 +117,11 @@ def _header(names: Mapping[str, Run]) -> dict[str, Any]:
     states = Counter(run.state for run in names.values())
     results = {name: run.results for name, run in names.items() if run.results is not None}
     shared = shared_and_different({name: settings(found) for name, found in results.items()})[0]
-    perplexities = [(PERPLEXITY.of(run), name) for name, run in names.items()]
+    perplexities = [(PERPLEXITY.of(run), name) for name, run in names.items() if run.results is not None]
     finite = [pair for pair in perplexities if math.isfinite(pair[0])]
     return {
-        "title": f"{len(names)} runs in {folder.name or folder}",
+        "title": f"{len(names)} run{'s' if len(names) != 1 else ''} in {folder.name or folder}",
+        "evaluated": states[EVALUATED],
         "states": ", ".join(f"{number} {state}" for state, number in states.most_common()),
         "shared": shared,
         "best": min(finite)[::-1] if finite else None,

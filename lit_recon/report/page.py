@@ -16,14 +16,16 @@ from typing import Any
 from lit_recon.report.drift_figure import drift_figure
 from lit_recon.report.evaluations import latest, read_evaluations
 from lit_recon.report.figures import write_figures
-from lit_recon.report.format import LABELS, as_error, as_perplexity, as_share
+from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
 from lit_recon.report.heat_map import kind_of, sparsity_by_layer
 from lit_recon.report.hidden_figure import hidden_errors
+from lit_recon.report.provenance import provenance_facts
 from lit_recon.report.run_files import finite_or_nan, has_units, measure, read_results
 from lit_recon.report.shapes import LARGEST
 from lit_recon.report.tables import Cell, Column, Table
 from lit_recon.report.templates import relative_link, render
 from lit_recon.system.atomic_files import replaced
+from lit_recon.system.units import duration
 
 FILES = {
     "checkpoint/": "the reconstructed model and its tokenizer; pruned weights are exact zeros",
@@ -42,7 +44,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Args:
         run: The run's folder.
-        out: The folder for page, figures and, there only, the table of all windows; None: the run's.
+        out: The folder for page, figures and, there only, the tables of windows and phases; None: the run's.
 
     Returns:
         The page; it needs no other file and no network.
@@ -72,6 +74,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         tries=tries(results["windows"]),
         facts={title: facts(results, *keys) for title, keys in FACTS.items()},
         kinds=sparsity_by_kind(by_matrix),
+        phases=phases_table(results),
+        provenance=provenance_facts(results),
         evaluations=evaluations,
         unread=unread,
         protocols=[each.parts["perplexity"] for each in evaluations if "perplexity" in each.parts],
@@ -81,15 +85,17 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         **places(run, out),
     )
     is_apart = run.resolve() != out.resolve()
-    files = {f"windows.{end}": text for end, text in windows_files(results["windows"]).items()} if is_apart else {}
+    tables = {"windows": windows_table(results["windows"]), "phases": phases_table(results)} if is_apart else {}
+    files = {f"{name}.csv": table.as_csv() for name, table in tables.items()}
+    files |= {f"{name}.md": table.as_markdown() for name, table in tables.items()}
     for name, content in (files | {"report.html": page}).items():
         with replaced(out / name) as file:
             file.write(content)
     return out / "report.html"
 
 
-def windows_files(windows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """The table of all windows, by the ending of the file: CSV and Markdown."""
+def windows_table(windows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of all windows."""
     keys = [f"{part}_{when}" for part in ("held_out", "typical", "relative_error") for when in ("before", "after")]
     keys += ["rate", "steps", "seconds"]
     columns = [Column("window", ("window",), False), *(Column(key.replace("_", " "), (key,)) for key in keys)]
@@ -100,8 +106,21 @@ def windows_files(windows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
         name, *others = (Cell(text, (text,)) for text in texts)
         values = [finite_or_nan(window.get(key)) for key in keys]
         rows.append([name, *(Cell("–" if math.isnan(one) else f"{one:.4g}", (one,)) for one in values), *others])
-    table = Table(columns, rows)
-    return {"csv": table.as_csv(), "md": table.as_markdown()}
+    return Table(columns, rows)
+
+
+def phases_table(results: Mapping[str, Any]) -> Table:
+    """Seconds of each phase and of the whole run, their share, and peak memory in bytes where it is known."""
+    total, peaks = results["seconds"]["total"], results.get("phase_peak_memory_bytes") or {}
+    columns = [Column("phase", ("phase",), False), Column("time", ("seconds",)), Column("share", ("share",))]
+    columns.append(Column("peak memory", ("peak_memory_bytes",)))
+    rows = []
+    for phase, seconds in results["seconds"].items():
+        share = seconds / total if total else 0.0
+        peak = results["peak_memory_bytes"] if phase == "total" else peaks.get(phase)
+        cells = [Cell(phase, (phase,)), Cell(duration(seconds), (seconds,)), Cell(f"{share:.1%}", (share,))]
+        rows.append([*cells, Cell(as_memory(peak), (finite_or_nan(peak),))])
+    return Table(columns, rows)
 
 
 def places(run: Path, out: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be ab
     "relative_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
     "typical_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
     "walk_peak_memory_bytes?": MAYBE,
+    "phase_peak_memory_bytes?": {str: NUMBER},
     "predicted?": {"seconds": NUMBER, "peak_memory_bytes": MAYBE, "walk_peak_memory_bytes?": MAYBE},
 }
 

@@ -1,6 +1,7 @@
 """Folders of runs in any state, and what is known of each: a sweep has finished, running, failed and damaged ones.
 
-A run that is not finished is listed with what its config.yaml says; what cannot be shown is one message, and never in
+A run that is not finished is listed with what its config.yaml says, and a folder that no run has made, or a record of
+its own, with its evaluations; what cannot be shown is one message, and never in
 the way of other runs.
 """
 
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_recon.report.evaluations import Evaluation, read_evaluations
+from lit_recon.report.evaluations import Evaluation, latest, protocol_text, read_evaluations
 from lit_recon.report.run_files import is_study_figure, read_results
 from lit_recon.system.lock import is_held
 
 FINISHED, RUNNING, UNFINISHED, FAILED, DAMAGED = "finished", "running", "unfinished", "failed", "damaged"
+EVALUATED = "evaluated"  # a checkpoint of another tool: only what lit_recon.evaluate found
 NONE = "no run"  # an empty folder, a folder of something else, nothing at all
 OVERVIEW = ("report.html", "runs.csv")  # of a folder with the page over many runs, which runs/* matches as well
 
@@ -43,8 +45,8 @@ class Run:
 
     @property
     def is_expected(self) -> bool:
-        """Whether nothing is wrong with it: it is finished, or still running."""
-        return self.state in (FINISHED, RUNNING)
+        """Whether nothing is wrong with it: it is finished, still running, or only evaluated."""
+        return self.state in (FINISHED, RUNNING, EVALUATED)
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -77,8 +79,11 @@ def read_run(folder: Path) -> Run:
     try:
         return Run(folder, FINISHED, results=read_results(folder), **known)
     except ValueError as error:
-        state = DAMAGED if (folder / "results.json").is_file() else NONE
-        return Run(folder, state, _line(error), **known)
+        if (folder / "results.json").is_file():
+            return Run(folder, DAMAGED, _line(error), **known)
+        if evaluations or evaluation_remarks:  # what cannot be read of them is a remark
+            return Run(folder, EVALUATED if evaluations else DAMAGED, **known)
+        return Run(folder, NONE, _line(error), **known)
 
 
 def _unfinished(folder: Path) -> tuple[str, str]:
@@ -109,6 +114,14 @@ def _flat(config: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
+
+
+def protocol_of(run: Run) -> str:
+    """What the perplexities of a run, or the newest of a checkpoint that was only evaluated, are measured on."""
+    if run.results is not None:
+        return protocol_text(run.results["protocol"])
+    found = latest(run.evaluations, "perplexity") if run.state == EVALUATED else None
+    return protocol_text(found["protocol"]) if found else ""
 
 
 def as_setting(value: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lit_recon.report.comparison import escaped
+from lit_recon.report.evaluations import latest, tasks_text
 from lit_recon.report.groups import ABSENT, Group, label_of, value_of
 from lit_recon.report.measures import (
     GAP,
@@ -25,7 +26,7 @@ from lit_recon.report.measures import (
     WALK_SECONDS,
     Measure,
 )
-from lit_recon.report.runs import Run
+from lit_recon.report.runs import EVALUATED, Run, protocol_of
 
 LONGEST = 60  # letters of a setting that people read
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that a spreadsheet computes
@@ -90,6 +91,8 @@ def _harmless(value: float | str) -> float | str:
 def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence[Measure]) -> Table:
     """A row per run: number, name, state, the settings in which runs differ, and what was measured.
 
+    Where a checkpoint was only evaluated, a column says on what text each perplexity is.
+
     Args:
         names: Runs by their names, in the order of the rows.
         keys: Keys of config.yaml.
@@ -97,14 +100,28 @@ def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence
     """
     columns = [Column("#", ("number",)), Column("run", ("run",), False), Column("state", ("state",), False)]
     columns += [Column(label_of(key), (key,), False) for key in keys]
+    texts = _texts_of_evaluations(list(names.values()))
+    columns += [Column(label, (label.replace(" ", "_"),), False) for label in texts]
     columns += [Column(measure.label, (measure.key,)) for measure in measures]
     rows = []
     for number, (name, run) in enumerate(names.items(), start=1):
         row = [Cell(str(number), (number,)), Cell(name, (name,)), Cell(run.state, (run.state,))]
         row += [setting_cell(value_of(run, key)) for key in keys]
+        row += [setting_cell(found[number - 1] or ABSENT) for found in texts.values()]
         row += [Cell(measure.text_of(run), (measure.of(run),)) for measure in measures]
         rows.append(row)
     return Table(columns, rows)
+
+
+def _texts_of_evaluations(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Columns of text besides settings: protocols where one may be another, scores on tasks where a run has some."""
+    found = {}
+    if any(run.state == EVALUATED for run in runs):
+        found["perplexity on"] = [protocol_of(run) for run in runs]
+    scores = [latest(run.evaluations, "tasks") for run in runs]
+    if any(scores):
+        found["tasks"] = [tasks_text(one) if one else "" for one in scores]
+    return found
 
 
 def groups_table(groups: Sequence[Group], measures: Sequence[Measure]) -> Table:

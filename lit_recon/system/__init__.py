@@ -11,7 +11,7 @@ environment.py      variables that end libraries as they are imported
 signals.py          Ctrl-C, SIGTERM and SIGHUP, held back in protected sections
 terminal.py         letters that the terminal lacks, and its end
 markdown.py         any text as Markdown without markup
-clock.py            seconds per phase
+clock.py            seconds and peak memory per phase
 memory.py           peak memory, a limit of it, giving memory back
 finite.py           numbers that are not finite, found and named
 units.py            bytes and seconds as text

@@ -1,4 +1,7 @@
-"""Memory of this process: its peak, a limit of it, and giving unused memory back to the system."""
+"""Memory of this process: its peak, a limit of it, and giving unused memory back to the system.
+
+The system counts one peak, which is reset to learn that of a part of a run (clock.py).
+"""
 
 import ctypes
 import gc
@@ -35,16 +38,47 @@ def own_memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> bool:
     """Count the peak from now on, where that is possible; elsewhere the peak stays that of the process.
 
     On the CPU only Linux can do that, with a /proc that can be written.
+
+    Returns:
+        Whether it is possible.
     """
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+        if torch.cuda.is_initialized():  # until then its peak is 0, and a reset an error
+            torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+            return "VmHWM:" in Path("/proc/self/status").read_text()  # else the peak is that of getrusage
+    return False
+
+
+class PeakMemory:
+    """Peak memory of this process from one look at it to the next.
+
+    Args:
+        device: Whose memory is meant.
+
+    Attributes:
+        is_reset: Whether each look counts anew; else each gives the peak of the process so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = peak_memory_bytes(device)
+        self.is_reset = reset_peak_memory(device)
+
+    def take(self) -> int:
+        """Peak since the last look, in bytes; at the first that of the process so far."""
+        peak = max(self._before, peak_memory_bytes(self.device))
+        self._before = 0
+        if self.is_reset:
+            reset_peak_memory(self.device)
+        return peak
 
 
 def release_memory() -> None:

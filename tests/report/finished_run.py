@@ -11,6 +11,7 @@ REFUSED = {"accepted": False, "held_out_after": 0.0333, "note": "loss was not fi
 NEW = {  # what runs of earlier versions lack
     "relative_error": {"pruned": 0.345678, "reconstructed": 0.123456},
     "walk_peak_memory_bytes": 987_654_321,
+    "phase_peak_memory_bytes": {"load": 1_512_345_678, "teacher": 750_000_000, "fit": 987_654_321},
     "predicted": {"seconds": 65.43, "peak_memory_bytes": 1_400_000_000, "walk_peak_memory_bytes": 1_050_000_000},
 }
 

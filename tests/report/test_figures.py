@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from finished_run import REFUSED, STEPS, in_units, make_run, results_of
+from finished_run import NEW, REFUSED, STEPS, in_units, make_run, results_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from lit_recon.report.figures import error_over_depth, learning_curves, write_figures
+from lit_recon.report.figures import error_over_depth, learning_curves, peak_memory, write_figures
 from lit_recon.report.run_files import read_curves, read_results
 
 FIGURES = ["perplexity", "error_over_depth", "learning_curves", "time", "memory"]
@@ -73,6 +73,25 @@ def test_the_legend_fits_also_where_a_window_was_refused() -> None:
 def test_the_unit_of_the_curves_is_that_of_the_run_and_of_its_loss(results: dict, loss: str | None, label: str) -> None:
     figure = learning_curves(results["windows"], {"block_00/loss/held_out": [(0, 0.02)]}, loss)
     assert figure is not None and figure.axes[0].get_ylabel() == label
+
+
+def bars_of(results: dict) -> dict[str, float]:
+    """The bars of the figure of memory, in GB by name."""
+    figure = peak_memory(results)
+    assert figure is not None
+    axes = figure.axes[0]
+    lengths = [bar.get_width() for bar in axes.patches]
+    return dict(zip([label.get_text() for label in axes.get_yticklabels()], lengths, strict=True))
+
+
+def test_the_figure_of_memory_has_a_bar_for_each_phase_whose_peak_is_known() -> None:
+    bars = bars_of(results_of(1) | NEW)
+    names = ["load", "teacher", "fit", "walk", "walk, predicted", "whole run", "whole run, predicted"]
+    assert list(bars) == names
+    assert bars["teacher"] == pytest.approx(0.75) and bars["fit"] == pytest.approx(0.987654321)
+    for unknown in ({}, None):
+        assert list(bars_of(results_of(1) | NEW | {"phase_peak_memory_bytes": unknown})) == names[3:]
+    assert list(bars_of(results_of(1))) == ["whole run"], "of a run of an earlier version"
 
 
 def test_each_window_has_its_own_column_in_the_learning_curves(tmp_path: Path) -> None:

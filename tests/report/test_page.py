@@ -193,6 +193,11 @@ def test_the_page_has_what_newer_runs_measure(tmp_path: Path) -> None:
     assert "Of the last layer's hidden states it is 0.346 after pruning and 0.123 after reconstruction." in page
     assert "error of a window's output over the variance of its target, on samples" in page and "typical" not in page
     assert "at the peak, 0.99 GB while windows were reconstructed; predicted were 65.4 s and 1.40 GB." in page
+    phases = page.partition("Time and memory of each phase as a table")[2].partition("</table>")[0]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in phases.split("<tr>")]
+    # 9.0 of 71.04 s is 12.7%; of pruning no peak is known
+    assert ["teacher", "9.0 s", "12.7%", "0.75 GB"] in rows and ["prune", "1.0 s", "1.4%", "–"] in rows
+    assert ["total", "71.0 s", "100.0%", "1.51 GB"] in rows
 
 
 def rows_of(page: str) -> list[list[str]]:
@@ -254,7 +259,7 @@ def test_names_that_are_not_utf_8_are_shown_as_escapes(tmp_path: Path) -> None:
     assert "caf\\udce9" in page and "name: caf\N{REPLACEMENT CHARACTER}" in page
 
 
-def test_a_page_elsewhere_leaves_the_run_as_it_was_links_to_its_files_and_has_its_table_beside_it(
+def test_a_page_elsewhere_leaves_the_run_as_it_was_links_to_its_files_and_has_its_tables_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = in_units(2)
@@ -272,3 +277,8 @@ def test_a_page_elsewhere_leaves_the_run_as_it_was_links_to_its_files_and_has_it
     assert (first["window"], first["held_out_before"], first["accepted"]) == ("block_00", "0.011", "accepted")
     assert (second["accepted"], second["note"]) == ("not accepted", "'=1+1")
     assert (tmp_path / "out" / "windows.md").read_text(encoding="utf-8").startswith("| window | held out before |")
+    with (tmp_path / "out" / "phases.csv").open(newline="", encoding="utf-8") as file:
+        phases = {row["phase"]: row for row in csv.DictReader(file)}
+    assert (phases["fit"]["seconds"], phases["fit"]["peak_memory_bytes"]) == ("30.1", "987654321.0")
+    assert phases["prune"]["peak_memory_bytes"] == "" and phases["total"]["peak_memory_bytes"] == "1512345678.0"
+    assert "| fit | 30.1 s | 42.4% | 0.99 GB |" in (tmp_path / "out" / "phases.md").read_text(encoding="utf-8")

@@ -72,7 +72,7 @@ def test_a_plan_generates_the_text_that_the_run_then_reads(generated: Callable[.
 def test_the_peak_of_a_plan_is_no_less_than_what_generation_took(
     generated: Callable[..., Ended], tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_recon.fit.run.peak_memory_bytes", lambda device: 123 * 10**9)
+    monkeypatch.setattr("lit_recon.fit.run.Clock.peak", lambda *_: 123 * 10**9)
     planned = generated("plan=true")
     assert planned.status == 0 and "peak memory 123.00 GB" in " ".join(planned.out.split()), planned
     planned = tiny_run("plan=true")

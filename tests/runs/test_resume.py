@@ -137,12 +137,15 @@ def test_what_was_stopped_is_gone_on_with_from_there(
     assert "unfinished" not in (run / "checkpoint" / "README.md").read_text()
 
 
-def test_the_seconds_of_a_run_in_two_parts_are_those_of_both(stopped: tuple[Path, Ended], gone_on: Path) -> None:
+def test_seconds_and_peaks_of_a_run_in_two_parts_are_those_of_both(stopped: tuple[Path, Ended], gone_on: Path) -> None:
     before = json.loads((stopped[0] / "commits" / "00002.json").read_text())["state"]
-    seconds = json.loads((gone_on / "results.json").read_text())["seconds"]
+    results = json.loads((gone_on / "results.json").read_text())
+    seconds, peaks = results["seconds"], results["phase_peak_memory_bytes"]
     assert seconds["total"] > before["elapsed"] > 0
     for phase, earlier in before["seconds"].items():
         assert seconds[phase] >= round(earlier, 3), phase
+    assert results["walk_peak_memory_bytes"] >= before["peaks"]["walk"] > 0
+    assert all(peaks[phase] >= before["peaks"][phase] for phase in peaks if phase in before["peaks"])
 
 
 NOISY = """

@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lit_recon.system.device import Compute, one_process
+from lit_recon.system.device import Compute, cpu_name, one_process
 
 
 class Counter(Callback):
@@ -98,3 +98,24 @@ def test_a_trainer_keeps_plugins_of_the_users_own_and_is_one_process(
     made = one_process(partial(Trainer, logger=False, plugins=plugins, accelerator="cpu", devices=1))()
     assert type(made.strategy) is SingleDeviceStrategy and made.world_size == 1 and made.global_rank == 0
     assert isinstance(made.precision_plugin, MixedPrecision) == (plugins is not None)
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ("processor : 0\nmodel name\t: A CPU: 2 GHz\n\nmodel name : another\n", "A CPU: 2 GHz"),
+        ("", "arm"),
+        (None, "arm"),
+    ],
+)
+def test_the_name_of_the_cpu_is_the_systems_or_its_architecture(
+    about: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **_: object) -> str:
+        if about is None:
+            raise OSError("no such file")
+        return about
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert cpu_name() == name

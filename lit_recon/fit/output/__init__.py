@@ -7,6 +7,7 @@ card.py        the model card, with the metadata of the Hub
 push.py        upload to the Hub, where that is asked for
 read_back.py   the checkpoint read as a user will read it
 provenance.py  where all that a run reads came from
+changed.py     what of that has changed since, as a study asks
 results.py     results.json, the final table
 library_run.py what the library has done to a model object, and the same files of it
 """

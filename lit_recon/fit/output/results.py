@@ -30,7 +30,8 @@ class Results:
     `nats` are mean negative log-likelihoods per token, of which perplexity is the exponential. `relative_error` is that
     of the last layer's hidden states on evaluation samples, the first ones, as many tokens as are held out: the mean
     over tokens, in units of the median energy of the dense model's states; all kinds of windows compare by it.
-    `typical_error` is the median over tokens. Sparsity is that of the file, which was read back.
+    `typical_error` is the median over tokens. Sparsity is that of the file, which was read back. Peaks of memory are of
+    the run with all that it resumed; those of phases are missing where the system cannot tell them apart.
     """
 
     nats: dict[str, float]
@@ -44,6 +45,7 @@ class Results:
     seconds: dict[str, float]
     peak_memory_bytes: int
     walk_peak_memory_bytes: int
+    phase_peak_memory_bytes: dict[str, int]
     predicted: dict[str, float]
     tokens: dict[str, int]
     seed: int

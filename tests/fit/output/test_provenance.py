@@ -34,7 +34,8 @@ def test_files_of_model_and_text_are_there_with_their_hashes(
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= of_model.keys()
     assert traced["model"]["files"] == of_model
     assert traced["text"] == {str(text_file): hashed(text_file)}
-    assert len(traced["samples"]) == 64 and traced["masks"] == {}
+    assert len(traced["samples"]) == len(traced["code"]) == 64 and traced["masks"] == {}
+    assert traced["machine"].keys() >= {"device", "CPU", "threads", "GPU"} and traced["machine"]["CPU"]
 
 
 LOSS = """

@@ -30,6 +30,7 @@ def results(seed: int = 0, **nats: float) -> Results:
         seconds={"total": 1.0},
         peak_memory_bytes=2,
         walk_peak_memory_bytes=1,
+        phase_peak_memory_bytes={"fit": 1},
         predicted={"seconds": 1.0, "peak_memory_bytes": 2},
         tokens={"calibration": 4},
         seed=seed,
