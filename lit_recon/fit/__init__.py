@@ -12,6 +12,7 @@ pruning_checks.py  those of criterion, pattern, refinement and allocation
 allocate.py        the pattern of each matrix: by rules, one threshold, or an allocation
 job.py             a run as objects: Method, Execution, Output
 run.py             load, plan, walk, read back, measure, report
+dense_measure.py   what the dense model is measured at, once for all runs that share it
 session.py         a loaded model and the objects that walk over it; `reconstruct`
 library.py         load, prune_and_reconstruct: the same for a model object, in place
 study.py           the runs of a sweep: what is done is skipped, what was interrupted resumed, a report at the end
