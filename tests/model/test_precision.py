@@ -55,7 +55,7 @@ def test_what_was_measured_is_kept_by_threads_and_layer(timed: list[float], monk
 
 def test_without_the_instructions_or_on_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "time_steps", lambda *_: pytest.fail("measured"))
-    on_gpu = Compute(torch.device("cuda"), "bf16-mixed")
+    on_gpu = Compute(torch.device("mps"), "bf16-mixed")
     assert with_measured_precision(on_gpu, tiny_model("llama"), 64) is on_gpu
     monkeypatch.setattr(precision, "bf16_is_fast", lambda device: False)
     assert with_measured_precision(CPU, tiny_model("llama"), 64) is CPU
