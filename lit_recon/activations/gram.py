@@ -20,6 +20,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_recon.activations.partial_layer import PartialLayer
+from lit_recon.model.decoder import LayerCall
 from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.products import Product, SharedInputs, observing_products
@@ -136,43 +138,64 @@ class PairedSums:
             self.cross_II.addmm_(sources_NI.float().T, inputs_NI.float())
 
 
-class PairedProducts:
-    """Observes two passes of a layer in turn (`Passes.run_in_turn`), over sources and over inputs, and sums up pairs.
+class InputSums:
+    """Observes passes of a layer up to one of its matrices, and sums up what that is multiplied by.
+
+    Where targets are products with other inputs, the sources, two passes run in turn (`Passes.run_in_turn`): the dense
+    layer over the dense hidden states, then the layer with what is done over those that it is trained on.
 
     Args:
-        matrices: The matrices of the layer, each with one expert.
-        shared: Learns which of them share their inputs.
+        partial: The layer up to the matrix.
+        has_sources: Whether the first of two passes is over sources.
 
     Attributes:
         turn: Which of both runs now: 0 for the sources, 1 for the inputs.
-        sums: The sums, by part of the samples and the name of the matrix that leads.
+        pairs: With sources: the sums, by part of the samples.
+        sums: Else: the sums of each expert, by part of the samples.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], shared: SharedInputs) -> None:
+    def __init__(self, partial: PartialLayer, *, has_sources: bool) -> None:
         self.turn = 0
-        self.sums: dict[str, dict[str, PairedSums]] = {}
-        self._matrices, self._shared = matrices, shared
-        self._sources: dict[str, list[Tensor]] = {}  # of the batch, until its inputs come
+        self.pairs: dict[str, PairedSums] = {}
+        self.sums: dict[str, list[GramSums]] = {}
+        self._partial, self._has_sources = partial, has_sources
+        self._sources: list[Tensor] = []  # of the batch, until its inputs come
+
+    def of(self, part: str) -> list[PairedSums]:
+        """The sums of a part of the samples, of each expert; none if no token reached the matrix."""
+        if self._has_sources:
+            return [self.pairs[part]] if part in self.pairs else []
+        return [PairedSums.of_one(sums) for sums in self.sums.get(part, [])]
+
+    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """The layer as far as it is run, dense for sources."""
+        if self._has_sources and self.turn == 0:
+            return self._partial.forward(hidden_BTD, calls)
+        return self._partial.forward_with_done(hidden_BTD, calls)
 
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
-        """Sum up the pairs of a part of the samples."""
-        sums = self.sums.setdefault(part, {})
+        """Sum up in a part of the samples."""
 
         def note(product: Product) -> None:
-            name = product.matrix.name
-            if self._shared.leader_of(product) != name:
-                return
-            if self.turn == 0:
-                self._sources.setdefault(name, []).append(product.rows_NI.clone())  # the layer may change them
-                return
-            sources_NI, inputs_NI = self._sources[name].pop(0), product.rows_NI
-            assert len(sources_NI) == len(inputs_NI), f"{name} sees other tokens in the two passes"
-            if name not in sums:
-                sums[name] = PairedSums.zero(inputs_NI.shape[1], inputs_NI.device)
-            sums[name].add(sources_NI, inputs_NI)
+            rows_NI, device = product.rows_NI, product.inputs.device
+            if not self._has_sources:
+                experts = product.matrix.experts
+                if part not in self.sums:
+                    width = rows_NI.shape[1]
+                    self.sums[part] = [GramSums.zero(width, device, experts=experts) for _ in range(experts)]
+                self.sums[part][product.expert].add(rows_NI)
+            elif self.turn == 0:
+                self._sources.append(rows_NI.clone())  # the layer may change them
+            else:
+                sources_NI = self._sources.pop(0)
+                assert len(sources_NI) == len(rows_NI), f"{product.matrix.name} sees other tokens in the two passes"
+                if part not in self.pairs:
+                    self.pairs[part] = PairedSums.zero(rows_NI.shape[1], device)
+                self.pairs[part].add(sources_NI, rows_NI)
+            self._partial.saw(product)
 
-        with observing_products(self._matrices, note):
+        with observing_products([self._partial.matrix], note):
             yield
 
 

@@ -1,8 +1,10 @@
-"""Inputs of single matrices, observed in passes of their layer, which is still dense: what they are trained on.
+"""Inputs of single matrices, observed in passes of their layer: what they are trained on.
 
     Activations      inputs and products, kept: for modules that train by gradient
     NormalEquations  X^T X and Y^T X alone (gram.py): for least squares, summed in the same pass as the criterion's
-                     statistics where targets are of the same inputs, else in a pass over both
+                     statistics where all inputs are dense
+
+On sparse or mixed inputs the matrices of the layer that are done have their places in it (partial_layer.py).
 
 Matrices with the same input, such as q, k and v, share its pass or its sums. The experts of a fused matrix have rows
 of their own; as samples, rows are cut to the chain's number of positions, the last sample padded.
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.datamodule import Activations
-from lit_recon.activations.gram import GramSums, NormalEquations, PairedProducts, PairedSums, summing_products
+from lit_recon.activations.gram import GramSums, InputSums, NormalEquations, PairedSums, summing_products
+from lit_recon.activations.partial_layer import PartialLayer
 from lit_recon.activations.passes import SAMPLE_PARTS, Batching
 from lit_recon.activations.propagation import Propagation
-from lit_recon.activations.store import Store
+from lit_recon.activations.store import Store, on_device
 from lit_recon.model.decoder import LayerCall
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.products import Product, SharedInputs, observing_products
@@ -58,16 +61,21 @@ class MatrixInputs:
     Args:
         layer: The window of the layer, dense, on the device.
         chain: The chain at the layer.
+
+    Attributes:
+        done: The matrices that are fitted.
     """
 
     def __init__(self, layer: Window, chain: Chain) -> None:
         self.layer = layer
         self.chain = chain
+        self.done: list[MatrixWindow] = []
         self._shared = SharedInputs()
         self._names: set[str] = set()  # the matrices whose inputs are captured now
         self._captured: tuple[_Captured, ...] = ()  # what they are trained on, and where their targets come from
         self._sums: dict[str, dict[str, list[GramSums]]] = {part: {} for part in SAMPLE_PARTS}
-        self._pairs: dict[str, dict[str, PairedSums]] = {part: {} for part in SAMPLE_PARTS}
+        self._knows_shared = False
+        self._latest: tuple[str, InputSums] | None = None  # where inputs are not dense: of the matrices that one leads
 
     def activations(self, window: MatrixWindow) -> Activations | None:
         """The inputs and products of one matrix, in the layer run on the chain's inputs; None if it is not reached.
@@ -76,11 +84,11 @@ class MatrixInputs:
         """
         if window.matrix.name not in self._names:
             self._captured = ()  # before the next ones are made
-            states = [self.chain.inputs_STD]
+            self._learn_shared()
+            captured = [self._capture(window, self.chain.inputs_STD, self._done_in_place)]
             if not self.chain.propagation.one_source:
                 assert self.chain.dense
-                states.append(self.chain.dense.states_STD)
-            captured = [self._capture(window, states_STD) for states_STD in states]
+                captured.append(self._capture(window, self.chain.dense.states_STD, ()))
             reached = [rows for rows in captured if rows is not None]
             if len(reached) < len(captured):
                 self._names = set()
@@ -97,13 +105,33 @@ class MatrixInputs:
 
     def forget(self) -> None:
         """Release the inputs that are kept."""
-        self._names, self._captured = set(), ()
+        self._names, self._captured, self._latest = set(), (), None
 
-    def _capture(self, window: MatrixWindow, states_STD: Tensor) -> _Captured | None:
+    @property
+    def _done_in_place(self) -> Sequence[MatrixWindow]:
+        """The matrices that stand in the layer as they are now where it runs on what is trained on."""
+        return () if self.chain.propagation.inputs == "dense" else self.done
+
+    @torch.no_grad()
+    def _learn_shared(self) -> None:
+        """Learn on one sample which matrices have the same input."""
+        if self._knows_shared:
+            return
+        self._knows_shared = True
+        passes, row_B = self.chain.passes, torch.arange(1)
+        inputs_BTD = on_device(self.chain.inputs_STD[row_B], passes.compute.device)
+
+        def note(product: Product) -> None:
+            self._shared.leader_of(product)
+
+        with passes.compute.autocast(), observing_products(self.layer.matrices(), note):
+            self.layer(inputs_BTD, passes.batching.calls(row_B))
+
+    def _capture(self, window: MatrixWindow, states_STD: Tensor, done: Sequence[MatrixWindow]) -> _Captured | None:
         """What a matrix is multiplied by while the layer runs on these states; None: nothing in one of the parts."""
-        passes = self.chain.passes
-        capture = _Capture(window.matrix, self.layer, self._shared, passes.store)
-        passes.run(capture.forward, states_STD, None, [capture])
+        passes, partial = self.chain.passes, PartialLayer(self.layer, window.matrix, done)
+        capture = _Capture(partial, passes.store)
+        passes.run(partial.forward_with_done, states_STD, None, [capture])
         reached = all(rows.count for rows in capture.rows.values())
         return _as_samples(capture.rows, passes.tokens_ST.shape[1], passes.store) if reached else None
 
@@ -117,27 +145,33 @@ class MatrixInputs:
         """The sums over calibration samples for a matrix, of each expert; None if it was in no product."""
         return self._sums["calibration"].get(self._shared[matrix.name])
 
-    def sum_up(self) -> None:
-        """Sum up, in a pass of its own, all that normal equations need."""
-        passes, chain = self.chain.passes, self.chain
-        if chain.propagation.one_source:
-            passes.run(self.layer, chain.inputs_STD, None, [self])
-        else:
-            assert chain.dense
-            pairs = PairedProducts(self.layer.matrices(), self._shared)
-            passes.run_in_turn(self.layer, [chain.dense.states_STD, chain.inputs_STD], pairs)
-            self._pairs = pairs.sums
-
     def normal_equations(self, window: MatrixWindow) -> NormalEquations | None:
         """The normal equations of one matrix, whose weight is still dense; None if no token reaches it."""
-        calibration, held_out = (self._paired(self._shared[window.matrix.name], part) for part in SAMPLE_PARTS)
+        calibration, held_out = (self._sums_of(window, part) for part in SAMPLE_PARTS)
         return NormalEquations.from_sums(window, calibration, held_out) if calibration and held_out else None
 
-    def _paired(self, leader: str, part: str) -> list[PairedSums]:
-        """The sums for the matrices that one leads, of each expert; none if no token reaches them."""
-        if self.chain.propagation.one_source:
-            return [PairedSums.of_one(sums) for sums in self._sums[part].get(leader, [])]
-        return [self._pairs[part][leader]] if leader in self._pairs[part] else []
+    def _sums_of(self, window: MatrixWindow, part: str) -> list[PairedSums]:
+        """The sums for a matrix, of each expert; none if no token reaches it."""
+        if self.chain.propagation.inputs == "dense":  # they were observed
+            return [PairedSums.of_one(sums) for sums in self._sums[part].get(self._shared[window.matrix.name], [])]
+        self._learn_shared()
+        leader = self._shared[window.matrix.name]
+        if self._latest is None or self._latest[0] != leader:
+            self._latest = None  # before the next ones are made
+            self._latest = leader, self._sum_up(window)
+        return self._latest[1].of(part)
+
+    def _sum_up(self, window: MatrixWindow) -> InputSums:
+        """Sum up what a matrix is multiplied by, in passes of its own."""
+        passes, chain = self.chain.passes, self.chain
+        partial, has_sources = PartialLayer(self.layer, window.matrix, self.done), not chain.propagation.one_source
+        sums = InputSums(partial, has_sources=has_sources)
+        if has_sources:
+            assert chain.dense
+            passes.run_in_turn(sums.forward, [chain.dense.states_STD, chain.inputs_STD], sums)
+        else:
+            passes.run(sums.forward, chain.inputs_STD, None, [sums])
+        return sums
 
 
 def _no_calls(rows_B: Tensor) -> list[LayerCall]:
@@ -148,50 +182,26 @@ def _calls(experts_ST: Tensor) -> Callable[[Tensor], list[LayerCall]]:
     return lambda rows_B: [LayerCall(kwargs={"experts": experts_ST[rows_B]})]
 
 
-class _EnoughError(Exception):
-    """Raised within a layer's forward that has shown all that is looked at."""
-
-
 class _Capture:
-    """Observes a pass for the inputs of one matrix, and for which matrices share an input.
-
-    The first batch runs through the whole layer. If the matrix is multiplied by one row for each token there, the layer
-    is left in other batches as soon as these rows were seen: most of it comes after q, k and v.
+    """Observes passes of a layer up to one of its matrices, and keeps what that is multiplied by.
 
     Attributes:
         rows: The matrix's inputs, by part of the samples.
     """
 
-    def __init__(self, matrix: Matrix, layer: Window, shared: SharedInputs, store: Store) -> None:
-        self.matrix, self.layer, self.shared = matrix, layer, shared
+    def __init__(self, partial: PartialLayer, store: Store) -> None:
+        self.partial = partial
         self.rows = {part: _RowPieces(store) for part in SAMPLE_PARTS}
-        self._awaited, self._is_first, self._one_each = 0, True, False
-
-    def forward(self, hidden_BTD: Tensor, calls: Sequence[LayerCall]) -> Tensor:
-        """The layer's outputs, or its inputs where it was left."""
-        self._awaited = hidden_BTD[..., 0].numel()  # rows that are still to come
-        try:
-            outputs_BTD = self.layer(hidden_BTD, calls)
-        except _EnoughError:
-            return hidden_BTD
-        if self._is_first:
-            self._is_first, self._one_each = False, self._awaited == 0
-        return outputs_BTD
 
     @contextmanager
     def observing(self, part: str) -> Iterator[None]:
         """Keep the rows of a part."""
 
         def note(product: Product) -> None:
-            self.shared.leader_of(product)
-            if product.matrix.name == self.matrix.name:
-                rows_NI = product.rows_NI
-                self.rows[part].add(rows_NI, product.expert)
-                self._awaited -= len(rows_NI)
-                if self._one_each and self._awaited == 0 and self.matrix.experts == 1:
-                    raise _EnoughError
+            self.rows[part].add(product.rows_NI, product.expert)
+            self.partial.saw(product)
 
-        with observing_products(self.layer.matrices(), note):
+        with observing_products([self.partial.matrix], note):
             yield
         self.rows[part].put_away()
 

@@ -68,7 +68,7 @@ class WindowStep:
 
 
 class MatrixStep:
-    """The matrices of a layer, each fitted in a copy while the layer is dense.
+    """The matrices of a layer, each fitted in a copy, one after the other (partial_layer.py).
 
     Args:
         window: The window of the layer.
@@ -91,19 +91,20 @@ class MatrixStep:
         self.needs_gram = needs_gram
         self.inputs = MatrixInputs(window, chain)
         propagation = chain.propagation
-        # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs.
+        # One pass serves targets, statistics and Gram matrices where all of them are of the same inputs; where
+        # inputs are not dense, each input has passes of its own.
         self.observers: Sequence[Observer] = [self.inputs] if needs_gram and propagation.independent else ()
-        self._own_pass = needs_gram and not propagation.independent
+        self._own_pass = needs_gram and propagation.inputs == "dense" and not propagation.independent
         self._grams = WindowGrams(window.matrices()) if solves_first else None
         self.observers = [*self.observers, *_shares_pass(self._grams, chain)]
         self._gathered: Grams | None = None
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """Each matrix, with a copy of its weight to work on, and its normal equations or its activations."""
-        clock = self.chain.clock
+        clock, passes = self.chain.clock, self.chain.passes
         if self._own_pass:
             with clock.phase("teacher"):
-                self.inputs.sum_up()
+                passes.run(self.window, self.chain.inputs_STD, None, [self.inputs])
         for matrix in self.matrices:
             with clock.phase("teacher"):
                 data: TrainingData | None
@@ -111,6 +112,7 @@ class MatrixStep:
             matrix.open()
             yield matrix, data
             del data  # before the next matrix's activations are made
+            self.inputs.done.append(matrix)
 
     def observed_grams(self) -> Grams | None:
         """Those that they are solved for from."""

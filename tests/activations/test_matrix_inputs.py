@@ -1,6 +1,7 @@
 """What single matrices are trained on: their own inputs and dense products, kept as rows or as second moments."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lit_recon.activations.disk_store import DiskStore
 from lit_recon.activations.gram import GramSums, NormalEquations
 from lit_recon.activations.matrix_inputs import MatrixInputs, check_experts
 from lit_recon.activations.propagation import Propagation
+from lit_recon.activations.steps import MatrixStep
 from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder, call_layer, decoder_layers
@@ -145,7 +147,7 @@ def test_matrices_that_share_inputs_share_one_pass_of_the_layer(tokens_ST: Tenso
     span.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         data.activations(windows[name])
-    assert sum(passes) == 5
+    assert sum(passes) == 5 + 1, "and a sample that shows what is shared"
 
 
 @torch.no_grad()
@@ -351,7 +353,8 @@ def moments_of(
         chain.dense_pass(span, [data])
     else:
         chain.dense_pass(span)
-        data.sum_up()
+        if propagation.inputs == "dense":
+            chain.passes.run(span, chain.inputs_STD, None, [data])
     return [(name, window, data.normal_equations(window), data.activations(window)) for name, window in windows.items()]
 
 
@@ -451,29 +454,49 @@ def test_a_layer_is_run_no_further_than_to_the_matrix_once_that_is_known(
     entered, mlp = list[str](), type(model.model.layers[1].mlp)
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda self, *args: entered.append("mlp") or forward(self, *args))
-    for name, expected in {"self_attn.q_proj": 2, "self_attn.o_proj": 2, "mlp.gate_proj": 6}.items():
-        entered.clear()
-        assert MatrixInputs(layer, chain).activations(windows[name]) is not None
-        assert len(entered) == expected, f"{name}: of three batches of two chains; the first of each runs to the end"
+    looks = {MatrixInputs.activations: (2, 2, 6), MatrixInputs.normal_equations: (1, 1, 6)}  # of 3 batches of 2 chains
+    for look, expected in looks.items():
+        for name, batches in zip(("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"), expected, strict=True):
+            entered.clear()
+            assert look(MatrixInputs(layer, chain), windows[name]) is not None
+            assert len(entered) == batches + 1, f"{name}: the first to its end, as one that shows what is shared"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("inputs", ["sparse", "mix"])
-def test_moments_of_other_inputs_take_one_pass_over_each_for_the_whole_layer(
-    tokens_ST: Tensor, monkeypatch: pytest.MonkeyPatch, inputs: str
-) -> None:
-    """Of all its matrices, and no more than a batch of either is held."""
-    chain, windows, layer = at_layer(tiny_model("llama"), tokens_ST, 1, Propagation(inputs=inputs))
-    chain.dense_pass(layer)
-    run, forward = list[int](), Window.forward
+@pytest.mark.parametrize("propagation", [name for name in REGIMES if REGIMES[name].inputs != "dense"])
+def test_on_sparse_inputs_matrices_see_what_those_before_them_have_become(tokens_ST: Tensor, propagation: str) -> None:
+    chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 1, REGIMES[propagation])
+    chain.dense_pass(span)
+    (layer,) = span.layers
+    by_hand, data = deepcopy(layer), MatrixInputs(span, chain)
+    for name, window in windows.items():
+        inputs_STI = linear_inputs(chain, by_hand, chain.inputs_STD, 1)[name]
+        sources_STI = inputs_STI
+        if not REGIMES[propagation].one_source:
+            assert chain.dense
+            sources_STI = linear_inputs(chain, layer, chain.dense.states_STD, 1)[name]
+        targets_STO = sources_STI @ window.matrix.weight.T
+        made, moments = data.activations(window), data.normal_equations(window)
+        assert made is not None and moments is not None
+        assert_close(made.inputs_STD, inputs_STI)
+        assert_close(made.targets_STD, targets_STO)
+        inputs_NI, targets_NO = (array_STD[:CALIBRATION].flatten(0, 1) for array_STD in (inputs_STI, targets_STO))
+        assert_close(moments.calibration.gram_EII[0], inputs_NI.T @ inputs_NI)
+        assert_close(moments.calibration.cross_EOI[0], targets_NO.T @ inputs_NI)
+        window.open()
+        window.weight.mul_(0.5)
+        by_hand.get_parameter(f"{name}.weight").mul_(0.5)
+        data.done.append(window)
+    halved = [torch.equal(window.weight, 0.5 * window.matrix.weight) for window in windows.values()]
+    assert all(halved), "outside of the passes the layer is dense"
 
-    def noting(self: Window, hidden_BTD: Tensor, *args: object) -> Tensor:
-        run.append(len(hidden_BTD))
-        return forward(self, hidden_BTD, *args)
 
-    monkeypatch.setattr(Window, "forward", noting)
-    data = MatrixInputs(layer, chain)
-    data.sum_up()
-    assert all(data.normal_equations(window) for window in windows.values())
-    assert sum(run) == 2 * len(tokens_ST)
-    assert max(run) <= chain.passes.batching.batch_size < chain.passes.batching.num_samples
+@torch.no_grad()
+def test_a_step_hands_each_matrix_on_to_the_next(tokens_ST: Tensor) -> None:
+    chain, windows, span = at_layer(tiny_model("llama"), tokens_ST, 1, Propagation(inputs="sparse"))
+    chain.dense_pass(span)
+    step, before = MatrixStep(span, [*windows.values()], chain, needs_gram=False, solves_first=False), list[str]()
+    for window, _ in step.training_data():
+        assert [one.name for one in step.inputs.done] == before
+        before.append(window.name)
+    assert len(before) == 7

@@ -32,6 +32,7 @@ from lit_recon.model.windows import AnyWindow, HalfWindow, Window, WindowKind
 
 _BACKWARD = 2.5  # a backward costs about two forwards, masks and optimizer half of one
 _GRAM = 0.1  # Gram matrices and what is solved from them, about a dense pass or two of all that a run computes
+_AS_FAR = 0.5  # of a layer, on average, which is run no further than to its q, o, gate or down
 _FLOAT32 = 4
 
 
@@ -247,12 +248,12 @@ def _seconds_of_run(
     head = session.model.get_output_embeddings().weight.numel() / max(1, max(block.parameters for block in blocks))
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
     trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
-    over_all = chain.propagation.passes
-    if kind == WindowKind.MATRIX and work.needs_gram:  # one over all that the sums are of
-        over_all += 0 if chain.propagation.independent else 1 if chain.propagation.one_source else 2
+    over_all = float(chain.propagation.passes)
+    if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.inputs == "dense":
+        over_all += not chain.propagation.independent
     elif kind == WindowKind.MATRIX:  # one for each input that matrices have, and for that of its targets if it differs
         inputs = len(rows_per_matrix(layers[0], chain, batch_size)[0])
-        over_all += inputs * (1 if chain.propagation.one_source else 2)
+        over_all += _AS_FAR * inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after.
     samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
     evaluated = at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]

@@ -175,9 +175,10 @@ def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bo
     if uses_gram:
         # Of calibration and held-out samples, in float32; those that are solved for once more in float64.
         each = 2 if chain.propagation.one_source else 6  # where targets have other inputs: theirs, and of both
+        at_once = sum if chain.propagation.inputs == "dense" else max  # else of one input after the other
         led = {name: shapes[name] for name in leaders if name in shapes}
         widest = max((inputs for _, _, inputs in shapes.values()), default=0)
-        sums = each * sum(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
+        sums = each * at_once(experts * inputs * inputs for experts, _, inputs in led.values()) + 12 * widest * widest
         return _FLOAT32 * (copy + sums), 0
     sources = 2 if chain.propagation.one_source else 3  # rows, and rows cut into samples
     kept, captured = 0, 0
