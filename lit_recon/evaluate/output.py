@@ -1,6 +1,7 @@
 """Result of an evaluation as the last thing on the terminal."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def table(entry: Mapping[str, Any], record: Path | None) -> Table:
     shown.add_row("peak memory", in_gb(entry["peak_memory_bytes"]))
     if record is not None:
         shown.add_row("added to", escape(str(record)))
+        if (record.parent / "results.json").is_file():
+            shown.add_row("figures", escape(f"python -m lit_recon.report {shlex.quote(str(record.parent))}"))
     return shown
 
 

@@ -84,14 +84,18 @@ def _say(messages: Sequence[str]) -> bool:
 
 
 def _draw_pages(runs: Sequence[Run], out: Path | None) -> list[str]:
-    """Draw figures and page of each finished run, of an only one into `out`; what went wrong."""
+    """Draw figures and page of each finished run, of an only one into `out`, but for pages of several that are current.
+
+    Returns:
+        What went wrong.
+    """
     # Here and not at the top: matplotlib, jinja2 and rich take a second, which --help and messages do not need.
-    from lit_recon.report.page import write_report
+    from lit_recon.report.page import is_current, write_report
 
     problems = []
     for run in runs:
         try:
-            if run.results is not None:
+            if run.results is not None and not (len(runs) > 1 and is_current(run.folder)):
                 write_report(run.folder, out or run.folder)
         except (OSError, ValueError) as error:
             expected = "expected a folder you may write to"

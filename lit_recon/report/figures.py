@@ -221,7 +221,7 @@ def learning_curves(
     in_units = measure(windows) == "relative error" and (loss in IN_UNITS or not has_units(windows))
     axes.set_ylabel(f"loss ({unit} = 1)" if in_units else "loss")
     without = sum(not any(f"{window['name']}/{name}" in curves for name in names) for window in windows)
-    remark = f"; {without} of {len(windows)} windows have no curves" if without else ""
+    remark = f"; of {len(windows) - without} of {len(windows)} windows" if without else ""
     _depth_axis(axes, windows, f"each column: its optimizer steps, left to right{remark}")
     lines = [
         Line2D([], [], color=TRAINING, linewidth=1.4, label="training batches"),

@@ -36,7 +36,7 @@ def as_error(value: float | None) -> str:
     """Error with three significant digits; a dash for None, "not finite" for NaN and infinity."""
     if value is None:
         return "–"
-    return f"{value:#.3g}" if math.isfinite(value) else "not finite"
+    return f"{value:#.3g}".rstrip(".") if math.isfinite(value) else "not finite"
 
 
 def as_nats(value: float) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_recon import __version__
 from lit_recon.report.drift_figure import drift_figure
 from lit_recon.report.evaluations import latest, read_evaluations
 from lit_recon.report.figures import write_figures
@@ -33,10 +34,26 @@ FILES = {
     "results.json": "every number of this page",
     "evaluations.json": "what was evaluated since, all of it",
     "config.yaml": "the composed configuration",
-    "tensorboard/": "the curves of all windows",
+    "tensorboard/": "the curves of the windows",
     "figures/": "the figures of this page",
 }
 FACTS = {"Model": ["model"], "Recipe": ["recipe"], "Data and protocol": ["tokens", "protocol"]}
+
+
+MADE_BY = f"lit_recon {__version__}"
+INPUTS = ("results.json", "evaluations.json", "config.yaml", "tensorboard")
+
+
+def is_current(run: Path) -> bool:
+    """Whether a run has a page already that this version made, after all that it shows was written."""
+    page = run / "report.html"
+    try:
+        drawn = page.stat().st_mtime_ns
+        changed = [path.stat().st_mtime_ns for name in INPUTS if (path := run / name).exists()]
+        with page.open(encoding="utf-8", errors="replace") as file:
+            return max(changed, default=0) < drawn and f'content="{MADE_BY}"' in file.read(2000)
+    except OSError:
+        return False
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -82,6 +99,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         agreement=agreement,
         tasks=latest(evaluations, "tasks"),
         continuations=latest(evaluations, "continuations"),
+        made_by=MADE_BY,
         **places(run, out),
     )
     is_apart = run.resolve() != out.resolve()
@@ -130,6 +148,8 @@ def places(run: Path, out: Path) -> dict[str, Any]:
         "run": folder.name,
         "at": "" if folder == out.resolve() else f"{relative_link(folder, out)}/",
         "folder": folder.as_posix(),
+        "quoted_run": shlex.quote(folder.as_posix()),
+        "checkpoint_of_run": shlex.quote(f"checkpoint={folder.as_posix()}"),
         "checkpoint": json.dumps((folder / "checkpoint").as_posix(), ensure_ascii=False),  # a Python string
         "logdir": shlex.quote((folder / "tensorboard").as_posix()),
         "files": {name: text for name, text in FILES.items() if (run / name).exists()},

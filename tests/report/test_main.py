@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from finished_run import REFUSED, make_run, results_of
 
+from lit_recon.report import page
 from lit_recon.report.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,29 @@ def test_the_command_rewrites_each_report_and_prints_one_table(
     assert table.count("recon-") == 1
     assert "67.8%" in (two_windows / "report.html").read_text(encoding="utf-8")
     assert (other / "report.html").exists() and (other / "figures" / "time.png").exists()
+
+
+def test_of_several_runs_the_pages_that_are_not_current_are_drawn(
+    two_windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, drawn, write = make_run(tmp_path / "other", results_of(3)), list[str](), page.write_report
+
+    def noting(run: Path, out: Path | None = None) -> Path:
+        drawn.append(run.name)
+        return write(run, out)
+
+    monkeypatch.setattr(page, "write_report", noting)
+    both, out = [str(two_windows), str(other)], ["--out", str(tmp_path / "out")]
+    for expected in ([two_windows.name, "other"], []):
+        drawn.clear()
+        assert main([*both, *out]) == 0
+        assert drawn == expected
+    (other / "results.json").write_bytes((other / "results.json").read_bytes())  # anew
+    assert main([*both, *out]) == 0
+    monkeypatch.setattr(page, "MADE_BY", "lit_recon 99.0")
+    assert main([*both, *out]) == 0
+    assert main([str(other)]) == 0, "one alone is drawn in any case"
+    assert drawn == ["other", two_windows.name, "other", "other"]
 
 
 def test_folders_that_are_no_runs_get_one_message_each_and_status_2_and_other_runs_are_shown(
