@@ -108,10 +108,10 @@ class Launcher:
                 `fail_at`: the one from which on each fails. `failure`: name of the error with which it fails. `kinds`:
                 which steps count, of STEPS and EVENTS. `snapshots`: a folder for copies of the output folder as it is
                 before each `every`-th step, beside what was said so far: what SIGKILL would leave there. `drawn`:
-                whether the report is drawn.
+                whether the report is drawn. `command`: another of the package than "fit".
         """
         request = {"die_at": None, "fail_at": None, "failure": "ENOSPC", "kinds": STEPS, "snapshots": None, "every": 1}
-        request |= {"drawn": False} | faults
+        request |= {"drawn": False, "command": "fit"} | faults
         request |= {"arguments": arguments, "cwd": os.getcwd(), "folder": str(self.folder)}
         return Running(self, self.ask(request)["pid"], self.folder)
 
@@ -248,22 +248,22 @@ def compose_once() -> None:
 
 def _child(request: Mapping[str, Any]) -> None:
     """The forked process."""
-    from lit_recon.fit import __main__ as fit
     from lit_recon.fit.output import folder as output
 
+    command = importlib.import_module(f"lit_recon.{request['command']}.__main__")
     said = f"{request['folder']}/{os.getpid()}"
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ["LIT_RECON_CACHE"] = f"{request['folder']}/cache"
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
-    sys.argv = ["fit", *request["arguments"]]
+    sys.argv = [request["command"], *request["arguments"]]
     if not request["drawn"]:
         output.write_report = lambda folder: None  # half of the time of a tiny run, after all that matters here
     steps = _Steps(request, said)
     if request["die_at"] or request["fail_at"] or request["snapshots"]:
         steps.install()
-    run_to_the_end(fit.main, lambda: Path(f"{said}.steps").write_text(str(steps.count)))
+    run_to_the_end(command.main, lambda: Path(f"{said}.steps").write_text(str(steps.count)))
 
 
 def _import_everything() -> None:

@@ -6,9 +6,12 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import Ended, pairs
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +46,24 @@ def test_an_extension_runs_from_a_file_in_the_working_directory(
     said = [*results["recipe"].values(), results["protocol"]["dataset"]]
     assert used in said, f"{used} was not used: {said}"
     assert all(window["held_out_after"] < window["held_out_before"] for window in results["windows"])
+
+
+def test_the_example_of_the_library_runs_as_it_stands(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"## From Python\n+```python\n(.+?)```", README, re.DOTALL)
+    assert code.count('load("smollm2")') == 1 and code.count("num_samples=32, length=256") == 1
+    code = code.replace('load("smollm2")', f"load({str(model_folder)!r})")
+    code = code.replace("num_samples=32, length=256", "num_samples=8, length=32")  # or it takes a minute
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), found)
+    said = capsys.readouterr().out
+    assert re.match(r"\d+\.\d+ WindowResult\(name='half_00_attention'", said), said
+    name = "model.layers.0.mlp.up_proj.weight"
+    saved = AutoModelForCausalLM.from_pretrained("half-empty").get_parameter(name)
+    assert found["mask"].dtype == torch.bool and torch.equal(saved != 0, found["mask"])
+    assert found["mask"].float().mean() == 0.5 and torch.equal(saved, found["model"].get_parameter(name))
 
 
 def test_the_two_commands_are_those_that_ci_runs() -> None:

@@ -95,8 +95,8 @@ class SelfGenerated(OtherEvaluation):
         prompt = find_opening(tokenizer, self.bos) or starts[:1]
         if not prompt:
             raise ValueError(
-                "the model's tokenizer names neither a BOS nor an end-of-text token from which a text could start; use "
-                "another source of text"
+                "data=self_generated: the model's tokenizer names neither a BOS nor an end-of-text token from which a "
+                "text could start; use another source of text"
             )
         return Sampling(
             prompt=tuple(prompt),

@@ -4,9 +4,9 @@ import logging
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lit_recon.system.console import Console
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)

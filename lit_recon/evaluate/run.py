@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from lit_recon.model.verify import verify
 from lit_recon.pruning.masks import Masks
 from lit_recon.system.clock import Clock
 from lit_recon.system.command_line import Refusal, in_words, shortened, stop
+from lit_recon.system.console import Console
 from lit_recon.system.memory import peak_memory_bytes
 from lit_recon.system.versions import versions
 

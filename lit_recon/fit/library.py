@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +44,7 @@ from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.retraining import Retraining
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.command_line import Problems, in_words, shortened
+from lit_recon.system.console import Console
 from lit_recon.system.device import Compute
 from lit_recon.system.quiet_libraries import quietly
 from lit_recon.system.signals import stoppable

@@ -14,7 +14,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.markup import escape
 
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
@@ -57,6 +56,7 @@ from lit_recon.system.atomic_files import remove
 from lit_recon.system.clock import WHOLE_WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
+from lit_recon.system.console import Console
 from lit_recon.system.finite import NotFinite
 from lit_recon.system.memory import PeakMemory, release_memory
 from lit_recon.system.signals import protected

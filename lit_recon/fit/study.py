@@ -30,6 +30,7 @@ from lit_recon.report.run_files import read_results
 from lit_recon.settings.sweep import Member, run_apart
 from lit_recon.settings.values import expand_home, plain
 from lit_recon.system.command_line import as_argument, stop
+from lit_recon.system.terminal import say
 from lit_recon.system.units import duration
 
 _MAY_DIFFER = (*OF_THE_CALL, "experiment_dir")  # between two calls that mean the same run
@@ -248,5 +249,4 @@ def _runs(number: int) -> str:
 
 def _say(*lines: str) -> None:
     """Print lines at once, before a process that is started next prints its own."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
+    say("".join(f"{line}\n" for line in lines))

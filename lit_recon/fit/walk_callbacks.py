@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lit_recon.model.windows import Window
 from lit_recon.reconstruction.driver import WalkCallback
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.atomic_files import sync_folder
+from lit_recon.system.console import Console
 from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)

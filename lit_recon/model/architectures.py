@@ -4,7 +4,6 @@ Nothing here steers the code: it is the list of shapes that lit_recon is tried o
 architecture is tried by its own run, which refuses what does not fit before it writes anything.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +22,8 @@ from lit_recon.model.partition import Partition, layer_windows
 from lit_recon.model.products import Product, observing_products
 from lit_recon.model.verify import verify
 from lit_recon.model.windows import HalfWindow, MatrixWindow, WindowKind
+from lit_recon.system.console import Console
+from lit_recon.system.terminal import Parser, say
 
 VOCABULARY = 64
 COLUMNS = ("architecture", "halves", *map(str, WindowKind), "covered", "remarks")
@@ -279,7 +279,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the support table; the exit status is 1 if a shape computes something else than its model."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lit_recon.model.architectures",
         description="Try lit_recon on tiny random models of decoder architectures and print what works.",
     )
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     rows = [support(name) for name in SHAPES]
     if chosen.markdown:
-        sys.stdout.write(markdown(rows) + "\n")
+        say(f"{markdown(rows)}\n")
     else:
         table = Table(
             *COLUMNS, title=f"transformers {transformers.__version__}; covered: share of the layers' parameters"

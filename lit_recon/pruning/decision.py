@@ -19,7 +19,7 @@ from lit_recon.model.matrices import Matrix
 from lit_recon.pruning.criteria import Criterion, Pruned, Updates, needs_gram
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.criteria.wanda import Wanda
-from lit_recon.pruning.patterns import Choice, Chooser, Chosen, Pattern
+from lit_recon.pruning.patterns import Choice, Chooser, Chosen, Pattern, check_exchange, check_mask, count_kept
 from lit_recon.pruning.permutation import Order
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.statistics import InputStatistics
@@ -67,6 +67,7 @@ def decide(
 
     Raises:
         NotFinite: A score, or a weight that the criterion has changed, is not finite.
+        Unusable: A pattern or refinement, of the user's own, keeps another number of weights than it should.
     """
     weight_OI = matrix.by_expert(matrix.weight)[expert]
     seen, was_reached = statistics.for_criterion(matrix, expert)
@@ -75,17 +76,24 @@ def decide(
         return _in_order(order, matrix, criterion, pattern, seen if was_reached else None, was_reached)
     choose: Chooser = Choice(pattern, weight_OI)
     if not was_reached:
-        return Decision(choose(Magnitude().scores(weight_OI, None)), None, "magnitude")
-    decision = _by(criterion, matrix, expert, seen, choose)
-    if refinement is None:
+        decision = Decision(choose(Magnitude().scores(weight_OI, None)), None, "magnitude")
+    else:
+        decision = _by(criterion, matrix, expert, seen, choose)
+    check_mask(decision.mask_OI, weight_OI, pattern, matrix.label(expert))
+    if refinement is None or not was_reached:
         return decision
     known, was_reached = statistics.for_refinement(matrix, expert)
     if not was_reached:
         return decision
-    mask_OI = refinement.refine(weight_OI, decision.mask_OI, known, Choice(pattern, weight_OI).width)
+    width = Choice(pattern, weight_OI).width
+    kept_OG = count_kept(decision.mask_OI, width)
+    mask_OI = refinement.refine(weight_OI, decision.mask_OI, known, width)
+    check_exchange(mask_OI, kept_OG, weight_OI, label=matrix.label(expert), by=refinement)
     if decision.weight_OI is None:
         return Decision(mask_OI, None, decision.instead)
-    return _by(criterion, matrix, expert, seen, Chosen(mask_OI))
+    decision = _by(criterion, matrix, expert, seen, Chosen(mask_OI))
+    check_exchange(decision.mask_OI, kept_OG, weight_OI, label=matrix.label(expert), by=criterion)
+    return decision
 
 
 def _in_order(
@@ -96,7 +104,9 @@ def _in_order(
     scores_OI = criterion.scores(weight_OI, seen) if was_reached else Magnitude().scores(weight_OI, None)
     _check(scores_OI, matrix.name, seen)
     ordered_OI = order(weight_OI)
-    return Decision(Choice(pattern, ordered_OI)(order(scores_OI)), ordered_OI, None if was_reached else "magnitude")
+    mask_OI = Choice(pattern, ordered_OI)(order(scores_OI))
+    check_mask(mask_OI, ordered_OI, pattern, matrix.name)
+    return Decision(mask_OI, ordered_OI, None if was_reached else "magnitude")
 
 
 def _by(criterion: Criterion, matrix: Matrix, expert: int, seen: object, choose: Chooser) -> Decision:

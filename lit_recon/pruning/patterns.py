@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_recon.system.finite import NotFinite
+from lit_recon.system.finite import NotFinite, Unusable
 
 SCOPES = ("row", "matrix", "layer", "model")  # of what the scores are compared
+_AT_ONCE = 2**20  # weights whose groups are counted at once: sums of booleans take eight bytes for each
 
 
 @runtime_checkable
@@ -101,6 +102,74 @@ class Chosen:
     def __call__(self, scores_OC: Tensor, first: int = 0) -> Tensor:
         """The mask of C columns from `first` on."""
         return self.mask_OI[:, first : first + scores_OC.shape[1]]
+
+
+def check_mask(mask_OI: Tensor, weight_OI: Tensor, pattern: Pattern, label: str) -> None:
+    """Check a mask by its pattern, of which a class of the user's own may make anything.
+
+    Args:
+        mask_OI: The mask of a matrix.
+        weight_OI: The matrix.
+        pattern: Its pattern, whose `sparsity` counts, but for a rest of less than one weight in each row; zeros never
+            stay.
+        label: Name of the matrix.
+
+    Raises:
+        Unusable: It is no boolean mask of the matrix's shape, or keeps another number of its weights.
+    """
+    name = type(pattern).__name__
+    _check_form(mask_OI, weight_OI, label, name)
+    rows, weights, kept = len(mask_OI), mask_OI.numel(), int(torch.count_nonzero(mask_OI))
+    removed, asked = weights - kept, pattern.sparsity * weights
+    zeros = 0 if removed <= asked + rows else weights - int(torch.count_nonzero(weight_OI))
+    if not asked - rows <= removed <= asked + rows + zeros:
+        raise Unusable(
+            f"{label}: {name} keeps {kept:,} of its {weights:,} weights; expected {round(weights - asked):,} "
+            f"by the pattern's sparsity of {pattern.sparsity:g}, a weight more or less in each row."
+        )
+
+
+def count_kept(mask_OI: Tensor, width: int | None) -> Tensor:
+    """How many weights of a matrix stay in each row, or in each group of `width` of it: counts (O, groups)."""
+    inputs = mask_OI.shape[1]
+    parts = mask_OI.split(max(1, _AT_ONCE // inputs))
+    dtype = torch.int32 if width is None else torch.int16
+    return torch.cat([part.reshape(len(part), -1, width or inputs).sum(2).to(dtype) for part in parts])
+
+
+def check_exchange(mask_OI: Tensor, kept_OG: Tensor, weight_OI: Tensor, *, label: str, by: object) -> None:
+    """Check that a refinement keeps as many weights of each row, or group of `width`, as there were.
+
+    Args:
+        mask_OI: The refined mask.
+        kept_OG: What `count_kept` said before, as a refinement may change the mask in place.
+        weight_OI: The matrix.
+        label: Its name.
+        by: What has made the mask.
+
+    Raises:
+        Unusable: It is no boolean mask of the matrix's shape, or keeps more or fewer weights of a row or group.
+    """
+    name = type(by).__name__
+    _check_form(mask_OI, weight_OI, label, name)
+    groups = kept_OG.shape[1]
+    width = weight_OI.shape[1] // groups if groups > 1 else None
+    after_OG = count_kept(mask_OI, width)
+    wrong = (after_OG != kept_OG).nonzero()
+    if len(wrong):
+        row, group = wrong[0].tolist()
+        where = f"row {row}" + (f", group {group} of {width}" if width else "")
+        raise Unusable(
+            f"{label}: {name} keeps {int(after_OG[row, group])} weights of {where}, where the mask kept "
+            f"{int(kept_OG[row, group])}; expected a refinement to exchange weights, as many as before."
+        )
+
+
+def _check_form(mask_OI: Tensor, weight_OI: Tensor, label: str, name: str) -> None:
+    """Raise an Unusable for what is no boolean mask of the matrix's shape."""
+    if mask_OI.dtype != torch.bool or mask_OI.shape != weight_OI.shape:
+        found = f"{str(mask_OI.dtype).removeprefix('torch.')} {tuple(mask_OI.shape)}"
+        raise Unusable(f"{label}: the mask that {name} makes is {found}; expected bool {tuple(weight_OI.shape)}.")
 
 
 def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:

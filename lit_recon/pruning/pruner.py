@@ -29,7 +29,7 @@ from lit_recon.model.windows import AnyWindow, Window
 from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram, permutes
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.decision import Decision, decide
-from lit_recon.pruning.patterns import NM, Pattern
+from lit_recon.pruning.patterns import NM, Pattern, check_exchange, count_kept
 from lit_recon.pruning.permutation import Order, find_orders
 from lit_recon.pruning.refine import Refinement
 from lit_recon.pruning.statistics import InputStatistics
@@ -285,7 +285,10 @@ class Pruner:
         for expert, weight_OI in enumerate(matrix.by_expert(matrix.weight)):
             known, was_reached = statistics.for_refinement(matrix, expert)
             if was_reached:
-                mask_EOI[expert] = refinement.refine(weight_OI, mask_EOI[expert], known, None)
+                kept_O1 = count_kept(mask_EOI[expert], None)
+                refined_OI = refinement.refine(weight_OI, mask_EOI[expert], known, None)
+                check_exchange(refined_OI, kept_O1, weight_OI, label=matrix.label(expert), by=refinement)
+                mask_EOI[expert] = refined_OI
         return matrix.as_weight(mask_EOI)
 
     def _decision(

@@ -9,15 +9,15 @@ are not finished are listed as such. Runs that differ in nothing but the criteri
 is printed below the table, and a figure is drawn next to them.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_recon.report.groups import resolve
 from lit_recon.report.runs import EVALUATED, NONE, Run, read_runs
-from lit_recon.system.terminal import readable_output
+from lit_recon.system.terminal import Parser, readable_output, say
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if problems or not all(run.is_expected for run in runs) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     about = "Redraw the figures and report.html of finished runs and print one table that compares all."
-    parser = argparse.ArgumentParser(prog="python -m lit_recon.report", description=about)
+    parser = Parser(prog="python -m lit_recon.report", description=about)
     parser.add_argument(
         "runs",
         metavar="RUN",
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _say(messages: Sequence[str]) -> bool:
     """Print messages on stderr, one a line; False: there was none."""
     lines = [message for message in messages if message]
-    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    say("".join(f"{line}\n" for line in lines), error=True)
     return bool(lines)
 
 
@@ -114,7 +114,7 @@ def _draw_overview(runs: Sequence[Run], out: Path | None, keys: Sequence[str], *
     except OSError as error:
         return [f"{out or 'report'}: the report over all cannot be written ({error}); give another folder by --out."]
     if not quiet:
-        sys.stdout.write(f"Report: {page.as_posix()}\n")
+        say(f"Report: {page.as_posix()}\n")
     return []
 
 
@@ -128,7 +128,7 @@ def _show(runs: Sequence[Run], *, in_markdown: bool) -> list[str]:
     listed = {run.folder: run.results or _known(run) for run in runs if run.state != NONE}
     named, found, problems = by_short_name(listed), studies(finished), []
     if in_markdown:
-        sys.stdout.write("\n".join([as_markdown(named), *map(spread_markdown, found)]))
+        say("\n".join([as_markdown(named), *map(spread_markdown, found)]))
     else:
         _print(comparison(named), *map(spread_table, found))
     for study in found:
@@ -139,7 +139,7 @@ def _show(runs: Sequence[Run], *, in_markdown: bool) -> list[str]:
             expected = "expected runs in a folder you may write to"
             problems.append(f"{path}: the figure cannot be written ({error}); {expected}.")
             continue
-        sys.stdout.write(f"\n![nats of each criterion](<{path}>)\n" if in_markdown else f"Figure: {path}\n")
+        say(f"\n![nats of each criterion](<{path}>)\n" if in_markdown else f"Figure: {path}\n")
     return problems
 
 
@@ -151,7 +151,7 @@ def _known(run: Run) -> list[str]:
 
 
 def _print(*tables: "RenderableType") -> None:
-    from rich.console import Console
+    from lit_recon.system.console import Console
 
     console = Console()
     console.width = max(console.width, 120)  # rich would cut numbers to a narrower terminal's width, or a pipe's, 80

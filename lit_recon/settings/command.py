@@ -24,14 +24,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.logging import RichHandler
 
 from lit_recon.settings.conf import CONF, members
 from lit_recon.settings.sweep import Member, composed, run_all
 from lit_recon.system.command_line import Refusal, concerning, import_from_here, in_hydras_grammar, shortened, stop
 from lit_recon.system.commits import CommitError
-from lit_recon.system.finite import NotFinite
+from lit_recon.system.console import Console
+from lit_recon.system.finite import Unusable
 from lit_recon.system.quiet_libraries import quiet
 from lit_recon.system.signals import stoppable
 from lit_recon.system.tensor_files import allow_open_files
@@ -145,7 +145,7 @@ class Command:
             self.task(cfg, call)
         except Refusal as error:
             stop(str(error), status=2, cause=error if tracebacks else None)
-        except (CommitError, NotFinite) as error:
+        except (CommitError, Unusable) as error:
             stop(str(error), status=1)
         except KeyboardInterrupt as interrupt:
             stop(f"interrupted: {str(interrupt) or call.remedy}", status=1)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_recon.settings.values import plain
 from lit_recon.system.command_line import stop
 from lit_recon.system.signals import Terminated, stoppable
+from lit_recon.system.terminal import say
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ def run_apart(
         remedy: What is said of the sweep where Ctrl-C ends it.
         tracebacks: Whether the traceback of what is refused is shown as well.
     """
-    sys.stdout.write(f"\n== {member.name} ==\n")
-    sys.stdout.flush()
+    say(f"\n== {member.name} ==\n")
     environment = os.environ | {"HYDRA_FULL_ERROR": str(int(tracebacks))}
     command = [sys.executable, "-m", program, *member.words, *more, *member.of_hydra]
     with stoppable(), subprocess.Popen(command, env=environment) as process:
@@ -104,5 +104,5 @@ def run_apart(
             process.wait()  # it says what it leaves
             stop(f"interrupted: {remedy}.", status=1)
     if status < 0:
-        sys.stderr.write(f"{member.name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n")
+        say(f"{member.name}: ended by signal {-status}{', out of memory?' if status == -9 else ''}\n", error=True)
     return 1 if status < 0 else status

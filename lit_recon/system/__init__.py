@@ -9,7 +9,8 @@ lock.py             one process per output folder
 cache.py            folders that are built once and kept
 environment.py      variables that end libraries as they are imported
 signals.py          Ctrl-C, SIGTERM and SIGHUP, held back in protected sections
-terminal.py         letters that the terminal lacks, and its end
+terminal.py         lines that are printed, with control characters as escapes; the end of the terminal
+console.py          the same for tables, lines of the log and bars
 markdown.py         any text as Markdown without markup
 clock.py            seconds and peak memory per phase
 memory.py           peak memory, a limit of it, giving memory back

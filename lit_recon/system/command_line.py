@@ -17,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from lit_recon.system.terminal import say
+
 LONGEST = 400  # characters of what a library says
 _NUMBER = re.compile(r"[-+.]*\d")
 _ELEMENT = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")  # of a list, quoted or without commas
@@ -97,8 +99,8 @@ def import_from_here() -> None:
 def stop(message: str, *, status: int, cause: BaseException | None = None) -> NoReturn:
     """End the process with a message; before it, the traceback of the `cause`, if there is one to be shown."""
     if cause is not None:
-        traceback.print_exception(cause)
-    sys.stderr.write(message + "\n")
+        say("".join(traceback.format_exception(cause)), error=True)
+    say(f"{message}\n", error=True)
     raise SystemExit(status)
 
 

@@ -6,7 +6,11 @@ from typing import Any
 from torch import Tensor
 
 
-class NotFinite(ValueError):
+class Unusable(ValueError):
+    """Something that was computed cannot be used, and ends a run; the message says what and why."""
+
+
+class NotFinite(Unusable):
     """A number is NaN or infinite; the message says which, and what to do."""
 
 

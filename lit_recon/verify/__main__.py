@@ -6,12 +6,12 @@ No model is loaded: its files are looked at, one tensor at a time. Exit status: 
 2 for what cannot be looked at.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_recon.system.terminal import readable_output
+from lit_recon.system.terminal import Parser, readable_output, say
 from lit_recon.verify.request import TOLERANCE, Request, make_request
 
 
@@ -45,18 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{in_words(error)}\n")
     if chosen.json:
-        sys.stdout.write(as_json(findings))
+        say(as_json(findings))
     else:
         print_findings(findings, every=chosen.all)
     return int(not all(verdict.holds for verdict in findings.verdicts()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     about = (
         "Say which weights of a Hugging Face model folder are zero, whoever made it, and whether that is as it should "
         "be. Exit status: 0 if all that is asked holds, 1 if not, 2 for what cannot be looked at."
     )
-    parser = argparse.ArgumentParser(prog="python -m lit_recon.verify", description=about)
+    parser = Parser(prog="python -m lit_recon.verify", description=about)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with safetensors, or of a run")
     parser.add_argument(
         "--masks", metavar="FILE", type=Path, help="masked weights are zero: the masks.safetensors of a run"
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> Request:
+def _request(chosen: Namespace, parser: ArgumentParser) -> Request:
     """What the command line asks; exit with the problems if it cannot be asked."""
     try:
         return make_request(

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_recon.system.console import Console
 from lit_recon.verify.changes import Change, Comparison
 from lit_recon.verify.findings import Findings, Found, sparsity
 from lit_recon.verify.zeros import strongest

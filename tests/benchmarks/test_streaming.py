@@ -140,6 +140,16 @@ def test_a_model_of_13_gb_goes_through_two_windows_in_4_gib(tmp_path: Path, text
 
 
 @LINUX
+def test_qwen2_5_coder_1_5b_goes_through_two_windows_in_3_gb(tmp_path: Path, model_cache: None) -> None:
+    folder = instantiate(OmegaConf.load(CONF / "model" / "qwen2_5_coder_1_5b.yaml")).folder  # fetched apart: 8 GB, once
+    output, samples, _ = watched(tmp_path, "model=qwen2_5_coder_1_5b", f"output_dir={tmp_path / 'run'}", "stop_after=2")
+    peak, mapped = (max(sample[kind] for sample in samples) for kind in ("RssAnon", "RssFile"))
+    print(f"{folder}: peak {peak / 1e9:.2f} GB of its own, {mapped / 1e9:.2f} GB mapped")
+    assert "2 of 28 windows are done" in output
+    assert peak < 3e9
+
+
+@LINUX
 def test_the_default_run_stays_below_one_and_a_half_gigabytes_and_flat(tmp_path: Path, model_cache: None) -> None:
     _, samples, kept = watched(tmp_path, f"output_dir={tmp_path / 'run'}")
     peak = max(sample["VmHWM"] for sample in samples)

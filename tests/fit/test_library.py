@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, Ended
+from conftest import CPU, Ended, cpu_seconds
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import AdamW
@@ -185,7 +185,22 @@ def test_a_criterion_and_windows_of_ones_own_choice_are_used(loaded: tuple[PreTr
     name = "model.layers.1.mlp.up_proj.weight"
     weight = dense.get_parameter(name).abs()
     assert torch.equal(result.masks[name], weight > weight.kthvalue(weight.shape[1] // 2, dim=1, keepdim=True).values)
-    assert isinstance(Wanda(), Wanda)
+
+
+@pytest.mark.parametrize("settings", [{"criterion": Wanda()}, {}], ids=["given", "default"])
+def test_wanda_compares_weights_times_the_norms_of_their_inputs_and_is_the_default(
+    loaded: tuple[PreTrainedModel, Samples], settings: dict
+) -> None:
+    model, samples = loaded
+    matrix, inputs = model.model.layers[1].mlp.up_proj, []
+    handle = matrix.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(samples.calibration_ST)
+    handle.remove()
+    scores = matrix.weight.detach().abs() * inputs[0].norm(dim=0)
+    result = prune_and_reconstruct(model, samples, **settings, module=FAST, trainer=CPU_ONLY)
+    expected = scores > scores.kthvalue(scores.shape[1] // 2, dim=1, keepdim=True).values
+    assert torch.equal(result.masks["model.layers.1.mlp.up_proj.weight"], expected)
 
 
 def test_a_report_is_that_of_a_run_and_refuses_what_it_cannot_tell(
@@ -250,3 +265,7 @@ def test_importing_the_package_loads_neither_torch_nor_transformers_nor_hydra() 
     code = "import sys, lit_recon; print(sorted({'torch', 'lightning', 'transformers', 'hydra'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_importing_the_package_takes_less_than_three_tenths_of_a_second() -> None:
+    assert cpu_seconds("-c", "import lit_recon") < 0.3

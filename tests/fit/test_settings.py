@@ -1,6 +1,8 @@
 """Settings of the run itself: their types, texts that look like numbers, and what a command line may say of them."""
 
 import os
+import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args, get_origin
@@ -80,13 +82,18 @@ def test_what_cannot_be_is_told_in_words_without_hydras(tiny_run: Callable[..., 
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a=b", "zoë [1]", "2024"])
+@pytest.mark.parametrize("name", ["a=b", "zoë [1]", "2024", 'it\'s $HOME, a "b"'])
 def test_a_folder_may_have_any_name_and_can_be_resumed_as_it_is_printed(
-    tiny_run: Callable[..., Ended], name: str
+    tiny_run: Callable[..., Ended], command: Callable[..., Ended], name: str
 ) -> None:
     ended = tiny_run(f"output_dir={name}", "stop_after=1")
     assert ended.status == 0, ended.err
     assert [path.name for path in Path().iterdir()] == [name]
+    printed = re.search(r"Resume with: python -m lit_recon\.fit (.+) \(about .+ more\)$", ended.out, re.MULTILINE)
+    assert printed, ended.out
+    ended = command(*shlex.split(printed[1]))
+    assert ended.status == 0 and "1 of 3 windows are done" in ended.out, ended
+    assert [path.name for path in Path().iterdir()] == [name] and Path(name, "results.json").is_file()
 
 
 def test_tracebacks_of_refusals_are_shown_on_demand(

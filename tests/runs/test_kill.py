@@ -21,8 +21,11 @@ SETTINGS = {
     "matrix, on disk": ("windows=matrix", "store=disk", "+trainer.limit_train_batches=2"),
     "in memory": ("model.name=IN_MEMORY",),  # a folder whose weights cannot be mapped
     "global": ("walk=global", "retraining.rate=1", "retraining.commit_every=3", "trainer.max_epochs=2"),
+    "sparsegpt": ("criterion=sparsegpt",),  # its weights before training are files of their own
+    "best, mask_lora": ("keep=best", "module=mask_lora", "trainer.max_epochs=2"),
     "overlapping": ("windows=blocks", "windows.size=2", "windows.stride=1", "chain.inputs=mix"),
 }
+STRIDES = {"block": 10, "global": 97, "sparsegpt": 53, "best, mask_lora": 53}  # from one kill to the next by default
 SWEPT = ("fsync", "crc32", *EVENTS)
 DRAWN = {"report.html", "figures"}
 NEVER = 10**9  # a step that no run reaches
@@ -81,7 +84,7 @@ def counted(
 @pytest.mark.parametrize(
     ("kind", "every"),
     [
-        *((kind, {"block": 10, "global": 97}.get(kind, 30)) for kind in SETTINGS),
+        *((kind, STRIDES.get(kind, 37)) for kind in SETTINGS),
         *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in SETTINGS),
     ],
 )

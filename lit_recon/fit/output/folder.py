@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from lit_recon.activations.disk_store import free_space, nearest
 from lit_recon.fit.job import Output
 from lit_recon.report.page import write_report
@@ -17,6 +15,7 @@ from lit_recon.report.run_files import read_results
 from lit_recon.system.atomic_files import remove, replaced
 from lit_recon.system.command_line import Refusal, as_argument
 from lit_recon.system.commits import MARK, CommitError
+from lit_recon.system.console import Console
 from lit_recon.system.lock import hold
 from lit_recon.system.units import in_gb
 

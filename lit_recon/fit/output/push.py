@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
 
 from lit_recon.fit.output.card import PLACE
 from lit_recon.system.command_line import as_argument, in_words
+from lit_recon.system.console import Console
 
 MASKS = "lit_recon/masks.safetensors"  # not next to the weights: some programs load every file of tensors there
 _WEIGHTS = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|gguf)|[^/]+\.index\.json")
