@@ -8,6 +8,7 @@ import base64
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lit_recon.report.group_figure import MOST, group_figure
 from lit_recon.report.groups import Group, differing_keys, granularity, grouped, label_of, rate_sweeps, value_of
 from lit_recon.report.measures import HELD_OUT, NATS, PERPLEXITY, measures
 from lit_recon.report.pareto import pareto_figures
-from lit_recon.report.runs import EVALUATED, NONE, Run
+from lit_recon.report.runs import EVALUATED, NONE, Run, protocol_of
 from lit_recon.report.study import Study, spread_header, spread_rows, studies
 from lit_recon.report.study_figure import criteria
 from lit_recon.report.tables import GROUPED, Table, groups_table, mean_cell, runs_table
@@ -90,15 +91,17 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     if groups:
         tables["groups"] = groups_table(groups, means)
     colored = label_of(chosen[0]) if chosen else ""
-    figures = pareto_figures(runs, [value_of(run, chosen[0]) if chosen else "" for run in runs])
+    alike, others = _that_compare(runs)
+    figures = pareto_figures(alike, [value_of(run, chosen[0]) if chosen else "" for run in runs])
     pareto = list(figures)
     figures |= {"groups": group_figure(groups)} if 1 < len(groups) <= MOST else {}
-    by_windows = granularity(runs)
+    by_windows = granularity(alike)
     figures |= {"windows": group_figure(by_windows)} if by_windows else {}
     found = studies({run.folder: run.results for run in runs if run.results is not None})
     figures |= {f"criteria_{number}": criteria(study) for number, study in enumerate(found, start=1)}
     content: dict[str, Any] = {
         **_header(names),
+        "others": others,
         "groups": tables.get("groups", Table([], [])),
         "keys": ", ".join(map(label_of, chosen)) or "nothing",
         "sweeps": rate_sweeps(runs),
@@ -111,13 +114,26 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     return content, figures, tables
 
 
+def _that_compare(runs: Sequence[Run]) -> tuple[list[Run], int]:
+    """Runs of the model and evaluation text that most runs are of, the others without results; how many those are.
+
+    Perplexities of several models or texts have no best one, and no front.
+    """
+    kinds = [(run.results["model"]["name"], protocol_of(run)) if run.results is not None else None for run in runs]
+    most = Counter(kind for kind in kinds if kind is not None).most_common(1)
+    other = [kind is not None and kind != most[0][0] for kind in kinds]
+    pairs = zip(runs, other, strict=True)
+    return [replace(run, results=None, evaluations=()) if is_other else run for run, is_other in pairs], sum(other)
+
+
 def _header(names: Mapping[str, Run]) -> dict[str, Any]:
     """Title, states, what all share, and the best run."""
     folder = common_folder([run.folder for run in names.values()])
     states = Counter(run.state for run in names.values())
     results = {name: run.results for name, run in names.items() if run.results is not None}
     shared = shared_and_different({name: settings(found) for name, found in results.items()})[0]
-    perplexities = [(PERPLEXITY.of(run), name) for name, run in names.items() if run.results is not None]
+    alike = dict(zip(names, _that_compare(list(names.values()))[0], strict=True))
+    perplexities = [(PERPLEXITY.of(run), name) for name, run in alike.items() if run.results is not None]
     finite = [pair for pair in perplexities if math.isfinite(pair[0])]
     return {
         "title": f"{len(names)} run{'s' if len(names) != 1 else ''} in {folder.name or folder}",

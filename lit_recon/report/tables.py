@@ -91,7 +91,7 @@ def _harmless(value: float | str) -> float | str:
 def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence[Measure]) -> Table:
     """A row per run: number, name, state, the settings in which runs differ, and what was measured.
 
-    Where a checkpoint was only evaluated, a column says on what text each perplexity is.
+    Where perplexities are of several texts, or a checkpoint was only evaluated, a column says on what each is.
 
     Args:
         names: Runs by their names, in the order of the rows.
@@ -116,7 +116,7 @@ def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence
 def _texts_of_evaluations(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Columns of text besides settings: protocols where one may be another, scores on tasks where a run has some."""
     found = {}
-    if any(run.state == EVALUATED for run in runs):
+    if any(run.state == EVALUATED for run in runs) or len({protocol_of(run) for run in runs} - {""}) > 1:
         found["perplexity on"] = [protocol_of(run) for run in runs]
     scores = [latest(run.evaluations, "tasks") for run in runs]
     if any(scores):

@@ -49,6 +49,22 @@ def test_the_page_lists_every_run_by_its_state_with_what_is_known_of_it(drawn: P
     assert "it ended before its first window" in text and "nowhere: not a folder" in text
 
 
+def test_runs_of_another_model_or_text_have_no_part_in_what_compares_perplexities(tmp_path: Path) -> None:
+    runs = make_many(tmp_path, (1e-3,), (8, 32), (0,))
+    small, other = results_of_setting(1e-3, 128, 0), results_of_setting(1e-3, 128, 0)
+    small["model"] |= {"name": "another-model"}
+    other["protocol"] |= {"dataset": "another text"}
+    runs += [make_run(tmp_path / "small", small, curves=False), make_run(tmp_path / "other", other, curves=False)]
+    for run in runs:
+        if not (run / "config.yaml").exists():
+            configure(run)
+    text = write_overview(read_runs(runs), tmp_path / "out").read_text(encoding="utf-8")
+    assert "2 of the runs are of another model or evaluation text than most" in text
+    said = re.search(r"lowest perplexity of a reconstructed model\s+is ([\d.]+), of ([\w.]+)", text)
+    assert said and said[2] == "lr0.001_n32_s0.", "not of 128 samples, which are of another model or text"
+    assert "perplexity on" in text and "another text (evaluation)" in text
+
+
 def test_groups_are_the_settings_and_hold_the_seeds(drawn: Path) -> None:
     with (drawn / "groups.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
