@@ -181,10 +181,10 @@ def test_n_m_keeps_n_of_every_m_in_the_checkpoint(tiny_run: Callable[..., Ended]
         assert torch.all((groups == 0).sum(1) == 2), name
 
 
-def found_in(folder: str = "run") -> list[dict]:
-    """What a run, which must have reconstructed every window, found in each."""
+def found_in(folder: str = "run", *, all_accepted: bool = True) -> list[dict]:
+    """What a run, which must have reconstructed every window unless that is not asked, found in each."""
     windows = json.loads(Path(folder, "results.json").read_text())["windows"]
-    assert all(window["accepted"] for window in windows)
+    assert not all_accepted or all(window["accepted"] for window in windows)
     return windows
 
 
@@ -257,7 +257,7 @@ SPARSE_HALVES = (*HALVES, "chain.inputs=sparse", "chain.targets=local", "chain.s
         ((*HALVES, "chain.inputs=dense"), 1),
         (SPARSE_HALVES[:4], 1),
         (SPARSE_HALVES, 1),
-        ((*SOLVED, "chain.inputs=sparse"), 7),  # the first layer's matrices
+        ((*SOLVED, "chain.inputs=sparse"), 3),  # q, k and v of the first layer: others see what these have become
     ],
     ids=lambda value: title(value) if isinstance(value, tuple) else "",
 )
@@ -267,7 +267,7 @@ def test_what_windows_see_changes_with_the_last_of_these_settings_but_not_for_th
     run_once(*overrides[:-1])
     before, masks = errors(found_in()), masks_in()
     run_once(*overrides)
-    after, others = errors(found_in()), masks_in()
+    after, others = errors(found_in(all_accepted="windows=matrix" not in overrides)), masks_in()
     count = 2 * unchanged
     assert after[:count] == pytest.approx(before[:count], rel=0.01)
     assert len(after) == len(before) > count
