@@ -1,6 +1,8 @@
 """The README's table of architectures is what the trial of all shapes finds out; this test writes it."""
 
+import io
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,9 @@ PARALLEL = {"Phi", "GPT-NeoX", "GPT-J", "Falcon", "Cohere 2", "Cohere, norms per
 @pytest.fixture(scope="module")
 def printed() -> tuple[int, str]:
     """Exit status and output of `python -m lit_recon.model.architectures --markdown`."""
-    written: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdout", type("Out", (), {"write": lambda _, text: written.append(text)})())
+    with redirect_stdout(io.StringIO()) as written:
         status = main(["--markdown"])
-    return status, "".join(written)
+    return status, written.getvalue()
 
 
 def cells(line: str) -> list[str]:

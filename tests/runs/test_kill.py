@@ -84,7 +84,7 @@ def counted(
 @pytest.mark.parametrize(
     ("kind", "every"),
     [
-        *((kind, STRIDES.get(kind, 37)) for kind in SETTINGS),
+        *((kind, STRIDES.get(kind, 53)) for kind in SETTINGS),
         *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in SETTINGS),
     ],
 )
@@ -144,7 +144,8 @@ def test_what_is_to_be_overwritten_is_there_until_it_is_cleared_and_then_the_new
     for die_at in (1, 2, 3, 4, 5, 6):
         shutil.rmtree("run", ignore_errors=True)
         shutil.copytree("old", "run")
-        assert launcher.run(*settings, die_at=die_at).status == -signal.SIGKILL
+        changes = ("fsync", "replace", "link")  # no checksums: what the dense model was measured at is read before
+        assert launcher.run(*settings, die_at=die_at, kinds=changes).status == -signal.SIGKILL
         assert Path("run/config.next.yaml").exists() == (die_at in (4, 5))
         if die_at < 4:
             (Path("run") / "config.next.yaml.partial").unlink(missing_ok=True)

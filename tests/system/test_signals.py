@@ -205,7 +205,10 @@ def test_what_is_kept_when_a_terminal_is_closed_is_written(tmp_path: Path) -> No
         [sys.executable, "-c", HANGUP, str(tmp_path / "kept")], stdin=theirs, stdout=theirs, start_new_session=True
     )
     os.close(theirs)
-    assert b"running" in os.read(ours, 100)
+    said = b""
+    while not said.endswith(b"\n"):  # an unbuffered print writes it, and the end of its line, one after the other
+        said += os.read(ours, 100)
+    assert said.startswith(b"running")
     os.close(ours)
     process.send_signal(signal.SIGHUP)
     assert process.wait(10) == 0
