@@ -32,7 +32,7 @@ from lit_recon.fit.output.push import check_push
 from lit_recon.fit.parts import MADE_LATER, OPTIONAL, PARTS, join_groups, make_part, take_rules, trainer_settings
 from lit_recon.fit.pruning_checks import check_pruning
 from lit_recon.fit.rehearsal import rehearse
-from lit_recon.fit.resume_config import committed_state
+from lit_recon.fit.resume_config import committed
 from lit_recon.fit.samples import make_samples
 from lit_recon.fit.settings import CALL, PATHS
 from lit_recon.model.precision import with_measured_precision
@@ -43,7 +43,7 @@ from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.settings.values import check_call, expand_home, given, given_of, plain
 from lit_recon.system.command_line import Problems, concerning, in_words, shortened
-from lit_recon.system.device import Compute, without_strategy
+from lit_recon.system.device import PRECISIONS, Compute, without_strategy
 from lit_recon.system.memory import parse_limit
 
 log = logging.getLogger(__name__)
@@ -86,10 +86,10 @@ class _Chosen:
         if self.trainer["precision"] != "auto":
             return self
         assert self.compute is not None
-        if self.call["resume"] is not None and (state := committed_state(Path(self.call["output_dir"]))).get(
-            "signature"
-        ):
-            return replace(self, compute=replace(self.compute, precision=state["signature"]["compute"]["precision"]))
+        if self.call["resume"] is not None:
+            begun_in = committed(Path(self.call["output_dir"]), "signature", "compute", "precision")
+            if begun_in in PRECISIONS:
+                return replace(self, compute=replace(self.compute, precision=begun_in))
         data = self.parts["data"]
         return replace(self, compute=with_measured_precision(self.compute, model, data.batch_size * data.length))
 

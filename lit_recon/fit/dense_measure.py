@@ -5,8 +5,6 @@ code alone, not on how the model is pruned or trained; a sweep measures the dens
 """
 
 import hashlib
-import json
-import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lit_recon.evaluate.evaluator import Evaluator, Measured
-from lit_recon.system.cache import cache_folder, cached_folder
-
-log = logging.getLogger(__name__)
+from lit_recon.system.cache import place_of, remembered
 
 FILE = "measured.safetensors"
 KEPT = 32  # measurements; each has a few samples' final states, megabytes
@@ -53,8 +49,7 @@ class DenseMeasure:
             "tokens_per_batch": self.evaluator.tokens_per_batch,
             "precision": self.evaluator.compute.precision,
         }
-        text = json.dumps(decides, sort_keys=True, default=str)
-        return cache_folder() / "measured" / hashlib.sha256(text.encode()).hexdigest()
+        return place_of("measured", decides)
 
     @property
     def is_known(self) -> bool:
@@ -62,29 +57,28 @@ class DenseMeasure:
         return (self.folder / FILE).is_file()
 
     def of(self, model: PreTrainedModel) -> Measured:
-        """The measurement of a model, which is the dense one; a cache that cannot be used costs time alone."""
-        made: list[Measured] = []
+        """The measurement of a model, which is the dense one."""
+        folder = self.folder
+        found = remembered(folder, lambda: self.evaluator.measure(model), write=_write, read=_read)
+        _forget_old(folder.parent)
+        return found
 
-        def build(folder: Path) -> None:
-            made.append(self.evaluator.measure(model))
-            by_sample = torch.tensor(made[0].by_sample, dtype=torch.float64)
-            save_file({"by_sample": by_sample, "states": made[0].states_STD.cpu().contiguous()}, folder / FILE)
 
-        try:
-            folder = cached_folder(self.folder, build)
-            if not made:
-                kept = load_file(folder / FILE)
-                return Measured(kept["by_sample"].tolist(), kept["states"])
-        except OSError as error:
-            log.info("what the dense model was measured at is not kept: %s", error)
-        else:
-            _forget_old(folder.parent)
-        return made[0] if made else self.evaluator.measure(model)
+def _write(folder: Path, measured: Measured) -> None:
+    """Write a measurement into a folder."""
+    by_sample = torch.tensor(measured.by_sample, dtype=torch.float64)
+    save_file({"by_sample": by_sample, "states": measured.states_STD.cpu().contiguous()}, folder / FILE)
+
+
+def _read(folder: Path) -> Measured:
+    """What was written."""
+    kept = load_file(folder / FILE)
+    return Measured(kept["by_sample"].tolist(), kept["states"])
 
 
 def _forget_old(folder: Path) -> None:
     """Remove all but the newest measurements."""
-    with suppress(OSError):  # another run may remove them too
+    with suppress(OSError):  # there is no cache; another run may remove them too
         found = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
         for old in found[:-KEPT]:
             shutil.rmtree(old)

@@ -108,10 +108,13 @@ def _read(path: Path) -> DictConfig:
     return loaded
 
 
-def committed_state(folder: Path) -> dict[str, Any]:
-    """What the newest commit of a run says, as far as its manifest can be read; nothing before the first."""
+def committed(folder: Path, *keys: str) -> Any:
+    """An entry of what the newest commit of a run says; None before the first, and where it cannot be read."""
     try:
         newest = max((folder / "commits").glob("*.json"), key=lambda path: path.stem)
-        return dict(json.loads(newest.read_text(encoding="utf-8"))["state"])
-    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged, as the resumed run will say
-        return {}
+        found = json.loads(newest.read_text(encoding="utf-8"))["state"]
+        for key in keys:
+            found = found[key]
+        return found
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # the resumed run will say what is damaged
+        return None

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from lit_recon.fit.forecast import Forecast, forecasts
 from lit_recon.fit.output.changed import changed_inputs, other_code, read_origin
 from lit_recon.fit.output.folder import NEXT_CONFIG
-from lit_recon.fit.resume_config import committed_state
+from lit_recon.fit.resume_config import committed
 from lit_recon.fit.settings import PATHS
 from lit_recon.fit.signature import OF_THE_CALL, differences
 from lit_recon.report.run_files import read_results
@@ -95,7 +95,8 @@ def _decisive(config: Any) -> dict[str, Any]:
 
 def _windows_done(folder: Path) -> int:
     """Windows that the newest commit of a run has, as far as its manifest can be read."""
-    return len(committed_state(folder).get("windows", ()))
+    windows = committed(folder, "windows")
+    return len(windows) if isinstance(windows, list) else 0
 
 
 @dataclass

@@ -95,11 +95,9 @@ class LanguageModel(ABC):
 
     def _setting_problems(self) -> list[str]:
         """What is wrong with the settings themselves, before anything is fetched or opened."""
-        problems = (
-            []
-            if self.dtype in LOADED_DTYPES
-            else [f"model.dtype={self.dtype!r}: choose one of {', '.join(LOADED_DTYPES)}"]
-        )
+        problems = []
+        if self.dtype not in LOADED_DTYPES:
+            problems.append(f"model.dtype={self.dtype!r}: choose one of {', '.join(LOADED_DTYPES)}")
         named = isinstance(self.attention, str) and re.fullmatch(r"\w+", self.attention)  # others are code of the Hub
         if self.attention is not None and not named:
             problems.append(f"model.attention={self.attention!r}: choose sdpa, eager or another that transformers has")

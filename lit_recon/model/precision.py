@@ -5,7 +5,6 @@ long as in float32. A forward and a backward of a random layer of the model's si
 measured is kept in the cache folder by CPU, version of torch, number of threads and layer.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.model.decoder import Decoder, LayerCall, call_layer
 from lit_recon.model.few_layers import few_layers
-from lit_recon.system.cache import cache_folder, cached_folder
+from lit_recon.system.cache import place_of, remembered
 from lit_recon.system.device import Compute, bf16_is_fast, cpu_name
 
 log = logging.getLogger(__name__)
@@ -67,18 +66,18 @@ def _seconds(model: PreTrainedModel, tokens: int) -> dict[str, float]:
         "config": model.config.to_dict(),
         "tokens": tokens,
     }
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-    made: list[dict[str, float]] = []
+    place = place_of("precision", decides)
+    return remembered(place, lambda: time_steps(model, tokens), write=_write, read=_read)
 
-    def build(folder: Path) -> None:
-        made.append(time_steps(model, tokens))
-        (folder / _FILE).write_text(json.dumps(made[0]), encoding="utf-8")
 
-    try:
-        folder = cached_folder(cache_folder() / "precision" / name, build)
-        return made[0] if made else json.loads((folder / _FILE).read_text(encoding="utf-8"))
-    except OSError:
-        return made[0] if made else time_steps(model, tokens)
+def _write(folder: Path, seconds: dict[str, float]) -> None:
+    """Write what was measured into a folder."""
+    (folder / _FILE).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def _read(folder: Path) -> dict[str, float]:
+    """What was written."""
+    return json.loads((folder / _FILE).read_text(encoding="utf-8"))
 
 
 def time_steps(model: PreTrainedModel, tokens: int) -> dict[str, float]:
@@ -95,15 +94,14 @@ def time_steps(model: PreTrainedModel, tokens: int) -> dict[str, float]:
     calls, layer = decoder.calls(tokens_BT), decoder.layers[0].requires_grad_(True)
     hidden_BTD = decoder.embed(tokens_BT)[0].float()
     computes = [Compute(torch.device("cpu"), precision) for precision in BOTH]
-    best = {one.precision: _step(layer, hidden_BTD, calls, one) for one in computes}  # the first pays for set-up
+    for one in computes:
+        _step(layer, hidden_BTD, calls, one)  # the first pays for set-up
+    seconds: dict[str, list[float]] = {precision: [] for precision in BOTH}
     began = time.perf_counter()
-    for number in range(_ROUNDS):
+    while len(seconds[BOTH[0]]) < _ROUNDS and (not seconds[BOTH[0]] or time.perf_counter() - began < _SECONDS):
         for one in computes:
-            seconds = _step(layer, hidden_BTD, calls, one)
-            best[one.precision] = min(best[one.precision], seconds) if number else seconds
-        if time.perf_counter() - began > _SECONDS:
-            break
-    return best
+            seconds[one.precision].append(_step(layer, hidden_BTD, calls, one))
+    return {precision: min(found) for precision, found in seconds.items()}
 
 
 def _step(layer: nn.Module, hidden_BTD: Tensor, calls: Sequence[LayerCall], compute: Compute) -> float:

@@ -7,14 +7,16 @@ accidents, not against malice, and takes a quarter of a second for half a gigaby
 
 import atexit
 import functools
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +25,7 @@ from lit_recon.system.atomic_files import fingerprint, replaced_folder
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+Result = TypeVar("Result")
 
 
 def cache_folder() -> Path:
@@ -93,6 +96,43 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
             build(partial)
             _write_manifest(partial)
     return folder
+
+
+def place_of(kind: str, decides: Mapping[str, Any]) -> Path:
+    """The place of a result in the cache folder, by all that it depends on: values that JSON takes, or their text."""
+    text = json.dumps(decides, sort_keys=True, default=str)
+    return cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()
+
+
+def remembered(
+    folder: Path,
+    make: Callable[[], Result],
+    *,
+    write: Callable[[Path, Result], None],
+    read: Callable[[Path], Result],
+) -> Result:
+    """A result that was made before, read from its place; else made, and written there.
+
+    A cache that cannot be used costs the time of making it, and nothing else.
+
+    Args:
+        folder: Its place (`place_of`).
+        make: Makes it.
+        write: Writes it into a folder.
+        read: Reads it from there.
+    """
+    made: list[Result] = []
+
+    def build(partial: Path) -> None:
+        made.append(make())
+        write(partial, made[0])
+
+    try:
+        cached_folder(folder, build)
+        return made[0] if made else read(folder)
+    except OSError as error:
+        log.info("%s: not kept (%s)", folder, error)
+        return made[0] if made else make()
 
 
 @contextmanager

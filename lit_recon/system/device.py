@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lit_recon.system.quiet_libraries import quietly
 
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = tuple(_AUTOCAST)  # by Lightning's names
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ class Parser(ArgumentParser):
 
 
 def readable_output() -> None:
-    """Have letters that the terminal's encoding lacks printed as escapes, instead of an error after hours."""
+    """Print letters that the terminal's encoding lacks as escapes, instead of an error after hours."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not that of a notebook
             stream.reconfigure(errors="backslashreplace")

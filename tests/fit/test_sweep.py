@@ -114,6 +114,13 @@ def test_done_runs_are_skipped_interrupted_ones_resumed_and_others_kept(
     assert "other holds another run: seed is 7 there and 0 here; overwrite=true replaces it" in said
 
 
+@pytest.mark.parametrize("said", ['{"state": {"windows": 3}}', '{"state": []}', "[1]", "{"])
+def test_a_damaged_commit_is_no_obstacle_to_a_survey(started: Started, said: str) -> None:
+    left = member("left")
+    (begun(left, windows=3) / "commits/00008.json").write_text(said)
+    assert standing(left) == Standing("left", Path("left"))
+
+
 def test_a_sweep_that_is_given_again_starts_nothing_and_draws_its_report(started: Started) -> None:
     members = [member("a"), member("b")]
     runs(*members)

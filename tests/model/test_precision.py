@@ -12,6 +12,7 @@ from lit_recon.model import precision
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.precision import BOTH, describe_measured, time_steps, with_measured_precision
 from lit_recon.system import device
+from lit_recon.system.cache import cache_folder
 from lit_recon.system.device import Compute
 
 BF16 = replace(CPU, precision="bf16-mixed")  # what the instructions alone say
@@ -85,7 +86,7 @@ def test_a_run_says_what_was_measured_and_resumes_in_the_precision_that_it_began
     ended = command(*settings, "stop_after=1")
     assert ended.status == 0, ended.err
     assert "bf16-mixed is 1.7 times as fast" in ended.out
-    precision.cache_folder().joinpath("precision").rename(tmp_path / "elsewhere")  # another machine
+    cache_folder().joinpath("precision").rename(tmp_path / "elsewhere")  # another machine
     timed.append(0.4)
     ended = command(f"resume={tmp_path / 'run'}")
     assert ended.status == 0, ended.err
