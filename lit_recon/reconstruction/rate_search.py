@@ -16,7 +16,8 @@ from lit_recon.model.errors import Errors
 STEP = 2.0  # between rates that are probed
 FURTHEST = 1 / 256  # the smallest factor that is probed; of a kind whose rate is known, two steps below that
 HIGHEST = 8.0  # the largest
-FEW = 12  # windows of a kind, of which no rate is looked for beyond one that is accepted
+FEW = 12  # windows of a kind, of which no better rate is looked for than one that gains enough
+ENOUGH = 1 / 4  # of the error: what is enough for the first of few windows
 FAR_BELOW = 1 / 4  # of the usual gain: a window that gains less is compared with its neighbours in rate
 
 
@@ -101,7 +102,7 @@ class ProbedRates:
     The first window is tried at the module's rate and at halves of it until one is worse than the one before, or at
     doubles where the first half is worse. A later window is compared with the neighbouring rates only if it was not
     accepted, or gained far less than windows of its kind usually do. Of a kind with few windows, whose comparison would
-    cost more than it wins, the first rate that is accepted is taken.
+    cost more than it wins, the first rate that gains enough is taken, or the best on the way down, in steps of two.
 
     Args:
         names: Names of all windows.
@@ -119,14 +120,16 @@ class ProbedRates:
             return self._rate.get(kind, latest)
         if tries[-1].is_same_at_any_rate or self._is_usual(kind, tries[0]):
             return None
-        if tries[-1].accepted and self._numbers[kind.partition(",")[0]] < FEW:
+        few = self._numbers[kind.partition(",")[0]] < FEW
+        if few and tries[-1].accepted and (kind in self._rate or 1 - tries[-1].left >= ENOUGH):
             return None
+        step = STEP**2 if few else STEP
         best = min(tries, key=lambda one: one.left)
         lowest, highest = (choose(one.rate for one in tries) for choose in (min, max))
         if best.rate == lowest or not any(one.accepted for one in tries):
             furthest = self._rate[kind] / STEP**2 if kind in self._rate else FURTHEST
-            return lowest / STEP if lowest / STEP >= furthest else None
-        return highest * STEP if best.rate == highest < HIGHEST else None
+            return lowest / step if lowest / step >= furthest else None
+        return highest * step if best.rate == highest < HIGHEST and not few else None
 
     def learn(self, kind: str, rate: float, left: float) -> None:
         """Carry the rate to the next windows of its kind."""

@@ -102,9 +102,16 @@ def test_a_window_that_gains_far_less_than_those_before_is_compared_with_its_nei
     assert rates(search, lambda rate: 1.1 if rate > 1 / 32 else 0.9)[:2] == [1 / 16, 1 / 32], "one that is not accepted"
 
 
-def test_of_a_kind_with_few_windows_the_first_rate_that_is_accepted_is_taken() -> None:
-    assert rates(ProbedRates(MANY[:-1]), lambda rate: 0.6 + rate, "half_#_attention") == [1, 1 / 2, 1 / 4]
-    assert rates(ProbedRates(MANY[:-1]), valley(1 / 4), "half_#_attention") == [1]
+def test_of_a_kind_with_few_windows_the_first_rate_that_gains_enough_is_taken() -> None:
+    def of_few(left: Callable[[float], float]) -> list[list[float]]:
+        search = ProbedRates(MANY[:-1])
+        return [rates(search, left, "half_#_attention") for _ in range(2)]
+
+    assert of_few(lambda rate: 0.5 + rate) == [[1, 1 / 4], [1 / 4]], "in steps of two, none back up"
+    assert of_few(valley(1 / 4)) == [[1], [1]], "a better one would be near"
+    assert of_few(lambda rate: 0.97 if rate == 1 else 0.7) == [[1, 1 / 4], [1 / 4]], "accepted is not enough"
+    assert of_few(valley(1 / 16, depth=0.2)) == [[1, 1 / 4, 1 / 16, 1 / 64], [1 / 16]], "the best, where none is enough"
+    assert of_few(valley(1, depth=0.2)) == [[1, 1 / 4], [1]]
 
 
 def test_each_kind_of_window_has_a_rate_of_its_own() -> None:
