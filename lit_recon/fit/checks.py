@@ -22,7 +22,7 @@ from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.fit.pruning_checks import check_pattern, check_scored
 from lit_recon.model.matrices import LayerMatrices, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
-from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind, named_parameters
 from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import NormsBiases
@@ -262,6 +262,11 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
+    if single and (train := getattr(module, "keywords", {}).get("train")) is not None:
+        raise ValueError(
+            f"module.train={train} with windows=matrix: each matrix is a window of its own; choose them by "
+            f"windows.match={train}."
+        )
     layers = list({repr(layer): layer for layer in reversed(layer_windows(model))}.values())  # the first of each kind
     windows = [MatrixWindow(layer.matrices()[0], layer) if single else layer for layer in layers]
     window, masks = windows[0], _ones(windows[0])
@@ -278,9 +283,17 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
                 one.check_rank()
         if not _is(module, Untrained) and not any(map(trained_by, made, windows)):
             raise ValueError(
-                f"{callable_name(module)}: the layers of {type(model).__name__} have nothing that it trains; use "
-                "module.train_norms=true, or another module (module=none trains nothing)."
+                f"{callable_name(module)}: the layers of {type(model).__name__} have nothing that it trains"
+                + _why_nothing(module, windows)
             )
+
+
+def _why_nothing(module: Callable[..., Any], windows: Sequence[AnyWindow]) -> str:
+    """What to do where a module trains nothing of some windows."""
+    if train := getattr(module, "keywords", {}).get("train"):
+        names = ", ".join(dict.fromkeys(name for window in windows for name, _ in named_parameters(window)))
+        return f": module.train={train} is in none of the names {names}, or only in those that it leaves as they are."
+    return "; use module.train_norms=true, or another module (module=none trains nothing)."
 
 
 def _ones(window: AnyWindow) -> dict[str, torch.Tensor]:

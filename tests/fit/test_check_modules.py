@@ -61,3 +61,11 @@ def test_a_module_that_trains_nothing_of_a_model_is_refused_unless_that_is_asked
 def test_a_start_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="start=other: expected one of none, least_squares"):
         FitSettings(start="other")
+
+
+def test_an_expression_that_chooses_nothing_to_train_is_refused_with_the_names() -> None:
+    check_module(partial(MaskedWeights, train="k_proj"), model_of("llama"), single=False)
+    with pytest.raises(ValueError, match=r"module\.train=conv is in none of the names self_attn\.q_proj\.weight, "):
+        check_module(partial(MaskedWeights, train="conv"), model_of("llama"), single=False)
+    with pytest.raises(ValueError, match=r"with windows=matrix: .* by windows\.match=k_proj"):
+        check_module(partial(MaskedWeights, train="k_proj"), model_of("llama"), single=True)
