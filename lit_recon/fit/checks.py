@@ -128,12 +128,17 @@ def _check_walk(
         problems.add(f"walk={walk} with module=none, which trains nothing: leave walk out, or choose another module.")
     elif module and retraining and not _takes(module, "loss"):
         problems.add(f"walk={walk}: {callable_name(module)} takes no loss, by which all layers are trained at once.")
-    if walk == "global" and isinstance(windows, Partition) and (windows.by == WindowKind.MATRIX or windows.head):
-        given = "windows.head=true" if windows.head else "windows=matrix"
-        problems.add(
-            f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has no "
-            "meaning; leave it out, or use walk=local_then_global."
-        )
+    if walk == "global" and isinstance(windows, Partition):
+        meant = {
+            "windows=matrix": windows.by == WindowKind.MATRIX,
+            "windows.head=true": windows.head,
+            f"windows.match={windows.match}": windows.match is not None,
+        }
+        for given in (name for name, is_given in meant.items() if is_given):
+            problems.add(
+                f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has "
+                "no meaning; leave it out, or use walk=local_then_global."
+            )
 
 
 def _takes(make: Callable[..., Any], name: str) -> bool:

@@ -97,7 +97,7 @@ def walk(
                 masks, changed = _decided(pruner, step.window, statistics, weights, callbacks)  # 3
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
-                    start = fitter.start(window, masks, step.grams())  # of dense weights
+                    start = fitter.start(window, masks, step.grams() if window.is_chosen else None)  # dense
                     was_dense = not (prune(window, masks, changed) or pruner.has_pruned)
                     for matrix in window.matrices():  # where they are now
                         changed.pop(matrix.name, None)

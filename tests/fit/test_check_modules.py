@@ -69,3 +69,19 @@ def test_an_expression_that_chooses_nothing_to_train_is_refused_with_the_names()
         check_module(partial(MaskedWeights, train="conv"), model_of("llama"), single=False)
     with pytest.raises(ValueError, match=r"with windows=matrix: .* by windows\.match=k_proj"):
         check_module(partial(MaskedWeights, train="k_proj"), model_of("llama"), single=True)
+
+
+def test_choosing_windows_has_no_meaning_where_none_is_reconstructed() -> None:
+    problems = Problems()
+    check_settings(
+        problems,
+        windows=Partition(by="block", match="_00"),
+        module=partial(MaskedWeights, loss=None),
+        propagation=Propagation(),
+        store=None,
+        prune_by="window",
+        fitting=FitSettings(),
+        trainer=trainer().keywords,
+        walk="global",
+    )
+    assert any("walk=global with windows.match=_00: windows are pruned only" in problem for problem in problems.found)
