@@ -255,8 +255,8 @@ def _seconds_of_run(
     elif kind == WindowKind.MATRIX:  # one for each input that matrices have, and for that of its targets if it differs
         inputs = len(rows_per_matrix(layers[0], chain, batch_size)[0])
         over_all += _AS_FAR * inputs * (1 if chain.propagation.one_source else 2)
-    # Errors are measured before, between and after.
-    samples = total * over_all + chosen * (trained * (1 + _BACKWARD) + 7 * passes.num_held_out)
+    # Errors are measured before, between and after; before and after also on as many calibration samples.
+    samples = total * over_all + chosen * (trained * (1 + _BACKWARD) + 5 * passes.num_held_out)
     evaluated = at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
