@@ -303,7 +303,7 @@ def _text(chosen: _Chosen, tokenizer: PreTrainedTokenizerBase, compute: Compute)
     said = "".join(map(str, tokenizer.convert_ids_to_tokens(opening))) or "none"
     protocol = EvaluationProtocol(
         dataset=source.describe("evaluation"),
-        split="evaluation",
+        split=source.split_name("evaluation"),
         context=windows.tokens_ST.shape[1],
         windows=len(windows.tokens_ST),
         tokens=windows.num_tokens,

@@ -33,7 +33,7 @@ class EvaluationProtocol:
 
     Attributes:
         dataset: Name of the text.
-        split: Part of it.
+        split: Its split, such as "test"; "evaluation" where lit_recon keeps a part of the text for it.
         context: Tokens per sequence.
         windows: Number of sequences.
         tokens: Number of predicted tokens.
@@ -53,13 +53,20 @@ class EvaluationProtocol:
 
     @classmethod
     def from_tokens(
-        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none", given: int = 1
+        cls,
+        tokens_ST: Tensor,
+        *,
+        dataset: str,
+        precision: str,
+        split: str = "evaluation",
+        opening: str = "none",
+        given: int = 1,
     ) -> "EvaluationProtocol":
         """The protocol of an evaluation part, of which the first `given` tokens of each sequence are not predicted."""
         windows, context = tokens_ST.shape
         return cls(
             dataset=dataset,
-            split="evaluation",
+            split=split,
             context=context,
             windows=windows,
             tokens=windows * (context - given),
@@ -71,8 +78,9 @@ class EvaluationProtocol:
         """One line."""
         opened = f", each after {self.opening}" if self.opening != "none" else ""
         overlapping = f" every {self.stride}" if self.stride is not None else ""
+        split = "" if self.dataset.endswith(f" {self.split}") else f" ({self.split})"  # some data sets name it
         return (
-            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{overlapping}{opened}, "
+            f"{self.dataset}{split}, {self.windows} sequences of {self.context} tokens{overlapping}{opened}, "
             f"{self.tokens} predicted, {self.precision}"
         )
 

@@ -16,6 +16,7 @@ LABELS = {  # where the key of results.json alone does not say it
     "protocol.windows": "sequences",
     "protocol.tokens": "predicted tokens",
     "protocol.opening": "tokens before each sequence",
+    "protocol.split": "part of the text",
     "tokens.calibration": "calibration tokens",
 }
 

@@ -90,7 +90,8 @@ def studies(runs: Mapping[Path, Mapping[str, Any]]) -> list[Study]:
     shared = {}
     for folder, results in runs.items():
         texts = {key: text for key, text in settings(results).items() if key != "criterion"}
-        key = json.dumps([texts, results["protocol"]], sort_keys=True)
+        protocol = {name: value for name, value in results["protocol"].items() if name != "split"}
+        key = json.dumps([texts, protocol], sort_keys=True)  # the split is in the data set's name; until 0.8 it was not
         groups[key][folder], shared[key] = results, texts
     compared = {key: group for key, group in groups.items() if len({_criterion(one) for one in group.values()}) > 1}
     main, different = shared_and_different({key: shared[key] for key in compared})

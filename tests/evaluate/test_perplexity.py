@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -146,6 +147,13 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
     }
     assert "each after" not in protocol.describe()
     assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
+
+
+def test_a_protocol_names_the_split_once() -> None:
+    tokens_ST = torch.zeros(3, 5, dtype=torch.long)
+    made = partial(EvaluationProtocol.from_tokens, tokens_ST, precision="32-true")
+    assert made(dataset="docs").describe().startswith("docs (evaluation), 3 seq")
+    assert made(dataset="org/name raw test", split="test").describe().startswith("org/name raw test, 3 seq")
 
 
 def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:
