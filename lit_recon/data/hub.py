@@ -106,6 +106,11 @@ class Hub(TextSource):
             return f"{part} part of {self.split}"
         return self._evaluation.split if part == "evaluation" else f"{part} part of {self.split}"
 
+    def is_one_text(self, part: Part) -> bool:
+        """Whether rows are joined, as papers join those of WikiText."""
+        source = self._evaluation if part == "evaluation" and self.evaluation else self
+        return source.separator is not None
+
     def hub_datasets(self) -> list[str]:
         """Its id, where it is no folder."""
         return [] if Path(self.name).expanduser().is_dir() else [self.name]

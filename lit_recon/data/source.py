@@ -152,6 +152,10 @@ class TextSource(ABC):
         """Name of the data set's split that a part is, for the protocol; where lit_recon divides the text, the part."""
         return part
 
+    def is_one_text(self, part: Part) -> bool:
+        """Whether the documents of a part are one text, such as the joined lines of WikiText, and not many."""
+        return False
+
     def check(self) -> None:
         """Find what is wrong with the settings, without reading more than the start of the text.
 

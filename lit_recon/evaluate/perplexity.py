@@ -38,7 +38,8 @@ class EvaluationProtocol:
         windows: Number of sequences.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
-        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
+        opening: Tokens that the tokenizer puts before a text, such as `<s>`, or "none".
+        opening_at: Where they stand: in each "window", or as in papers before the whole "text" alone.
         stride: Tokens from the start of one sequence to that of the next; None: they do not overlap.
     """
 
@@ -49,6 +50,7 @@ class EvaluationProtocol:
     tokens: int
     precision: str
     opening: str = "none"
+    opening_at: str = "window"
     stride: int | None = None
 
     @classmethod
@@ -76,7 +78,8 @@ class EvaluationProtocol:
 
     def describe(self) -> str:
         """One line."""
-        opened = f", each after {self.opening}" if self.opening != "none" else ""
+        who = "the text" if self.opening_at == "text" else "each"
+        opened = f", {who} after {self.opening}" if self.opening != "none" else ""
         overlapping = f" every {self.stride}" if self.stride is not None else ""
         split = "" if self.dataset.endswith(f" {self.split}") else f" ({self.split})"  # some data sets name it
         return (

@@ -92,9 +92,10 @@ def read_evaluations(run: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]
 def protocol_text(protocol: Mapping[str, Any]) -> str:
     """What perplexity was measured on, as far as it is known: data set, windows and their length, opening, stride."""
     windows, context, opening = (protocol.get(key) for key in ("windows", "context", "opening"))
+    who = "the text" if protocol.get("opening_at") == "text" else "each"
     text = str(protocol.get("dataset") or "unknown text")
     text += f", {windows} x {context} tokens" if windows is not None and context is not None else ""
-    text += f", each after {opening}" if opening not in (None, "none") else ""  # versions before 0.4 do not say
+    text += f", {who} after {opening}" if opening not in (None, "none") else ""  # versions before 0.4 do not say
     return text + (f", stride {stride}" if (stride := protocol.get("stride")) is not None else "")
 
 

@@ -61,7 +61,8 @@ def test_a_part_is_called_by_its_split_where_it_has_one_of_its_own(folder, token
 def test_the_evaluation_of_the_papers_data_sets_is_a_test_split(member):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         source = instantiate(compose("fit", overrides=[f"data={member}"]).data, _convert_="all")
-    assert source.split_name("evaluation") == "test"
+    assert source.split_name("evaluation") == "test" and source.is_one_text("evaluation")
+    assert source.is_one_text("calibration") == (member == "wikitext2")
 
 
 def test_evaluation_may_be_another_data_set_with_another_field(folder, tmp_path):

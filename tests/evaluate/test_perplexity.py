@@ -143,6 +143,7 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "tokens": 12,
         "precision": "32-true",
         "opening": "none",
+        "opening_at": "window",
         "stride": None,
     }
     assert "each after" not in protocol.describe()
@@ -154,6 +155,8 @@ def test_a_protocol_names_the_split_once() -> None:
     made = partial(EvaluationProtocol.from_tokens, tokens_ST, precision="32-true")
     assert made(dataset="docs").describe().startswith("docs (evaluation), 3 seq")
     assert made(dataset="org/name raw test", split="test").describe().startswith("org/name raw test, 3 seq")
+    papers = replace(made(dataset="docs", opening="<s>"), opening_at="text")
+    assert "of 5 tokens, the text after <s>, 12" in papers.describe()
 
 
 def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:
