@@ -203,6 +203,9 @@ def test_all_states_continue_the_same_prompts_and_the_record_and_the_terminal_ha
             tokens_1T = torch.cat([tokens_1T, next_11], 1)
         assert texts[state] == tokenizer.decode(tokens_1T[0, -12:])
     assert texts["dense"] in ended.out
+    lines = re.findall(r"^(\d+)% prompts, (\w+), .* left", ended.out, re.MULTILINE)
+    assert len(lines) == 10 and lines[-1][0] == "100", "tenths of 72 tokens: 12 of 2 prompts in 3 states"
+    assert list(dict.fromkeys(state for _, state in lines)) == list(texts)
 
 
 def test_drift_of_every_matrix_is_in_the_record(run_once: Callable[..., Ended], run_evaluation: Evaluate) -> None:
@@ -244,6 +247,9 @@ def test_tasks_are_run_on_the_checkpoint_and_on_the_dense_model(run_evaluation: 
         ("letters", "acc", state, 2) for state in ("checkpoint", "dense")
     ]
     assert tasks["mean"].keys() == {"checkpoint", "dense"} and "letters acc" in ended.out
+    lines = re.findall(r"^(\d+)% tasks, (\w+), .* left", ended.out, re.MULTILINE)
+    assert lines == [(str(100 * n // 8), "checkpoint" if n <= 4 else "dense") for n in range(1, 9)]
+    assert "Running loglikelihood" not in ended.err, "not a bar of lm-eval's own as well"
 
 
 @pytest.mark.parametrize(
