@@ -10,10 +10,10 @@ all runs gain as many nats and stay as far apart as they were; hence it is measu
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -128,8 +128,33 @@ def _figures(folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def spread_rows(study: Study) -> list[list[str]]:
-    """Spread of a study as text: what it is, of the pruned and the reconstructed models, and the share that is left.
+class SpreadRow(NamedTuple):
+    """One measure of a study's spread.
+
+    Attributes:
+        what: What it is.
+        as_text: A number of it as people read it.
+        pruned: Of the pruned models.
+        reconstructed: Of the reconstructed models.
+    """
+
+    what: str
+    as_text: Callable[[float], str]
+    pruned: float
+    reconstructed: float
+
+    @property
+    def left(self) -> float:
+        """The share of it that is left after reconstruction; NaN where there was none."""
+        return self.reconstructed / self.pruned if self.pruned else math.nan
+
+    def texts(self) -> list[str]:
+        """The row as people read it."""
+        return [self.what, self.as_text(self.pruned), self.as_text(self.reconstructed), as_share(self.left)]
+
+
+def spread_rows(study: Study) -> list[SpreadRow]:
+    """Spread of a study.
 
     Of three runs or more, also without the worst: random masks alone would decide it, and say nothing of the others.
     """
@@ -137,7 +162,7 @@ def spread_rows(study: Study) -> list[list[str]]:
     return rows + _rows(study.without(study.worst), f", without {study.worst}") if len(study.runs) > 2 else rows
 
 
-def _rows(study: Study, remark: str) -> list[list[str]]:
+def _rows(study: Study, remark: str) -> list[SpreadRow]:
     """The same of all runs."""
     rows = []
     measures = ((study.perplexities, "perplexity", as_perplexity), (study.nats, "nats", as_nats))
@@ -147,8 +172,7 @@ def _rows(study: Study, remark: str) -> list[list[str]]:
             ("range", pruned.range, reconstructed.range),
             ("standard deviation", pruned.deviation, reconstructed.deviation),
         ):
-            left = after / before if before else math.nan
-            rows.append([f"{name}, {unit}{remark}", as_text(before), as_text(after), as_share(left)])
+            rows.append(SpreadRow(f"{name}, {unit}{remark}", as_text, before, after))
     return rows
 
 
@@ -159,14 +183,15 @@ def spread_table(study: Study) -> Group:
     table.add_column(first, overflow="fold")
     for header in others:
         table.add_column(header, justify="right", no_wrap=True)
-    for what, *numbers in spread_rows(study):
+    for what, *numbers in (row.texts() for row in spread_rows(study)):
         table.add_row(Text(what), *numbers)  # Text: what looks like markup in a name is not read as markup
     return Group(Text(study.about, style="table.title"), table)
 
 
 def spread_markdown(study: Study) -> str:
     """Spread of a study in GitHub's Markdown."""
-    rows = [spread_header(study), ["---", "---:", "---:", "---:"], *(map(escaped, row) for row in spread_rows(study))]
+    rows = [spread_header(study), ["---", "---:", "---:", "---:"]]
+    rows += [[escaped(text) for text in row.texts()] for row in spread_rows(study)]
     return f"{escaped(study.about)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
