@@ -42,6 +42,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def waiting_for(device: torch.device) -> Callable[[], None] | None:
+    """What waits for all that a device computes; None where nothing is computed in the background."""
+    if device.type != "cuda":
+        return None
+
+    def wait() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
 @dataclass(frozen=True)
 class Compute:
     """Device of a run, and its precision by Lightning's name; master weights are float32 in every precision.
