@@ -199,7 +199,7 @@ def describe(made: Shape, kind: str, data: Data, results: dict[str, Any], peak: 
     by_phase = " ".join(f"{phase} {seconds[phase] / len(windows):.2f}" for phase in WALK)
     hours = of_walk / made.layers * made.depth / 3600
     memory = [f"device {in_gb(results, 'walk_peak_memory_bytes')}"]
-    if "walk_peak_host_bytes" in results:
+    if results.get("walk_peak_host_bytes"):
         memory.append(f"host {in_gb(results, 'walk_peak_host_bytes')}")
     return [
         f"{made.name}, {made.layers} of {made.depth} layers, windows={kind}, {len(windows)} windows, "
