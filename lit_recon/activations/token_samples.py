@@ -91,12 +91,12 @@ class TokenSamples(Activations):
         targets, energies_N = batch.text(batch.targets_BTD), batch.text(batch.energies_BT)
         return self.losses(outputs_ND, targets, energies_N=energies_N, unit=unit)
 
-    def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
-        """A batch on a device: embeddings, and targets of the dense model, or the next tokens."""
+    def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
+        """Some samples on a device: embeddings, and targets of the dense model, or the next tokens."""
         embedded_BTD, calls, valid_BT = self._embedded(rows_B, device)
         energies_BT = torch.ones(embedded_BTD.shape[:2], device=device)
         if self.targets == "tokens":
-            targets = _following(inputs_BTD).to(device)
+            targets = _following(self.inputs_STD[rows_B]).to(device)
         elif self.targets == "all states":
             assert self.window.units is not None
             targets = side_by_side(list(self.dense.states(embedded_BTD, calls)), self.window.units)

@@ -268,6 +268,8 @@ def peak_memory(results: Mapping[str, Any]) -> Figure | None:
         **(results.get("phase_peak_memory_bytes") or {}),  # unknown of earlier versions, and on some systems
         "walk": results.get("walk_peak_memory_bytes"),
         "walk, predicted": predicted.get("walk_peak_memory_bytes"),
+        "walk, the CPU's": results.get("walk_peak_host_bytes"),  # of a run on a GPU
+        "walk, the CPU's, predicted": predicted.get("walk_peak_host_bytes"),
         "whole run": results["peak_memory_bytes"],
         "whole run, predicted": predicted.get("peak_memory_bytes"),
     }

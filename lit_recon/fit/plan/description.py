@@ -51,6 +51,7 @@ def describe_plan(
         "evaluate": protocol,
         "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
         + (f" (up to {in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
+        + (f" on the GPU, {in_gb(plan.host_bytes)} of the CPU's" if plan.host_bytes is not None else "")
         + f", disk {in_gb(plan.disk_bytes)}",
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output.folder),

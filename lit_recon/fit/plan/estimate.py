@@ -17,6 +17,7 @@ from lit_recon.fit.plan.global_fit import GlobalFit, batches_of, head_bytes, pla
 from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
 from lit_recon.fit.plan.peak_memory import (
     common_bytes,
+    host_bytes,
     name_of,
     peaks_of,
     single_bytes,
@@ -91,6 +92,7 @@ class Plan:
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
+        host_bytes: Predicted peak of the CPU's memory in the walk, of one on a GPU, whose memory the others are.
     """
 
     windows: int
@@ -108,6 +110,7 @@ class Plan:
     mapped_bytes: int
     disk_bytes: int
     seconds: float
+    host_bytes: int | None = None
 
 
 def make_plan(
@@ -152,6 +155,7 @@ def make_plan(
     )
     peaks, owned = peaks_of(bytes_of_kind, common, again, copies=2 if chain.recompute else 1)
     name = name_of(kind, size)
+    window = largest * {"blocks": size, "model": depth}.get(kind, 1)
     disk_bytes = _disk_bytes(session, array_bytes, linked=linked) + again.disk_bytes
     return Plan(
         windows=session.num_fits,
@@ -164,6 +168,7 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
+        host_bytes=host_bytes(session, array_bytes, window),
         seconds=_seconds_of_run(session, blocks, layers, work, batch_size=batch_size, kind=kind, at_once=again.samples),
     )
 

@@ -149,7 +149,8 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
         windows=windows,
         training=replace(training, trainer=trainer, retraining_trainer=again, schedule=schedule),
     )
-    session.chain.passes.batching.batch_size = choice.batch_size
+    batching = session.chain.passes.batching
+    batching.batch_size = batching.pass_size = choice.batch_size
     if session.retrained:
         session.retrained.data.batching.batch_size = choice.batch_size
     job = replace(job, method=changed, execution=replace(execution, batch_size=choice.batch_size))
@@ -178,8 +179,8 @@ def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
             name = name_of(kind, windows.blocks)
             if name in plan.own_by_kind:
                 arrays = _array_bytes(job, session, halves if kind == WindowKind.HALF else (), kind)
-                # On a GPU the arrays take none of its memory.
-                more = 0 if job.execution.compute.device.type == "cuda" else arrays.memory - asked.memory
+                on_gpu = job.execution.compute.device.type == "cuda"
+                more = arrays.device - asked.device if on_gpu else arrays.memory - asked.memory
                 need = _Need(plan.own_by_kind[name] + more, plan.global_fit.own_bytes)
                 yield Choice(str(kind), batch_size), need
 
