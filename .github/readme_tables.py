@@ -127,26 +127,7 @@ class Places:
         return [read_run(path) for path in found]
 
 
-class Absent(Exception):
-    """There is no run of this name."""
-
-
-class _Numbers(dict[str, "_Run"]):
-    """The numbers of runs by their names, for templates."""
-
-    def __init__(self, places: Places) -> None:
-        super().__init__()
-        self.places = places
-
-    def __missing__(self, name: str) -> "_Run":
-        found = self.places.runs(name)
-        if not found:
-            raise Absent(name)
-        self[name] = _Run(found[0])
-        return self[name]
-
-
-class _Run:
+class _Numbers:
     """A run's numbers as a sentence of the README has them."""
 
     def __init__(self, run: Run) -> None:
@@ -180,18 +161,19 @@ def _findings(kind: str, old: str, places: Places) -> str:
     Raises:
         ValueError: A row of the table is unknown, or one that is known is not in it.
     """
-    numbers, lines, left = _Numbers(places), old.splitlines(keepends=True), dict(FINDINGS[kind])
+    lines, left = old.splitlines(keepends=True), dict(FINDINGS[kind])
     for index, line in enumerate(lines[2:], start=2):
         cells = re.split(r" ?(?<!\\)\| ?", line.strip().strip("|").strip())
         known = next((name for name in left if cells[0].startswith(name)), None)
         if known is None:
             raise ValueError(f"README.md, {kind}: the row {cells[0]!r} is not one of {', '.join(FINDINGS[kind])}.")
         templates = left.pop(known)
-        try:
+        names = set(re.findall(r"\{([^.}]+)\.", "".join(templates)))
+        runs = {name: places.runs(name) for name in names}
+        if all(runs.values()):
+            numbers = {name: _Numbers(found[0]) for name, found in runs.items()}
             made = [template.format_map(numbers) for template in templates]
-        except Absent:
-            continue
-        lines[index] = f"| {' | '.join([*cells[: -len(made)], *made])} |\n"
+            lines[index] = f"| {' | '.join([*cells[: -len(made)], *made])} |\n"
     if left:
         raise ValueError(f"README.md, {kind}: no row begins with {', '.join(left)}.")
     return "".join(lines)
