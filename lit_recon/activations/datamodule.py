@@ -109,9 +109,20 @@ class Activations:
         Of each token: the squared error, a mean over features, over `unit`. For a window whose loss is on the logits:
         the Kullback-Leibler divergence from the dense model's, in nats.
         """
-        total = len(self.inputs_STD)
-        some = min(self.batching.num_samples, total - self.batching.num_samples)
-        return self._errors(window, 0, some, unit), self._errors(window, self.batching.num_samples, total, unit)
+        return self.calibration_errors(window, unit), self.held_out_errors(window, unit)
+
+    def calibration_errors(self, window: AnyWindow, unit: float) -> Errors:
+        """The first of `errors`."""
+        return self._errors(window, 0, min(self.batching.num_samples, self.num_held_out), unit)
+
+    def held_out_errors(self, window: AnyWindow, unit: float) -> Errors:
+        """The second of `errors`."""
+        return self._errors(window, self.batching.num_samples, len(self.inputs_STD), unit)
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are never trained on."""
+        return len(self.inputs_STD) - self.batching.num_samples
 
     @torch.no_grad()
     def _errors(self, window: AnyWindow, first: int, last: int, unit: float) -> Errors:
@@ -120,8 +131,12 @@ class Activations:
         for batch in self.batches(first, last):
             with self.batching.compute.autocast():
                 outputs_BTD = window(batch.inputs_BTD, batch.calls)
-            found.append(self._by_token(window, batch, batch.text(outputs_BTD).float(), unit))
+            found.append(self.by_token(window, batch, outputs_BTD, unit))
         return Errors.from_tokens(torch.cat(found))
+
+    def by_token(self, window: AnyWindow, batch: Batch, outputs_BTD: Tensor, unit: float) -> Tensor:
+        """Error of each token of a batch, (N), given what the window outputs for it, as `errors` says."""
+        return self._by_token(window, batch, batch.text(outputs_BTD).float(), unit)
 
     def _by_token(self, window: AnyWindow, batch: Batch, outputs_ND: Tensor, unit: float) -> Tensor:
         """Error of each token of a batch, (N)."""

@@ -263,15 +263,27 @@ class NormalEquations:
         """Median over calibration rows of the energy of the dense product: the unit of errors."""
         return self.calibration.unit()
 
+    def calibration_errors(self, window: AnyWindow, unit: float) -> Errors:
+        """Errors of the matrix on the calibration samples."""
+        return self.calibration.errors(_weight_of(window), unit)
+
+    def held_out_errors(self, window: AnyWindow, unit: float) -> Errors:
+        """Errors of the matrix on the held-out samples."""
+        return self.held_out.errors(_weight_of(window), unit)
+
     def errors(self, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
         """Errors of the matrix on the calibration and on the held-out samples."""
-        (matrix,) = window.matrices()
-        weight_EOI = matrix.by_expert(matrix.weight.detach())
-        return self.calibration.errors(weight_EOI, unit), self.held_out.errors(weight_EOI, unit)
+        return self.calibration_errors(window, unit), self.held_out_errors(window, unit)
 
     def data_module(self, seed: int) -> "NormalEquationsDataModule":
         """Serves them to a Trainer."""
         return NormalEquationsDataModule(self)
+
+
+def _weight_of(window: AnyWindow) -> Tensor:
+    """The weight of a window's only matrix, (E, O, I)."""
+    (matrix,) = window.matrices()
+    return matrix.by_expert(matrix.weight.detach())
 
 
 class NormalEquationsDataModule(LightningDataModule):

@@ -180,7 +180,7 @@ class ResumePoint(WalkCallback):
         self.logger.last_step = state["step"]
         if fit := state["fit"]:
             self.logger.last_step = fit["first_step"] - 1  # its curves go on where they began
-            tries = [Try(**one | {name: Errors(*one[name]) for name in ERRORS}) for one in fit["tries"]]
+            tries = [Try(**one | {name: one[name] and Errors(*one[name]) for name in ERRORS}) for one in fit["tries"]]
             self._fit_files = list(fit["files"])
             tensors = {name: one for file in self._fit_files for name, one in commit.read(file).items()}
             self.fit_state = FitState(step=fit["step"], tries=tries, values=fit["values"], tensors=tensors)

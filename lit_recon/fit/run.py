@@ -382,6 +382,7 @@ def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
         dataset=job.samples.evaluation_description,
+        split=job.samples.evaluation_split,
         opening=job.samples.opening,
         given=job.samples.num_given,
         precision=job.execution.compute.precision,

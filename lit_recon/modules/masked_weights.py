@@ -7,6 +7,7 @@ as AdamW then never moves them (nor does its weight decay), which costs less tha
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,11 +24,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
-from lit_recon.model.windows import AnyWindow
+from lit_recon.model.windows import AnyWindow, named_parameters
 from lit_recon.modules.losses import huber, with_head
 from lit_recon.modules.optimizers import ELEMENTWISE
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.system.expressions import check_expression
 
 # conf/optimizer/adamw.yaml, conf/loss/huber.yaml
 ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
@@ -51,6 +53,8 @@ class MaskedWeights(LightningModule):
         warmup: Share of the steps in which the learning rate rises.
         train_norms: Whether norms are trained too.
         train_biases: Whether biases are trained too.
+        train: Regular expression: only parameters in whose name in their layer it is found are trained, of matrices,
+            norms and biases, for example "k_proj|up_proj". None: all of these.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
             the window has a head, one that takes it, else the divergence of the logits.
         token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
@@ -59,7 +63,7 @@ class MaskedWeights(LightningModule):
             all that is trained is added to the loss. Above 0 it costs two copies: w0, and w - w0 until the backward.
 
     Raises:
-        ValueError: `warmup` is no share, or `anchor` negative.
+        ValueError: `warmup` is no share, `anchor` negative, or `train` no regular expression.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class MaskedWeights(LightningModule):
         anchor: float = 0.0,
         train_norms: bool = True,
         train_biases: bool = True,
+        train: str | None = None,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -88,10 +93,12 @@ class MaskedWeights(LightningModule):
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._token_weights, self._anchor = token_weights, anchor
         self._start: list[Tensor] = []  # of what is trained, where that is pulled there
+        self._chosen = _chosen(window, train)
         norms, biases = vectors(window)
-        self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
+        allowed = [*(norms if train_norms else ()), *(biases if train_biases else ())]
+        self.vectors = [one for one in allowed if self.is_chosen(one)]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
-        self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
+        self._trained = [one for one in window.own_parameters() if id(one) not in frozen and self.is_chosen(one)]
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
             mask = zeroing_mask(masks[matrix.name], matrix.weight.dtype, matrix.weight.device.type)
@@ -104,6 +111,10 @@ class MaskedWeights(LightningModule):
     def changed(self) -> list[nn.Parameter]:
         """What is changed of the window: what is trained."""
         return self.trained()
+
+    def is_chosen(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the window is one that `train` chooses."""
+        return self._chosen is None or id(parameter) in self._chosen
 
     def sizes(self) -> dict[Tensor, float]:
         """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
@@ -200,6 +211,14 @@ class MaskedWeights(LightningModule):
             optimizer=optimizer, num_warmup_steps=round(self._warmup * steps), num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _chosen(window: AnyWindow, train: str | None) -> set[int] | None:
+    """Identities of the parameters in whose names an expression is found; None: all."""
+    if train is None:
+        return None
+    check_expression("module.train", train, "names of parameters in their layer, such as self_attn.k_proj.weight")
+    return {id(parameter) for name, parameter in named_parameters(window) if re.search(train, name)}
 
 
 def zeroing_mask(mask: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:

@@ -178,9 +178,8 @@ def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
     Raises:
         NotFinite: Scores are NaN.
     """
-    mask_RC = torch.ones_like(scores_RC, dtype=torch.bool)
     if count == 0:
-        return mask_RC
+        return torch.ones_like(scores_RC, dtype=torch.bool)
     # What equals the threshold is dropped from the left until the count is exact.
     threshold_R1 = _kth_lowest(scores_RC, count)
     below_RC = scores_RC < threshold_R1
@@ -188,7 +187,7 @@ def _drop_lowest(scores_RC: Tensor, count: int) -> Tensor:
     ties_RC = scores_RC == threshold_R1
     if int(ties_RC.sum()) > int(missing_R1.sum()):
         ties_RC &= ties_RC.cumsum(1) <= missing_R1
-    mask_RC.masked_fill_(below_RC | ties_RC, False)
+    mask_RC = ~(below_RC | ties_RC)
     if int(torch.count_nonzero(mask_RC)) != len(mask_RC) * (mask_RC.shape[1] - count):  # no row drops more than `count`
         raise NotFinite("scores are not numbers (NaN), so that the lowest of them cannot be dropped.")
     return mask_RC

@@ -10,5 +10,6 @@ start.py              least squares as the start of a window's training
 rate_search.py        at which learning rates a window is tried
 notes.py              the note on a window: what failed, what was kept
 tensorboard.py        one log for all windows
-trainer_callbacks.py  learning rate, first point of the curves, which state is kept
+trainer_callbacks.py  learning rate, which state is kept
+held_out_errors.py    errors on held-out samples, from the Trainer's own validations
 """

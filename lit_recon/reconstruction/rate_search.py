@@ -29,7 +29,7 @@ class Try:
         rate: Factor of the learning rate.
         before: Held-out errors of the pruned window.
         held_out: Held-out errors afterwards.
-        calibration: Errors on calibration samples afterwards.
+        calibration: Errors on calibration samples afterwards, of one that was better than those before; else None.
         diverged: Whether a loss or an error was not finite.
         steps: Steps of the optimizer.
         lost: Share of the gain that rounding to the model's dtype took.
@@ -42,7 +42,7 @@ class Try:
     rate: float
     before: Errors
     held_out: Errors
-    calibration: Errors
+    calibration: Errors | None
     diverged: bool
     steps: int
     lost: float
@@ -55,6 +55,10 @@ class Try:
     def accepted(self) -> bool:
         """Whether the window is better than pruned: its mean error and its typical one."""
         return not self.diverged and self.held_out.is_better(self.before)
+
+    def is_better_than(self, best: "Try | None") -> bool:
+        """Whether it is accepted, and leaves less of the error than the best one before it, if there is one."""
+        return self.accepted and (best is None or self.left < best.left)
 
     @property
     def is_same_at_any_rate(self) -> bool:

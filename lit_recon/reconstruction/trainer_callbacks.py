@@ -1,4 +1,4 @@
-"""Callbacks of a window's Trainer: its learning rate, the start of its curves, which state is kept."""
+"""Callbacks of a window's Trainer: its learning rate, and which state is kept."""
 
 import math
 from collections.abc import Mapping
@@ -35,15 +35,6 @@ class LearningRate(Callback):
             pl_module.log("lr", group["lr"], batch_size=1)
 
 
-class FirstHeldOut(Callback):
-    """Starts the held-out curve at step 0: what Lightning's sanity check measures before training, it does not log."""
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics of the pruned window."""
-        if trainer.logger is not None:
-            trainer.logger.log_metrics({name: float(value) for name, value in trainer.callback_metrics.items()}, 0)
-
-
 class KeptState(Callback):
     """Keeps the best state of what is trained, ends a fit that improves no more, and returns from a loss not finite.
 
@@ -53,6 +44,7 @@ class KeptState(Callback):
     Args:
         fitting: What is kept, and the patience.
         start: By `id` of a parameter, its value at the start, where there is a copy already.
+        metrics: What the module logs of the start, where that is known and no sanity check is made.
 
     Attributes:
         kept_step: After how many steps what is kept was reached.
@@ -61,7 +53,10 @@ class KeptState(Callback):
         diverged: Whether the loss was not finite once more.
     """
 
-    def __init__(self, fitting: FitSettings, start: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, fitting: FitSettings, start: Mapping[int, Tensor], metrics: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._metrics = metrics or {}
         self.best, self.patience, self._start = fitting.keep == "best", fitting.patience, start
         self.kept_step, self.stopped_early, self.halved, self.diverged = 0, False, False, False
         self._least, self._worse, self._seen, self._halved_at = math.inf, 0, False, -1
@@ -81,13 +76,18 @@ class KeptState(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the loss on held-out samples before the first step."""
-        self._look(trainer, pl_module)
+        self._look(trainer, pl_module, trainer.callback_metrics)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what is known of it."""
+        if self._metrics:
+            self._look(trainer, pl_module, self._metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the loss on held-out samples."""
         if not trainer.sanity_checking:
             self._seen = True
-            self._look(trainer, pl_module)
+            self._look(trainer, pl_module, trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,8 +121,8 @@ class KeptState(Callback):
             for (_, state), best in zip(self._state, state_dict["best"], strict=True):
                 state.copy_(best)
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        found = trainer.callback_metrics.get(HELD_OUT)
+    def _look(self, trainer: Trainer, module: LightningModule, metrics: Mapping[str, Tensor]) -> None:
+        found = metrics.get(HELD_OUT)
         if found is None:
             if self.best or self.patience:
                 raise ValueError(f"keep=best and patience need {HELD_OUT}, which {type(module).__name__} does not log")

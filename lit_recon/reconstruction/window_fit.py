@@ -27,11 +27,12 @@ from lit_recon.modules.trained import attached, changed_by, needs_gram, trained_
 from lit_recon.reconstruction.fit_settings import FitSettings
 from lit_recon.reconstruction.fit_state import FitCommits
 from lit_recon.reconstruction.fitted_weights import FittedWeights
+from lit_recon.reconstruction.held_out_errors import HeldOutErrors, check_finite
 from lit_recon.reconstruction.notes import note_on
 from lit_recon.reconstruction.rate_search import RateSearch, RetryRates, Try, kind_of, share_left
 from lit_recon.reconstruction.start import begin, solutions
 from lit_recon.reconstruction.tensorboard import RunLogger
-from lit_recon.reconstruction.trainer_callbacks import FirstHeldOut, KeptState, LearningRate
+from lit_recon.reconstruction.trainer_callbacks import KeptState, LearningRate
 from lit_recon.reconstruction.window_result import WindowResult, kept_pruned
 from lit_recon.system.clock import Clock, timed
 from lit_recon.system.finite import NotFinite
@@ -144,13 +145,15 @@ class WindowFitter:
         start: Mapping[str, Tensor],
     ) -> WindowResult:
         """Train at one rate after the other, as the search says, and keep the best try that is accepted."""
-        before = data.errors(window, unit)
-        _check_errors(window, *before)
+        calibration = check_finite(window, "calibration", data.calibration_errors(window, unit))
+        held_out = HeldOutErrors(window, data, unit)
         kind = kind_of(window.name, window.measure)
         module = self.module(window, masks, unit)
         weights = _fitted(module, window, dtypes, start)
-        solved = begin(window, start, weights, data, unit, before[1]) if start else None
+        solved = begin(window, start, weights, data, unit, held_out.at_start()) if start else None
         origin = solved if solved and solved.accepted else None
+        if self.commits and self.commits.resumed:
+            held_out.at_start()  # its weights are put back, maybe to those of a try
         tries, best_weights = self.commits.begin(weights) if self.commits else ([], weights.start)
         best = min((one for one in tries if one.accepted), key=lambda one: one.left, default=None)
         while changed_by(module, window) and (rate := self.search.next(kind, tries)) is not None:
@@ -165,9 +168,8 @@ class WindowFitter:
                 module = self.module(window, masks, unit)
             if self.commits:
                 self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
-            errors = origin.held_out if origin else before[1]
-            tries.append(self._try(module, window, data, weights, unit, errors, rate))
-            if tries[-1].accepted and (best is None or tries[-1].left < best.left):
+            tries.append(self._try(module, window, data, held_out, weights, rate, origin=origin, best=best))
+            if tries[-1].is_better_than(best):
                 best = tries[-1]
         if tries and tries[-1] is not best:
             weights.restore(best_weights)
@@ -177,6 +179,7 @@ class WindowFitter:
         if self.logger:
             self.logger.end_window()
         note = note_on(tries, best, weights.names_of_dtypes(), solved)
+        before = calibration, held_out.at_start()
         return replace(_result(window, before, tries, best, origin), note=note, measure=window.measure, unit=unit)
 
     def resume(self, results: Sequence[WindowResult]) -> None:
@@ -193,20 +196,26 @@ class WindowFitter:
         module: LightningModule,
         window: AnyWindow,
         data: TrainingData,
+        held_out: HeldOutErrors,
         weights: FittedWeights,
-        unit: float,
-        before: Errors,
         rate: float,
+        *,
+        origin: Try | None,
+        best: Try | None,
     ) -> Try:
-        """Train once, from the pruned weights, and measure what will be stored."""
-        steps, kept = self._train(module, window, data, weights, rate)
-        (calibration, held_out), lost = _measured(window, data, unit, weights, before.mean)
-        return Try(
+        """Train once, from the pruned weights or the better start that is the origin, and measure what will be stored.
+
+        Calibration samples are looked at only where the try is better than the best one before it.
+        """
+        steps, kept = self._train(module, window, data, held_out, weights, rate)
+        before = origin.held_out if origin else held_out.at_start()
+        after, lost = _measured(held_out, weights, before.mean)
+        tried = Try(
             rate=rate,
             before=before,
-            held_out=held_out,
-            calibration=calibration,
-            diverged=kept.diverged or not all(map(math.isfinite, (*calibration, *held_out))),
+            held_out=after,
+            calibration=None,
+            diverged=kept.diverged or not all(map(math.isfinite, after)),
             steps=steps,
             lost=lost,
             remark="; ".join(filter(None, [getattr(module, "note", ""), kept.note])),
@@ -214,23 +223,35 @@ class WindowFitter:
             stopped_early=kept.stopped_early,
             halved=kept.halved,
         )
+        if not tried.is_better_than(best):
+            return tried
+        calibration = data.calibration_errors(window, held_out.unit)
+        return replace(tried, calibration=calibration, diverged=not all(map(math.isfinite, calibration)))
 
     def _train(
-        self, module: LightningModule, window: AnyWindow, data: TrainingData, weights: FittedWeights, rate: float
+        self,
+        module: LightningModule,
+        window: AnyWindow,
+        data: TrainingData,
+        held_out: HeldOutErrors,
+        weights: FittedWeights,
+        rate: float,
     ) -> tuple[int, KeptState]:
         """Fit once; how many steps the optimizer made, and which state was kept."""
-        kept, seed = KeptState(self.fitting, weights.by_id()), self.seed + window.indices.start
+        kept = KeptState(self.fitting, weights.by_id(), held_out.metrics)
+        seed = self.seed + window.indices.start
         if self.logger:
             self.logger.start_window(window.name)
         commits = [self.commits.callback(seed, data, kept)] if self.commits else []
         trainer = self.trainer(
             logger=self.logger or False,
-            callbacks=[LearningRate(rate * self.scale), FirstHeldOut(), kept, *self.callbacks, *commits],
+            callbacks=[held_out, LearningRate(rate * self.scale), kept, *self.callbacks, *commits],
             **data.trainer_settings,
+            **({"num_sanity_val_steps": 0} if held_out.metrics else {}),
         )
         masters = [(parameter, parameter.data) for parameter in window.parameters()]
         try:
-            with _interruptible(), attached(module):
+            with _interruptible(), held_out.observing(module), attached(module):
                 for parameter in trained_by(module, window):
                     parameter.requires_grad_(True)
                 trainer.fit(module, datamodule=data.data_module(seed))
@@ -263,13 +284,6 @@ def _interruptible() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _check_errors(window: AnyWindow, calibration: Errors, held_out: Errors) -> None:
-    """Raise a NotFinite for a window whose errors are not finite before it is trained."""
-    for samples, errors in (("calibration", calibration), ("held-out", held_out)):
-        if not math.isfinite(errors.mean):
-            raise NotFinite(f"{window.name}: its error on {samples} samples, pruned, is not finite ({errors.mean})")
-
-
 def _result(
     window: AnyWindow, before: tuple[Errors, Errors], tries: Sequence[Try], best: Try | None, origin: Try | None
 ) -> WindowResult:
@@ -284,6 +298,7 @@ def _result(
     """
     kept = best or origin
     calibration, held_out = (kept.calibration, kept.held_out) if kept else before
+    assert calibration is not None, "they were measured of what is kept"
     shown = kept or (tries[-1] if tries else None)
     return WindowResult(
         name=window.name,
@@ -324,25 +339,21 @@ def _fitted(
     return FittedWeights(changed, [stored[id(one)] for one in changed])
 
 
-def _measured(
-    window: AnyWindow, data: TrainingData, unit: float, weights: FittedWeights, before: float
-) -> tuple[tuple[Errors, Errors], float]:
+def _measured(held_out: HeldOutErrors, weights: FittedWeights, before: float) -> tuple[Errors, float]:
     """Round a trained window to what will be stored of it, and measure that.
 
     Args:
-        window: The window.
-        data: What it was trained on.
-        unit: Of its errors.
+        held_out: Measures it.
         weights: What was changed.
         before: Its mean held-out error before.
 
     Returns:
-        Its errors; the share of what it gained on held-out samples that rounding took back, up to 1.
+        Its held-out errors; the share of what it gained on these samples that rounding took back, up to 1.
     """
-    exact = data.errors(window, unit)[1].mean if weights.rounding_matters() else before
+    exact = held_out.now().mean if weights.rounding_matters() else before
     weights.round()
-    after = data.errors(window, unit)
-    return after, min(1.0, max(0.0, (after[1].mean - exact) / (before - exact))) if exact < before else 0.0
+    after = held_out.now()
+    return after, min(1.0, max(0.0, (after.mean - exact) / (before - exact))) if exact < before else 0.0
 
 
 def _check_zeros(window: AnyWindow, masks: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ console.py          the same for tables, lines of the log and bars
 markdown.py         any text as Markdown without markup
 clock.py            seconds and peak memory per phase
 memory.py           peak memory, a limit of it, giving memory back
+expressions.py      regular expressions that choose names
 finite.py           numbers that are not finite, found and named
 units.py            bytes and seconds as text
 versions.py         versions of what computed a result

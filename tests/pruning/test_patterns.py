@@ -1,5 +1,6 @@
 """Patterns keep exactly as many weights as they say, and the right ones."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,18 @@ def test_the_number_of_removed_weights_is_exact_also_with_ties(sparsity: float, 
     for row, kept in zip(values, mask, strict=True):
         if kept.any() and not kept.all():
             assert row[kept].min() >= row[~kept].max()
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("values", [2, 5, 10**6])
+def test_of_equal_scores_the_first_go_as_in_a_stable_sort(values: int, scope: str) -> None:
+    scores = torch.randint(0, values, (9, 64), generator=torch.Generator().manual_seed(values)).float()
+    rows = scores.numpy().reshape(9 if scope == "row" else 1, -1)
+    for sparsity in (0.1, 0.5, 0.9):
+        expected = np.ones_like(rows, dtype=bool)
+        for row, kept in zip(rows, expected, strict=True):
+            kept[np.argsort(row, kind="stable")[: int(sparsity * len(row))]] = False
+        assert np.array_equal(Unstructured(sparsity=sparsity, scope=scope)(scores).numpy(), expected.reshape(9, 64))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (4, 4)])

@@ -208,3 +208,31 @@ def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
     monkeypatch.setattr(Activations, "errors", keep)
     walked(tokens_ST, tmp_path, Measuring(), tiny_model("llama").to(dtype), **settings)
     assert len(measured) in (3, 6, 21) and sum(measured) > 0.7 * len(measured)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({"by": "matrix", "match": r"\.1\..*k_proj|up_proj"}, ["block_00.mlp.up_proj", "block_01.self_attn.k_proj"]),
+        ({"by": "block", "match": "_0[02]"}, ["block_00", "block_02"]),
+    ],
+    ids=["matrices", "blocks"],
+)
+def test_windows_that_are_not_chosen_are_pruned_only(
+    tokens_ST: Tensor, tmp_path: Path, settings: dict, chosen: list[str]
+) -> None:
+    model, told = tiny_model("llama"), Told()
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    results = walked(tokens_ST, tmp_path, told, model, **settings)
+    assert len(results) == (3 if settings["by"] == "block" else 21)
+    assert [one.name for one in results if one.measured][:2] == chosen
+    for one in results:
+        assert one.accepted == one.measured
+        assert one.measured or one.note == "not one of those that windows.match chooses: kept its pruned weights"
+    for name, mask in told.masks.items():
+        kept = model.get_parameter(name)
+        assert not kept[~mask].any(), "all of them are pruned"
+        window = name.removeprefix("model.layers.").removesuffix(".weight")
+        window = f"block_0{window}" if settings["by"] == "matrix" else f"block_0{window[0]}"
+        measured = next(one.measured for one in results if one.name == window)
+        assert torch.equal(kept[mask], before[name][mask]) != measured, name

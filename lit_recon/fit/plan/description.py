@@ -33,6 +33,8 @@ def describe_plan(
     shared = sorted({name for half in halves for name in half.split.shared})
     zeros = _share_of_zeros(session)
     measured = f"; {describe_measured(compute)}" if compute.measured else ""
+    chosen = sum(window.is_chosen for window in session.windows)
+    some = "" if chosen == len(session.windows) else f"{chosen} of "
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{_removed(session, job.method) / plan.parameters:.1%} of the parameters: "
@@ -41,7 +43,7 @@ def describe_plan(
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
         + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
-        "reconstruct": f"{len(session.windows)} windows ({job.recipe['windows']}), "
+        "reconstruct": f"{some}{len(session.windows)} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.training.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),

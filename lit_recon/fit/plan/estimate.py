@@ -252,15 +252,16 @@ def _seconds_of_run(
     forward = sum(block.seconds for block in blocks) * (1 + session.pruner.needs_gram * _GRAM)
     head = session.model.get_output_embeddings().weight.numel() / max(1, max(block.parameters for block in blocks))
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
-    trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
+    trained = 0.0 if work.prunes_only else float(batches_of(num_samples, batch_size, work.schedule) * batch_size)
+    chosen = sum(window.is_chosen for window in session.windows) / max(1, len(session.windows))
     over_all = float(chain.propagation.passes)
     if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.inputs == "dense":
         over_all += not chain.propagation.independent
     elif kind == WindowKind.MATRIX:  # one for each input that matrices have, and for that of its targets if it differs
         inputs = len(rows_per_matrix(layers[0], chain, batch_size)[0])
         over_all += _AS_FAR * inputs * (1 if chain.propagation.one_source else 2)
-    # Errors are measured before, between and after.
-    samples = total * over_all + trained * (1 + _BACKWARD) + 7 * passes.num_held_out
+    # Errors are measured before, between and after; before and after also on as many calibration samples.
+    samples = total * over_all + chosen * (trained * (1 + _BACKWARD) + 5 * passes.num_held_out)
     evaluated = at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))

@@ -160,7 +160,9 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
 def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
     """All choices in the order of preference, and the memory that each needs."""
     windows = job.method.windows
-    kinds: list[str] = [*ORDER[ORDER.index(WindowKind(windows.by)) :]] if windows.by in ORDER else [windows.by]
+    kinds: list[str] = [windows.by]
+    if windows.by in ORDER and windows.match is None:  # windows of another kind have other names
+        kinds = [*ORDER[ORDER.index(WindowKind(windows.by)) :]]
     if windows.blocks > len(session.matrices):
         kinds = [kind for kind in kinds if kind != WindowKind.BLOCKS]
     halves: Sequence[AnyWindow] = session.windows
