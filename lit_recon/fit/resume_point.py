@@ -112,6 +112,7 @@ class ResumePoint(WalkCallback):
     def on_steps(self, fit: FitState) -> None:
         """Make the point that the fit of all layers at once has reached the one from which a run is resumed."""
         self._check_model(f"step {fit.step}")
+        self.logger.write_later()
         number = self._number + 1
         state: dict[str, Any] = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
         self._write_fit(fit, number)
