@@ -35,6 +35,7 @@ class Batch(NamedTuple):
         energies_BT: Energy of the dense window's update of each token: the mean over features of (output - input)^2;
             of a matrix, of its product.
         valid_BT: Where samples hold text; None if all do everywhere.
+        places_N: Where text stands among all B T positions; None if `valid_BT` is, or tells it.
         weight: Its tokens over those of a full batch of calibration samples of mean length. A mean over its tokens
             times this is their sum over a constant, so that steps do not depend on how tokens fall into batches.
     """
@@ -45,14 +46,19 @@ class Batch(NamedTuple):
     energies_BT: Tensor
     valid_BT: Tensor | None = None
     weight: float = 1.0
+    places_N: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
+        if self.places_N is not None:  # else a GPU would be asked
+            return len(self.places_N)
         return self.inputs_BTD[..., 0].numel() if self.valid_BT is None else int(self.valid_BT.sum())
 
     def text(self, by_token: Tensor) -> Tensor:
         """What this batch has for each token, (B, T, ...), without padding: (N, ...)."""
+        if self.places_N is not None:
+            return by_token.flatten(0, 1).index_select(0, self.places_N)
         return by_token.flatten(0, 1) if self.valid_BT is None else by_token[self.valid_BT]
 
 
@@ -165,8 +171,9 @@ class Activations:
             assert self.energies_ST is not None
             energies_BT = rows_to(self.energies_ST, rows, device)
         tokens = inputs_BTD[..., 0].numel() if valid_BT is None else int(valid_BT.sum())
-        valid_BT = None if valid_BT is None or valid_BT.all() else moved(valid_BT, device)
-        return Batch(inputs_BTD, targets_BTD, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch)
+        places_N = places_of(valid_BT, device)
+        valid_BT = None if places_N is None or valid_BT is None else moved(valid_BT, device)
+        return Batch(inputs_BTD, targets_BTD, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch, places_N)
 
     def _load(self, array_STD: Tensor, rows: list[int], device: torch.device) -> Tensor:
         """Some samples of an array in float32, which are not needed again soon."""
@@ -189,6 +196,18 @@ class Activations:
     def data_module(self, seed: int) -> "ActivationDataModule":
         """Serves them to a Trainer."""
         return ActivationDataModule(self, seed=seed)
+
+
+def places_of(valid_BT: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where text stands among all positions, (N) on a device; None where it stands everywhere.
+
+    Args:
+        valid_BT: Where that is, on the CPU: a GPU would be waited for to learn how many there are.
+        device: Where the places go.
+    """
+    if valid_BT is None or bool(valid_BT.all()):
+        return None
+    return moved(valid_BT.flatten().nonzero().flatten(), device)
 
 
 class _Rows(Dataset):

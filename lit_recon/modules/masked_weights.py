@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
 from lit_recon.model.windows import AnyWindow, named_parameters
+from lit_recon.modules.curves import Curves
 from lit_recon.modules.losses import huber, with_head
 from lit_recon.modules.optimizers import ELEMENTWISE
 from lit_recon.modules.rates import PROBE, make_optimizer
@@ -93,6 +94,7 @@ class MaskedWeights(LightningModule):
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._token_weights, self._anchor = token_weights, anchor
         self._start: list[Tensor] = []  # of what is trained, where that is pulled there
+        self._curves = Curves()
         self._chosen = _chosen(window, train)
         norms, biases = vectors(window)
         allowed = [*(norms if train_norms else ()), *(biases if train_biases else ())]
@@ -127,12 +129,21 @@ class MaskedWeights(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
         loss = self.losses(batch).mean()
-        self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
+        self._note("loss/train", loss, batch)
         if self._anchor:
             pull = self._anchor * self._distance()
-            self.log("loss/anchor", pull.detach(), batch_size=batch.num_tokens)
+            self._note("loss/anchor", pull, batch)
             loss = loss + pull
         return loss * batch.weight
+
+    def _note(self, name: str, value: Tensor, batch: Batch) -> None:
+        """Let callbacks see a number of this step, and the curves have it when the step is done."""
+        self.log(name, value.detach(), batch_size=batch.num_tokens, logger=False)
+        self._curves.note({name: value.detach()})
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the curves."""
+        self._curves.log(self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of one held-out batch."""

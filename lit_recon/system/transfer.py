@@ -75,6 +75,32 @@ def rows_to(array: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
     return copied
 
 
+class LateNumber:
+    """A number that a GPU may not have computed yet, on its way to the CPU.
+
+    Args:
+        number: One number.
+
+    Attributes:
+        is_there: Whether nothing has to be waited for.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self.is_there = number.device.type != "cuda"
+        self._number = number
+        if not self.is_there:
+            self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def value(self) -> float:
+        """The number, once it is computed; what was asked for after it may still be under way."""
+        if not self.is_there:
+            self._done.synchronize()
+        return float(self._number)
+
+
 class CopyStream:
     """Runs copies beside what a GPU computes.
 

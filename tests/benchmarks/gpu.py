@@ -240,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Path(place)
             write_model(made, folder / "model")
             write_text(folder / "text.txt", data)
+            torch.cuda.empty_cache()  # the run is a process of its own
             for kind in KINDS:
                 left = 10 * BUDGET if chosen.tiny else BUDGET - FOR_TESTS - (time.perf_counter() - began)
                 results = walk(made, kind, data, folder, left) if left > 0 else "left out: no time"

@@ -277,7 +277,8 @@ def _disk_bytes(session: Session, array_bytes: Needed, *, linked: bool) -> int:
     model, first = session.model, session.windows[0]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     masks = sum(parameter.numel() for parameter in model.parameters()) // 8
-    states = sum(array_STD.nbytes for array_STD in session.chain.state().values())
+    is_committed = not session.chain.propagation.independent
+    states = sum(array_STD.nbytes for array_STD in session.chain.state().values()) if is_committed else 0
     share = len(first.enclosing.indices) / len(session.matrices) * (2 if isinstance(first, HalfWindow) else 1)
     copies = (1 if linked else 2) if session.weights.files else 3
     pruned = weights if session.pruner.updates else 0  # as the criterion leaves them
