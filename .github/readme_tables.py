@@ -87,8 +87,9 @@ FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "the window's size hardly matters": (
             "on {granularity/block.tokens} tokens, pruned {granularity/block.pruned}: half "
             "{granularity/half.reconstructed}, block {granularity/block.reconstructed}, four blocks "
-            "{granularity/blocks_4.reconstructed}, all layers at once {granularity/model.reconstructed}; single matrices "
-            "{granularity/matrix_gradient.reconstructed}, solved exactly {granularity/matrix_least_squares.reconstructed}",
+            "{granularity/blocks_4.reconstructed}, all layers at once {granularity/model.reconstructed}; "
+            "single matrices {granularity/matrix_gradient.reconstructed}, solved exactly "
+            "{granularity/matrix_least_squares.reconstructed}",
         ),
         "the criterion matters less": (
             "magnitude {criteria/smollm2_unstructured/magnitude.pruned} and SparseGPT "

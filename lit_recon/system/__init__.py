@@ -3,6 +3,7 @@
 device.py           device and precision of a run
 atomic_files.py     files and folders that are whole or absent
 tensor_files.py     tensors in safetensors files, memory maps
+transfer.py         copies between CPU memory and a GPU
 commits.py          resume points of a run, found whole or refused
 git_state.py        commit and state of a repository
 lock.py             one process per output folder

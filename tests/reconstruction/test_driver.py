@@ -25,6 +25,7 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.pruning.statistics import Statistics
 from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.held_out_errors import HeldOutErrors
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.device import Compute
 from lit_recon.system.finite import NotFinite
@@ -150,7 +151,7 @@ def test_a_pruned_window_without_a_finite_error_is_named_before_it_is_trained(
     tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(Activations, "errors", lambda *_: (Errors(0.1, 0.1), Errors(float("nan"), 0.1)))
+    monkeypatch.setattr(HeldOutErrors, "now", lambda _: Errors(float("nan"), 0.1))
     with pytest.raises(NotFinite, match="^block_00: its error on held-out samples, pruned, is not finite.*16-mixed"):
         walked(tokens_ST, tmp_path, told, precision="16-mixed")
     assert told.events == []
@@ -194,18 +195,18 @@ def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
             window, data, unit = last
             for parameter in window.own_parameters():
                 parameter.data.copy_(parameter.data.to(dtype))
-            assert (result.held_out_after, result.typical_after) == data.errors(window, unit)[1]
+            assert (result.held_out_after, result.typical_after) == data.held_out_errors(window, unit)
             measured.append(result.accepted)
 
-    errors = Activations.errors
+    errors = Activations.calibration_errors
 
-    def keep(self: Activations, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
+    def keep(self: Activations, window: AnyWindow, unit: float) -> Errors:
         nonlocal last
         last = window, self, unit
         return errors(self, window, unit)
 
     last: tuple = ()
-    monkeypatch.setattr(Activations, "errors", keep)
+    monkeypatch.setattr(Activations, "calibration_errors", keep)
     walked(tokens_ST, tmp_path, Measuring(), tiny_model("llama").to(dtype), **settings)
     assert len(measured) in (3, 6, 21) and sum(measured) > 0.7 * len(measured)
 
