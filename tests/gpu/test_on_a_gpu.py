@@ -16,6 +16,7 @@ from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.passes import Passes
 from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import MemoryStore, PinnedStore, Store
+from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.offload import WeightOffloader
@@ -103,7 +104,7 @@ class NoWaiting(Callback):
 def test_no_training_step_waits_for_the_gpu(where: str, padded: bool, tokens_ST: Tensor, tmp_path: Path) -> None:
     tokens_ST = tokens_ST.repeat(5, 1)
     if padded:
-        tokens_ST[::3, 9:] = -1  # PADDING
+        tokens_ST[::3, 9:] = PADDING
     model, compute = tiny_model("llama"), Compute(GPU, "bf16-mixed")
     pinned = PinnedStore(torch.bfloat16, CopyStream(GPU))
     store = MemoryStore(torch.bfloat16, GPU) if where == "device" else pinned
