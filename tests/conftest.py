@@ -80,6 +80,7 @@ TIMES = (
     "seconds",
     "peak_memory_bytes",
     "walk_peak_memory_bytes",
+    "walk_peak_host_bytes",
     "phase_peak_memory_bytes",
     "predicted",
 )  # of results.json

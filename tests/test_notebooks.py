@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,13 @@ from lit_recon import Masks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CPU_SECONDS = 60  # of a notebook, the ten for imports included; seconds of a clock would be those of other tests, too
 PRUNED = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) // 2  # half of q, o; k, v; gate, up, down of the tiny Llama
 
 
 @pytest.fixture
 def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotebookNode]:
-    """Run the first cells of a notebook with this Python and this package, in the folder `elsewhere`."""
+    """Run the first cells of a notebook with this Python and package, in the folder `elsewhere`, within a minute."""
     # Found before every other kernel of this name, which may start any Python of this machine.
     write_kernel_spec(tmp_path / "jupyter" / "kernels" / "python3")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
@@ -36,9 +38,18 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = notebook.cells[:num_cells]
         resources = {"metadata": {"path": str(tmp_path / "elsewhere")}}
-        return NotebookClient(notebook, kernel_name="python3", timeout=120, resources=resources).execute()
+        before = cpu_seconds()
+        done = NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute()
+        assert 0 < cpu_seconds() - before < CPU_SECONDS, "processor seconds"
+        return done
 
     return run
+
+
+def cpu_seconds() -> float:
+    """Seconds of all processors in processes that this one has started and that have ended, such as kernels."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def shown(notebook: NotebookNode) -> dict[str, str]:

@@ -199,7 +199,7 @@ class Chain:
 
     def _energies(self, starts_STD: Tensor) -> Energies:
         """Takes the energies of updates that start from these hidden states."""
-        self.energies_ST = torch.zeros(self._shape[:2])
+        self.energies_ST = torch.zeros(self._shape[:2], device=self.passes.compute.device)
         return Energies(self.energies_ST, starts_STD)
 
     def _own_targets(self) -> Tensor:

@@ -18,11 +18,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Batching
-from lit_recon.activations.store import on_device
 from lit_recon.model.decoder import LayerCall
 from lit_recon.model.errors import Errors, unit_of
 from lit_recon.model.head import kl_divergences
 from lit_recon.model.windows import AnyWindow
+from lit_recon.system.transfer import moved, rows_to
 
 
 class Batch(NamedTuple):
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
         energies_BT: Energy of the dense window's update of each token: the mean over features of (output - input)^2;
             of a matrix, of its product.
         valid_BT: Where samples hold text; None if all do everywhere.
+        places_N: Where text stands among all B T positions; None if `valid_BT` is, or tells it.
         weight: Its tokens over those of a full batch of calibration samples of mean length. A mean over its tokens
             times this is their sum over a constant, so that steps do not depend on how tokens fall into batches.
     """
@@ -45,20 +46,25 @@ class Batch(NamedTuple):
     energies_BT: Tensor
     valid_BT: Tensor | None = None
     weight: float = 1.0
+    places_N: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
+        if self.places_N is not None:  # else a GPU would be asked
+            return len(self.places_N)
         return self.inputs_BTD[..., 0].numel() if self.valid_BT is None else int(self.valid_BT.sum())
 
     def text(self, by_token: Tensor) -> Tensor:
         """What this batch has for each token, (B, T, ...), without padding: (N, ...)."""
+        if self.places_N is not None:
+            return by_token.flatten(0, 1).index_select(0, self.places_N)
         return by_token.flatten(0, 1) if self.valid_BT is None else by_token[self.valid_BT]
 
 
 @dataclass
 class Activations:
-    """Inputs and targets of one window, (S, T, D) on the CPU; batches are in float32.
+    """Inputs and targets of one window, (S, T, D) where the store keeps them; batches are in float32.
 
     Attributes:
         inputs_STD: Inputs.
@@ -152,40 +158,33 @@ class Activations:
             yield self.batch(torch.arange(rows.start, rows.stop), self.batching.compute.device)
 
     def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
-        """Some samples, on a device."""
-        return self.join(rows_B, *self.read(rows_B.tolist()), device)
-
-    def prefetch(self, rows: Sequence[int]) -> None:
-        """Tell the store that these samples come next."""
-        for array_STD in (self.inputs_STD, self.sources_STD):
-            self.batching.store.prefetch(array_STD, rows)
-
-    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of inputs and sources of some samples, as they are stored; where both are the same, one copy."""
-        inputs_BTD = self.inputs_STD[rows]
-        self.batching.store.release(self.inputs_STD, rows)
-        if self.sources_STD is self.inputs_STD:
-            return inputs_BTD, inputs_BTD
-        sources_BTD = self.sources_STD[rows]
-        self.batching.store.release(self.sources_STD, rows)
-        return inputs_BTD, sources_BTD
-
-    def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
-        """A batch on a device, with what is not stored for each sample: the layers' arguments and what is padding."""
-        same = self.sources_STD is self.inputs_STD
-        valid_BT = None if self.batching.valid_ST is None else self.batching.valid_ST[rows_B]
+        """Some samples on a device, with what is not stored for each: the layers' arguments and what is padding."""
+        rows, valid_ST = rows_B.tolist(), self.batching.valid_ST
+        valid_BT = None if valid_ST is None else valid_ST[rows_B]
         calls = self.batching.calls(rows_B)
-        inputs_BTD = on_device(inputs_BTD, device)
-        targets_BTD = inputs_BTD if same else on_device(sources_BTD, device)
+        inputs_BTD = self._load(self.inputs_STD, rows, device)
+        targets_BTD = inputs_BTD if self.sources_STD is self.inputs_STD else self._load(self.sources_STD, rows, device)
         if self.teacher:
             starts_BTD, targets_BTD = targets_BTD, self.teacher(targets_BTD, calls)
             energies_BT = (targets_BTD - starts_BTD).square().mean(-1)
         else:
             assert self.energies_ST is not None
-            energies_BT = self.energies_ST[rows_B].to(device)
+            energies_BT = rows_to(self.energies_ST, rows, device)
         tokens = inputs_BTD[..., 0].numel() if valid_BT is None else int(valid_BT.sum())
-        valid_BT = None if valid_BT is None or valid_BT.all() else valid_BT.to(device)
-        return Batch(inputs_BTD, targets_BTD, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch)
+        places_N = places_of(valid_BT, device)
+        valid_BT = None if places_N is None or valid_BT is None else moved(valid_BT, device)
+        return Batch(inputs_BTD, targets_BTD, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch, places_N)
+
+    def _load(self, array_STD: Tensor, rows: list[int], device: torch.device) -> Tensor:
+        """Some samples of an array in float32, which are not needed again soon."""
+        loaded_BTD = self.batching.store.load(array_STD, rows, device)
+        self.batching.store.release(array_STD, rows)
+        return loaded_BTD
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Tell the store that these samples come next."""
+        for array_STD in (self.inputs_STD, self.sources_STD):
+            self.batching.store.prefetch(array_STD, rows)
 
     @cached_property
     def tokens_per_batch(self) -> float:
@@ -199,14 +198,23 @@ class Activations:
         return ActivationDataModule(self, seed=seed)
 
 
-class _BatchDataset(Dataset):
-    """Batches by their row indices: one fancy index per batch rather than one item per sample."""
+def places_of(valid_BT: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where text stands among all positions, (N) on a device; None where it stands everywhere.
 
-    def __init__(self, activations: Activations) -> None:
-        self.activations = activations
+    Args:
+        valid_BT: Where that is, on the CPU: a GPU would be waited for to learn how many there are.
+        device: Where the places go.
+    """
+    if valid_BT is None or bool(valid_BT.all()):
+        return None
+    return moved(valid_BT.flatten().nonzero().flatten(), device)
 
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.tensor(rows), *self.activations.read(rows)
+
+class _Rows(Dataset):
+    """Row indices of batches: what they hold is read when it is moved to the device."""
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows)
 
 
 class _Prefetching(Sampler[list[int]]):
@@ -252,14 +260,16 @@ class ActivationDataModule(LightningDataModule):
         """Held-out samples, in order."""
         return self._loader(range(self.activations.batching.num_samples, len(self.activations.inputs_STD)))
 
-    def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch and join the layers' arguments to it, which are on the device already."""
-        rows_B, inputs_BTD, sources_BTD = batch
-        return self.activations.join(rows_B, inputs_BTD, sources_BTD, device)
+    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Batch:
+        """The samples with some indices, on the device."""
+        return self.activations.batch(batch, device)
+
+    def teardown(self, stage: str) -> None:
+        """Forget what was prefetched of samples that a fit did not come to."""
+        self.activations.batching.store.settle()
 
     def _loader(self, order: Iterable[int]) -> DataLoader:
         batching = self.activations.batching
         batches = BatchSampler(order, batching.batch_size, drop_last=False)
         ahead = _Prefetching(batches, self.activations.prefetch)
-        pin = batching.compute.device.type == "cuda"
-        return DataLoader(_BatchDataset(self.activations), sampler=ahead, batch_size=None, pin_memory=pin)
+        return DataLoader(_Rows(), sampler=ahead, batch_size=None)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_recon.system.atomic_files import FULL, make_folder, remove
 from lit_recon.system.tensor_files import memory_map
+from lit_recon.system.transfer import moved
 from lit_recon.system.units import in_gb
 
 SUFFIX = ".states"  # of the files
@@ -28,10 +29,17 @@ Rows = slice | Sequence[int]
 
 
 class Needed(NamedTuple):
-    """Bytes that the arrays of a run take."""
+    """Bytes that the arrays of a run take.
+
+    Attributes:
+        memory: Of the CPU.
+        disk: On the disk.
+        device: Of a GPU.
+    """
 
     memory: int
     disk: int
+    device: int = 0
 
 
 class DiskStore:
@@ -44,6 +52,7 @@ class DiskStore:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.folder, self.dtype = folder, dtype
+        self.device = torch.device("cpu")
         self._mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the array
         self._made = 0
         self._remove_files()
@@ -77,6 +86,13 @@ class DiskStore:
     def release(self, array_STD: Tensor, rows: Rows) -> None:
         """Take some samples out of this process's memory; they stay in the system's cache as long as it has room."""
         self._advise(array_STD, rows, "MADV_DONTNEED")  # of a shared mapping of a file: nothing written is lost
+
+    def load(self, array_STD: Tensor, rows: Rows, device: torch.device) -> Tensor:
+        """Some samples on a device, in float32."""
+        return moved(array_STD[rows], device).float()
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
     def _advise(self, array_STD: Tensor, rows: Rows, advice: str) -> None:
         """Pass advice on, where the system takes it and the array is one of this store."""

@@ -26,11 +26,12 @@ from lit_recon.activations.gram import GramSums, InputSums, NormalEquations, Pai
 from lit_recon.activations.partial_layer import PartialLayer
 from lit_recon.activations.passes import SAMPLE_PARTS, Batching
 from lit_recon.activations.propagation import Propagation
-from lit_recon.activations.store import Store, on_device
+from lit_recon.activations.store import Store
 from lit_recon.model.decoder import LayerCall
 from lit_recon.model.matrices import Matrix
 from lit_recon.model.products import Product, SharedInputs, observing_products
 from lit_recon.model.windows import MatrixWindow, Window
+from lit_recon.system.transfer import put
 
 _PIECE_BYTES = 2**26  # of rows that are kept together
 
@@ -119,7 +120,7 @@ class MatrixInputs:
             return
         self._knows_shared = True
         passes, row_B = self.chain.passes, torch.arange(1)
-        inputs_BTD = on_device(self.chain.inputs_STD[row_B], passes.compute.device)
+        inputs_BTD = passes.store.load(self.chain.inputs_STD, slice(0, 1), passes.compute.device)
 
         def note(product: Product) -> None:
             self._shared.leader_of(product)
@@ -225,7 +226,7 @@ class _RowPieces:
         """Add rows of one expert."""
         if not len(rows_NI):
             return
-        rows_NI = rows_NI.to("cpu", self._store.dtype, copy=True)
+        rows_NI = rows_NI.to(self._store.dtype, copy=True).to(self._store.device)
         self._new.append((rows_NI, torch.full((len(rows_NI),), expert)))
         self.count, self.width = self.count + len(rows_NI), rows_NI.shape[1]
         self._new_bytes += rows_NI.nbytes
@@ -273,12 +274,15 @@ def _own_products(window: MatrixWindow, inputs_STI: Tensor, batching: Batching) 
     (matrix,) = window.matrices()
     outputs = matrix.by_expert(matrix.weight).shape[1]
     samples, length, _ = inputs_STI.shape
-    products_STO, energies_ST = batching.store.zeros((samples, length, outputs)), torch.zeros(samples, length)
+    products_STO = batching.store.zeros((samples, length, outputs))
+    energies_ST = torch.zeros(samples, length, device=batching.compute.device)
     for rows in batching.batches(0, len(inputs_STI)):
-        inputs_BTI = inputs_STI[rows].to(batching.compute.device).float()
+        inputs_BTI = batching.store.load(inputs_STI, rows, batching.compute.device)
         with batching.compute.autocast():
             products_BTO = window(inputs_BTI, batching.calls(torch.arange(rows.start, rows.stop))).float()
-        products_STO[rows], energies_ST[rows] = products_BTO, products_BTO.square().mean(-1)
+        put(products_STO[rows], products_BTO)
+        energies_ST[rows] = products_BTO.square().mean(-1)
         batching.store.release(inputs_STI, rows)
         batching.store.release(products_STO, rows)
+    batching.store.settle()
     return products_STO, energies_ST

@@ -13,11 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lit_recon.activations.store import MemoryStore, Store, on_device
+from lit_recon.activations.store import MemoryStore, Store
 from lit_recon.data.packing import PADDING
 from lit_recon.model.decoder import Decoder, LayerCall
 from lit_recon.system.device import Compute
-from lit_recon.system.finite import NotFinite, first_not_finite
+from lit_recon.system.finite import FiniteTokens, NotFinite, first_not_finite
+from lit_recon.system.transfer import put
 
 SAMPLE_PARTS = ("calibration", "held_out")  # of the samples
 CALIBRATION = SAMPLE_PARTS[:1]
@@ -40,6 +41,7 @@ class Batching:
         batch_size: Samples per batch.
         compute: Device and precision.
         calls: The arguments of every layer for the samples with some indices.
+        pass_size: Samples per batch of passes in which nothing is trained; None: as many.
         valid_ST: Where samples hold text; None if all do everywhere.
         store: Where arrays of samples are kept.
     """
@@ -50,11 +52,25 @@ class Batching:
     calls: Callable[[Tensor], list[LayerCall]]
     valid_ST: Tensor | None = None
     store: Store = field(default_factory=MemoryStore)
+    pass_size: int | None = None
 
     def batches(self, first: int, last: int) -> Iterator[slice]:
         """Consecutive batches of the samples from `first` up to `last`."""
-        for start in range(first, last, self.batch_size):
-            yield slice(start, min(start + self.batch_size, last))
+        yield from _slices(first, last, self.batch_size)
+
+    def pass_batches(self, first: int, last: int) -> Iterator[slice]:
+        """The same of a pass in which nothing is trained."""
+        yield from _slices(first, last, self.samples_per_pass)
+
+    @property
+    def samples_per_pass(self) -> int:
+        """Samples per batch of passes in which nothing is trained."""
+        return self.pass_size or self.batch_size
+
+
+def _slices(first: int, last: int, size: int) -> Iterator[slice]:
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
 
 
 class TurnObserver(Observer, Protocol):
@@ -71,7 +87,7 @@ class Energies(NamedTuple):
     """Energy of each token's update, gathered in a pass: the mean over features of (output - start)^2.
 
     Attributes:
-        by_token_ST: Where they go, float32 on the CPU; zero at padding.
+        by_token_ST: Where they go, float32 on the device; zero at padding.
         starts_STD: Hidden states from which the update is counted; mostly the pass's inputs.
     """
 
@@ -89,6 +105,7 @@ class Passes:
         batch_size: Samples per batch.
         compute: Device and precision.
         store: Where arrays are kept; None for memory.
+        pass_size: Samples per batch of passes in which nothing is trained; None: as many.
 
     Attributes:
         batching: How samples are read.
@@ -103,8 +120,10 @@ class Passes:
         batch_size: int,
         compute: Compute,
         store: Store | None = None,
+        pass_size: int | None = None,
     ) -> None:
         is_text_ST = tokens_ST != PADDING
+        self._finite = FiniteTokens(is_read_late=compute.device.type == "cuda")
         self.decoder, self.tokens_ST = decoder, tokens_ST
         self.batching = Batching(
             num_samples=num_samples,
@@ -113,6 +132,7 @@ class Passes:
             calls=self._calls,
             valid_ST=None if is_text_ST.all() else is_text_ST,
             store=store or MemoryStore(),
+            pass_size=pass_size,
         )
 
     @property
@@ -148,9 +168,10 @@ class Passes:
                 )
             if embedded_STD is None:
                 embedded_STD = self.store.zeros((len(self.tokens_ST), *embedded_BTD.shape[1:]))
-            embedded_STD[rows] = embedded_BTD
+            put(embedded_STD[rows], embedded_BTD)
             self.store.release(embedded_STD, rows)
         assert embedded_STD is not None
+        self.store.settle()
         return embedded_STD
 
     def place(self, row: int, position: int) -> str:
@@ -167,6 +188,7 @@ class Passes:
 
     def each_batch(self, change: Callable[..., object], *arrays_STD: Tensor) -> None:
         """Change the first array by the others, batch after batch."""
+        self.store.settle()
         for rows in self.batching.batches(0, len(self.tokens_ST)):
             change(*(array_STD[rows] for array_STD in arrays_STD))
             for array_STD in arrays_STD:
@@ -201,11 +223,13 @@ class Passes:
                 for observer in observers:
                     stack.enter_context(observer.observing(part))
                 for rows in self._batches_of(part):
-                    self.store.prefetch(inputs_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
+                    self.store.prefetch(inputs_STD, slice(rows.stop, rows.stop + self.batching.samples_per_pass))
                     self._run_rows(forward, inputs_STD, outputs_STD, rows, energies)
                     self.store.release(inputs_STD, rows)
                     if outputs_STD is not None:
                         self.store.release(outputs_STD, rows)
+                self._check_finite()
+        self.store.settle()
 
     @torch.no_grad()
     def run_in_turn(self, forward: Forward, arrays_STD: Sequence[Tensor], observer: TurnObserver) -> None:
@@ -223,14 +247,16 @@ class Passes:
             with observer.observing(part):
                 for rows in self._batches_of(part):
                     for observer.turn, states_STD in enumerate(arrays_STD):
-                        self.store.prefetch(states_STD, slice(rows.stop, rows.stop + self.batching.batch_size))
+                        self.store.prefetch(states_STD, slice(rows.stop, rows.stop + self.batching.samples_per_pass))
                         self._run_rows(forward, states_STD, None, rows, None)
                         self.store.release(states_STD, rows)
+                self._check_finite()
+        self.store.settle()
 
     def _batches_of(self, part: str) -> Iterator[slice]:
         """The batches of a part of the samples."""
         split = self.batching.num_samples
-        return self.batching.batches(*((0, split) if part == "calibration" else (split, len(self.tokens_ST))))
+        return self.batching.pass_batches(*((0, split) if part == "calibration" else (split, len(self.tokens_ST))))
 
     def _run_rows(
         self,
@@ -242,19 +268,25 @@ class Passes:
     ) -> None:
         """One batch, without its padding."""
         for part, length in self._unpadded(rows):
-            inputs_BTD = on_device(inputs_STD[part, :length], self.compute.device)
+            inputs_BTD = self.store.load(inputs_STD, part, self.compute.device)[:, :length]
             with self.compute.autocast():
                 outputs_BTD = forward(inputs_BTD, self.decoder.calls(self.tokens_ST[part, :length])).float()
-            if found := first_not_finite(outputs_BTD):
-                raise NotFinite(f"outputs are not finite, first in {self.place(part.start + found[0], found[1])}")
-            if outputs_STD is not None:
-                outputs_STD[part, :length] = outputs_BTD
-                outputs_STD[part, length:] = 0  # not what happened to be there: a resumed walk has other memory
-            if energies is not None:
+            self._finite.look(outputs_BTD, part.start)
+            if not self._finite.is_read_late:
+                self._check_finite()
+            if energies is not None:  # before the outputs may take the inputs' place
                 starts_BTD = inputs_BTD
                 if energies.starts_STD is not inputs_STD:
-                    starts_BTD = on_device(energies.starts_STD[part, :length], self.compute.device)
+                    starts_BTD = self.store.load(energies.starts_STD, part, self.compute.device)[:, :length]
                 energies.by_token_ST[part, :length] = (outputs_BTD - starts_BTD).square().mean(-1)
+            if outputs_STD is not None:
+                put(outputs_STD[part, :length], outputs_BTD)
+                outputs_STD[part, length:] = 0  # not what happened to be there: a resumed walk has other memory
+
+    def _check_finite(self) -> None:
+        """Raise a NotFinite for the first output that is not finite, of those that were looked at."""
+        if found := self._finite.first():
+            raise NotFinite(f"outputs are not finite, first in {self.place(*found)}")
 
     def _unpadded(self, rows: slice) -> Iterator[tuple[slice, int]]:
         """The batch as it is; or, where it holds padding, each of its samples and its length."""

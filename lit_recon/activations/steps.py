@@ -30,7 +30,10 @@ class Step(Protocol):
     observers: Sequence[Observer]
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
-        """Each window to be pruned and fitted, in order, and what it is trained on; None: no token reaches it."""
+        """Each window to be pruned and fitted, in order, and what it is trained on.
+
+        None where no token reaches it, or where it is not one of those that are chosen (`is_chosen`).
+        """
 
     def observed_grams(self) -> Grams | None:
         """Gram matrices that its observers sum up in the dense pass; None where they do not."""
@@ -52,7 +55,7 @@ class WindowStep:
 
     def training_data(self) -> Iterator[tuple[AnyWindow, TrainingData | None]]:
         """The window and the chain's activations."""
-        yield self.window, Activations.from_chain(self.chain)
+        yield self.window, Activations.from_chain(self.chain) if self.window.is_chosen else None
 
     def observed_grams(self) -> Grams | None:
         """Those of its matrices."""
@@ -106,9 +109,10 @@ class MatrixStep:
             with clock.phase("teacher"):
                 passes.run(self.window, self.chain.inputs_STD, None, [self.inputs])
         for matrix in self.matrices:
-            with clock.phase("teacher"):
-                data: TrainingData | None
-                data = self.inputs.normal_equations(matrix) if self.needs_gram else self.inputs.activations(matrix)
+            data: TrainingData | None = None
+            if matrix.is_chosen:
+                with clock.phase("teacher"):
+                    data = self.inputs.normal_equations(matrix) if self.needs_gram else self.inputs.activations(matrix)
             matrix.open()
             yield matrix, data
             del data  # before the next matrix's activations are made

@@ -1,16 +1,18 @@
-"""Where the hidden states of all samples are kept: in memory, or in memory-mapped files (disk.py).
+"""Where the hidden states of all samples are kept: on the device, in CPU memory, or in memory-mapped files (disk.py).
 
-    memory   float32 in CPU memory
+    device   bfloat16 on the GPU on which windows are trained
+    memory   float32 in CPU memory; bfloat16 and pinned where a GPU reads it, the next batch while one is computed
     disk     bfloat16 in one file per array, written and read batch after batch; the system keeps of them in memory what
              it has room for. Two arrays per chain serve in turn as input and output, so a file is never copied.
-    auto     memory if the arrays fit into half of what is free, else disk
+    auto     on a GPU: device if the arrays fit into half of what training leaves free; then
+             memory if the arrays fit into half of what is free, else disk
 
 Shapes: S samples, T tokens, D hidden size.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,21 +24,36 @@ from torch import Tensor
 from lit_recon.activations.disk_store import SUFFIX, DiskStore, Needed, Rows, free_space
 from lit_recon.activations.propagation import Propagation
 from lit_recon.model.windows import WindowKind
+from lit_recon.system.transfer import CopyStream, moved, pinned_zeros, rows_to
 from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 
 KEPT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARE = 0.5  # of the free memory: what "auto" may take
+CPU = torch.device("cpu")
+_AHEAD = 4  # batches of an array that may be on their way at once: this one's and the next one's inputs and targets
 
 
 class Store(Protocol):
-    """Makes arrays. An array is an ordinary tensor; what it takes is given back when nothing refers to it any more."""
+    """Makes arrays. An array is an ordinary tensor; what it takes is given back when nothing refers to it any more.
+
+    Attributes:
+        dtype: Of the arrays.
+        device: Where they are.
+    """
 
     dtype: torch.dtype
+    device: torch.device
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
-        """A new array on the CPU, in `dtype`."""
+        """A new array."""
+
+    def load(self, array_STD: Tensor, rows: Rows, device: torch.device) -> Tensor:
+        """Some samples on a device, in float32; maybe the array's own memory, so not to be changed."""
+
+    def settle(self) -> None:
+        """Wait for what is on its way from and to arrays, before and after these are changed."""
 
     def prefetch(self, array_STD: Tensor, rows: Rows) -> None:
         """Tell that some samples will be read next."""
@@ -58,18 +75,28 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Arrays in CPU memory.
+    """Arrays in the memory of the CPU, or of the GPU on which windows are trained.
 
     Args:
         dtype: Their type.
+        device: Where they are.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+        self.dtype, self.device = dtype, device
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """A new array."""
-        return torch.zeros(*shape, dtype=self.dtype)
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def load(self, array_STD: Tensor, rows: Rows, device: torch.device) -> Tensor:
+        """Some samples on a device, in float32."""
+        if self.device.type == "cpu" or isinstance(rows, slice):
+            return moved(array_STD[rows], device).float()  # moved before they grow
+        return rows_to(array_STD, rows, device).float()  # an index would be a copy that the CPU waits for
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
     def prefetch(self, array_STD: Tensor, rows: Rows) -> None:
         """Nothing to do."""
@@ -79,7 +106,8 @@ class MemoryStore:
 
     def needed(self, shape: Sequence[int], count: int) -> Needed:
         """Bytes that `count` arrays of a shape take."""
-        return Needed(memory=count * math.prod(shape) * self.dtype.itemsize, disk=0)
+        size = count * math.prod(shape) * self.dtype.itemsize
+        return Needed(0, 0, size) if self.device.type != "cpu" else Needed(size, 0)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -93,14 +121,63 @@ class MemoryStore:
         self.close()
 
 
-def on_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of an array in float32 on a device.
+class PinnedStore(MemoryStore):
+    """Arrays in CPU memory that is pinned, of which a GPU is given the next batch while it computes with one.
 
-    They go through pinned memory, from which a GPU copies while it computes. Whole arrays are not pinned: pinned memory
-    comes in powers of two.
+    Args:
+        dtype: Their type.
+        copies: Runs the copies.
+        zeros: Makes an array.
     """
-    staged = rows.pin_memory() if device.type == "cuda" else rows
-    return staged.to(device, non_blocking=True).float()  # moved before they grow
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        copies: CopyStream,
+        zeros: Callable[[Sequence[int], torch.dtype], Tensor] = pinned_zeros,
+    ) -> None:
+        super().__init__(dtype)
+        self._copies, self._zeros = copies, zeros
+        # With the array, so that no other takes its address; what was never asked for is the first to go.
+        self._ahead: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """A new array."""
+        return self._zeros(shape, self.dtype)
+
+    def prefetch(self, array_STD: Tensor, rows: Rows) -> None:
+        """Have some samples copied to the GPU."""
+        key = _key(array_STD, rows)
+        if key[1] and key not in self._ahead:
+            take = self._copies.start(lambda: rows_to(array_STD, key[1], self._copies.device))
+            self._ahead[key] = array_STD, take
+            if len(self._ahead) > _AHEAD:
+                del self._ahead[next(iter(self._ahead))]
+
+    def load(self, array_STD: Tensor, rows: Rows, device: torch.device) -> Tensor:
+        """Some samples on the GPU, in float32: those that were prefetched, or copied now."""
+        key = _key(array_STD, rows)
+        if key in self._ahead:
+            return self._ahead.pop(key)[1]().float()
+        return rows_to(array_STD, key[1], device).float()
+
+    def settle(self) -> None:
+        """Wait for what is on its way, and forget what was prefetched."""
+        self._ahead.clear()
+        self._copies.wait()
+
+
+def kind_of(store: Store) -> str:
+    """Where a store keeps its arrays: "device", "memory" or "disk"."""
+    if isinstance(store, DiskStore):
+        return "disk"
+    return "memory" if store.device.type == "cpu" else "device"
+
+
+def _key(array_STD: Tensor, rows: Rows) -> tuple[int, tuple[int, ...]]:
+    """What tells some samples of an array from others."""
+    chosen = range(*rows.indices(len(array_STD))) if isinstance(rows, slice) else rows
+    return array_STD.data_ptr(), tuple(chosen)
 
 
 def count_arrays(
@@ -144,13 +221,40 @@ def check_targets(kind: str, targets: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """Room for arrays, in the memory of the CPU and of the GPU on which windows are trained.
+
+    Attributes:
+        device: Where windows are trained.
+        limit: Of the memory that the run may take where they are; None: what is free.
+        reserved: Bytes that training takes there besides.
+    """
+
+    device: torch.device = CPU
+    limit: int | None = None
+    reserved: int = 0
+
+    def on_device(self) -> int:
+        """Bytes of a GPU that are free besides training."""
+        if self.device.type != "cuda":
+            return 0
+        free = torch.cuda.mem_get_info(self.device)[0]
+        return max(0, min(free, self.limit or free) - self.reserved)
+
+    def in_memory(self) -> int:
+        """Bytes of the CPU's memory that are free; of a GPU's run the limit is that of the GPU."""
+        available = psutil.virtual_memory().available
+        return available if self.device.type == "cuda" else min(available, self.limit or available)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreSettings:
     """Where a run keeps its hidden states.
 
     Attributes:
-        kind: "memory", "disk" or "auto".
+        kind: "device", "memory", "disk" or "auto".
         targets: "keep", or "recompute": targets are made per batch from their inputs by a copy of the dense window.
-        dtype: "bfloat16" or "float32"; None: float32 in memory, bfloat16 on disk.
+        dtype: "bfloat16" or "float32"; None: float32 in memory without a GPU, else bfloat16.
     """
 
     kind: str = "memory"
@@ -160,7 +264,7 @@ class StoreSettings:
     def __post_init__(self) -> None:
         """Check the settings; all problems in one message."""
         allowed = {
-            "kind": ("memory", "disk", "auto"),
+            "kind": ("device", "memory", "disk", "auto"),
             "targets": ("keep", "recompute"),
             "dtype": (None, *KEPT_DTYPES),
         }
@@ -177,24 +281,35 @@ class StoreSettings:
         """Whether targets are recomputed."""
         return self.targets == "recompute"
 
-    def needed(self, shape: Sequence[int], count: int, limit: int | None = None) -> Needed:
-        """What `count` arrays of this shape (S, T, D) take; "auto" is decided by what is free now, up to `limit`."""
-        size = count * math.prod(shape)
-        in_memory = size * self._dtype("memory").itemsize
-        if self.kind == "memory" or (
-            self.kind == "auto" and in_memory <= SHARE * min(_available(), limit or _available())
-        ):
-            return Needed(in_memory, 0)
-        return Needed(0, size * self._dtype("disk").itemsize)
+    def check_device(self, device: torch.device) -> None:
+        """Raise a ValueError for arrays on a device that has no memory of its own."""
+        if self.kind == "device" and device.type != "cuda":
+            raise ValueError(
+                f"store=device: this run computes on the {device.type.upper()}, whose memory is store=memory; use that "
+                "or store=auto, which takes a GPU's memory where there is one."
+            )
 
-    def check(self, folder: Path, shape: Sequence[int], count: int, limit: int | None = None) -> None:
+    def needed(self, shape: Sequence[int], count: int, room: Room) -> Needed:
+        """What `count` arrays of this shape (S, T, D) take; "auto" is decided by what is free now."""
+        size = count * math.prod(shape)
+        on_device = size * self._dtype("device", room.device).itemsize
+        in_memory = size * self._dtype("memory", room.device).itemsize
+        auto = self.kind == "auto"
+        if self.kind == "device" or (auto and on_device <= SHARE * room.on_device()):
+            return Needed(0, 0, on_device)
+        if self.kind == "memory" or (auto and in_memory <= SHARE * room.in_memory()):
+            return Needed(in_memory, 0)
+        return Needed(0, size * self._dtype("disk", room.device).itemsize)
+
+    def check(self, folder: Path, shape: Sequence[int], count: int, room: Room) -> None:
         """Check that the disk has room for `count` arrays of this shape (S, T, D) in `folder`, which need not exist.
 
         Raises:
-            ValueError: It has not.
+            ValueError: It has not, or there is no GPU for arrays that shall be on it.
         """
+        self.check_device(room.device)
         leftovers = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))  # of a killed run; they will go
-        needed, free = self.needed(shape, count, limit).disk, free_space(folder) + leftovers
+        needed, free = self.needed(shape, count, room).disk, free_space(folder) + leftovers
         if needed > free:
             raise ValueError(
                 f"store={self.kind}: the activations ({count} arrays of {' x '.join(map(str, shape))}) need "
@@ -203,25 +318,27 @@ class StoreSettings:
                 f"{'' if self.recompute else 'store.targets=recompute, '}or store=memory if there is enough of that."
             )
 
-    def open(self, folder: Path, shape: Sequence[int], count: int, limit: int | None = None) -> MemoryStore | DiskStore:
+    def open(self, folder: Path, shape: Sequence[int], count: int, room: Room) -> MemoryStore | DiskStore:
         """A store for `count` arrays of this shape (S, T, D).
 
         Args:
             folder: Where files go, if there are any.
             shape: Of an array.
             count: How many there will be at most.
-            limit: Of the memory that the run may take.
+            room: Where they may be.
         """
-        needed = self.needed(shape, count, limit)
-        kind = "disk" if needed.disk else "memory"
-        dtype = self._dtype(kind)
-        where = f"{folder} as {str(dtype).removeprefix('torch.')}" if needed.disk else "memory"
+        needed = self.needed(shape, count, room)
+        kind = "device" if needed.device else "disk" if needed.disk else "memory"
+        dtype = self._dtype(kind, room.device)
+        named = str(dtype).removeprefix("torch.")
+        where = {"device": f"GPU memory as {named}", "disk": f"{folder} as {named}", "memory": "memory"}[kind]
         log.info("activations: %s in %s (store=%s)", in_gb(max(needed)), where, self.kind)
-        return DiskStore(folder, dtype) if needed.disk else MemoryStore(dtype)
+        if kind == "disk":
+            return DiskStore(folder, dtype)
+        if kind == "memory" and room.device.type == "cuda":
+            return PinnedStore(dtype, CopyStream(room.device))
+        return MemoryStore(dtype, room.device if kind == "device" else CPU)
 
-    def _dtype(self, kind: str) -> torch.dtype:
-        return KEPT_DTYPES[self.dtype or {"memory": "float32", "disk": "bfloat16"}[kind]]
-
-
-def _available() -> int:
-    return psutil.virtual_memory().available
+    def _dtype(self, kind: str, device: torch.device) -> torch.dtype:
+        wide = kind == "memory" and device.type != "cuda"
+        return KEPT_DTYPES[self.dtype or ("float32" if wide else "bfloat16")]

@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from lit_recon.activations.datamodule import Activations, Batch
+from lit_recon.activations.datamodule import Activations, Batch, places_of
 from lit_recon.activations.passes import Passes
 from lit_recon.activations.store import MemoryStore
 from lit_recon.activations.teacher import TeacherLayers
@@ -91,20 +91,22 @@ class TokenSamples(Activations):
         targets, energies_N = batch.text(batch.targets_BTD), batch.text(batch.energies_BT)
         return self.losses(outputs_ND, targets, energies_N=energies_N, unit=unit)
 
-    def join(self, rows_B: Tensor, inputs_BTD: Tensor, sources_BTD: Tensor, device: torch.device) -> Batch:
-        """A batch on a device: embeddings, and targets of the dense model, or the next tokens."""
+    def batch(self, rows_B: Tensor, device: torch.device) -> Batch:
+        """Some samples on a device: embeddings, and targets of the dense model, or the next tokens."""
         embedded_BTD, calls, valid_BT = self._embedded(rows_B, device)
         energies_BT = torch.ones(embedded_BTD.shape[:2], device=device)
         if self.targets == "tokens":
-            targets = _following(inputs_BTD).to(device)
+            targets = _following(self.inputs_STD[rows_B]).to(device)
         elif self.targets == "all states":
             assert self.window.units is not None
             targets = side_by_side(list(self.dense.states(embedded_BTD, calls)), self.window.units)
         else:
             targets = self.dense(embedded_BTD, calls)
             energies_BT = (targets - embedded_BTD).square().mean(-1)
-        tokens = energies_BT.numel() if valid_BT is None else int(valid_BT.sum())
-        return Batch(embedded_BTD, targets, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch)
+        valid_ST = self.batching.valid_ST
+        places_N = None if valid_ST is None else places_of(valid_ST[rows_B], device)
+        tokens = energies_BT.numel() if places_N is None else len(places_N)
+        return Batch(embedded_BTD, targets, calls, energies_BT, valid_BT, tokens / self.tokens_per_batch, places_N)
 
     def _embedded(self, rows_B: Tensor, device: torch.device) -> tuple[Tensor, list, Tensor | None]:
         """Embeddings of some samples, every layer's arguments, and where samples hold what counts; None: everywhere."""

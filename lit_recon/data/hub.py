@@ -100,6 +100,17 @@ class Hub(TextSource):
         source = self._evaluation if part == "evaluation" and self.evaluation else self
         return " ".join(word for word in (source.name, source.config, source.split) if word)
 
+    def split_name(self, part: Part) -> str:
+        """The split that evaluation, or all other parts, have for themselves; else which part of the split it is."""
+        if not self.evaluation:
+            return f"{part} part of {self.split}"
+        return self._evaluation.split if part == "evaluation" else f"{part} part of {self.split}"
+
+    def is_one_text(self, part: Part) -> bool:
+        """Whether rows are joined, as papers join those of WikiText."""
+        source = self._evaluation if part == "evaluation" and self.evaluation else self
+        return source.separator is not None
+
     def hub_datasets(self) -> list[str]:
         """Its id, where it is no folder."""
         return [] if Path(self.name).expanduser().is_dir() else [self.name]

@@ -48,6 +48,14 @@ class OtherEvaluation(TextSource):
         """Name of the evaluation text."""
         return self.evaluation.describe("evaluation")
 
+    def split_name(self, part: Part) -> str:
+        """That of the evaluation text."""
+        return self.evaluation.split_name(part) if part == "evaluation" else part
+
+    def is_one_text(self, part: Part) -> bool:
+        """Whether the evaluation text is."""
+        return part == "evaluation" and self.evaluation.is_one_text(part)
+
     def text_files(self) -> list[Path]:
         """Those of the evaluation text."""
         return self.evaluation.text_files()

@@ -44,6 +44,7 @@ class Samples:
         evaluation_ST: (evaluation_samples, evaluation_length), for perplexity.
         description: The data set, for plan and model card.
         evaluation_description: The data set of evaluation_ST, for the protocol.
+        evaluation_split: Its split, where it has one of its own; else what part of the text it is.
         opening: What the tokenizer put at the start of each sample, such as `<s>`, or "none".
         opening_length: Tokens of it.
     """
@@ -53,6 +54,7 @@ class Samples:
     evaluation_ST: Tensor
     description: str
     evaluation_description: str = ""
+    evaluation_split: str = "evaluation"
     opening: str = "none"
     opening_length: int = 0
 
@@ -146,6 +148,14 @@ class TextSource(ABC):
         """Name of the data set that a part is taken from, for plan, protocol and model card."""
         return type(self).__name__
 
+    def split_name(self, part: Part) -> str:
+        """Name of the data set's split that a part is, for the protocol; where lit_recon divides the text, the part."""
+        return part
+
+    def is_one_text(self, part: Part) -> bool:
+        """Whether the documents of a part are one text, such as the joined lines of WikiText, and not many."""
+        return False
+
     def check(self) -> None:
         """Find what is wrong with the settings, without reading more than the start of the text.
 
@@ -202,6 +212,7 @@ class TextSource(ABC):
             evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
             evaluation_description=evaluation,
+            evaluation_split=self.split_name("evaluation"),
             opening=opening,
             opening_length=opening_length,
         )

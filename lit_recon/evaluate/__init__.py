@@ -9,7 +9,7 @@ perplexity.py     perplexity and its protocol
 agreement.py      divergence, top-1 agreement, errors of hidden states
 drift.py          error of each matrix's output, alone and in the sparse model
 continuations.py  how models go on with the same prompts, and whether they repeat themselves
-harness.py        zero-shot and few-shot tasks, through lm-eval
+harness.py        zero-shot and few-shot tasks, through lm-eval; counted_model.py: its model, with requests counted
 whole_models.py   continuations, tasks and drift of all states, as the record has them
 record.py         evaluations.json, to which every evaluation adds; output.py: the table; progress.py: the time left
 evaluator.py      the same measures for every state of a run of lit_recon.fit

@@ -46,7 +46,7 @@ CALL: dict[str, Any] = {
     "chat": bool,
     "seed": int,
     "batch_size": int,
-    "opening_at": str,
+    "opening_at": str | None,
     "record": str | None,
     "memory_limit": str | int | None,
 }
@@ -284,8 +284,12 @@ def _check_pair(
 
 def _text(chosen: _Chosen, tokenizer: PreTrainedTokenizerBase, compute: Compute) -> Text:
     """Windows of the evaluation text, and the protocol."""
-    source, opening_at = chosen.source, chosen.call["opening_at"]
+    source = chosen.source
     assert source is not None
+    # null: as pruning papers have WikiText-2, whose joined text is tokenized once; documents need an opening each
+    opening_at = chosen.call["opening_at"]
+    if opening_at is None:
+        opening_at = "text" if source.is_one_text("evaluation") else "window"
     opening = find_opening(tokenizer, source.bos)
     if source.evaluation_length <= len(opening) + 1:
         raise ValueError(
@@ -303,12 +307,13 @@ def _text(chosen: _Chosen, tokenizer: PreTrainedTokenizerBase, compute: Compute)
     said = "".join(map(str, tokenizer.convert_ids_to_tokens(opening))) or "none"
     protocol = EvaluationProtocol(
         dataset=source.describe("evaluation"),
-        split="evaluation",
+        split=source.split_name("evaluation"),
         context=windows.tokens_ST.shape[1],
         windows=len(windows.tokens_ST),
         tokens=windows.num_tokens,
         precision=compute.precision,
-        opening=said if not opening or opening_at == "window" else f"{said} (before the text alone)",
+        opening=said,
+        opening_at=opening_at,
         stride=windows.stride,
     )
     return Text(windows=windows, protocol=protocol, batch_size=source.batch_size)

@@ -7,7 +7,7 @@ al. (arXiv 1908.04319): 1 - |different 4-grams| / |4-grams|.
 Shapes: B prompts of a batch, T tokens, V rows of the vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,7 @@ def continue_prompts(
     decoding: Decoding | None = None,
     *,
     device: torch.device | None = None,
+    advanced: Callable[[int], None] = lambda steps: None,
 ) -> list[Continuation]:
     """Continue prompts with a model, in its own dtype and without its own settings of `generate`, such as a top_p.
 
@@ -157,6 +158,7 @@ def continue_prompts(
         prompts: The prompts.
         decoding: How; None: greedy, 64 tokens.
         device: Where; all of the model is moved there and back. None: where it is.
+        advanced: Is told of steps that are done, `num_steps` in all.
 
     Raises:
         ValueError: What `encode_prompts` finds, or a device without the memory.
@@ -169,8 +171,15 @@ def continue_prompts(
         for start in range(0, len(encoded), decoding.batch_size):
             rows = slice(start, start + decoding.batch_size)
             names = [f"{decoding.seed} {prompt}" for prompt in prompts[rows]]
-            found += _batch(model, encoded[rows], names, ends, decoding)
+            count = _Count(advanced)
+            found += _batch(model, encoded[rows], names, ends, decoding, count)
+            advanced(decoding.max_new_tokens - count.steps)  # of a batch whose texts all end before
     return [Continuation(str(tokenizer.decode(list(tokens), skip_special_tokens=True)), tokens) for tokens in found]
+
+
+def num_steps(prompts: Sequence[str], decoding: Decoding) -> int:
+    """Tokens one after the other that a model computes at most: those of each batch of prompts."""
+    return -(-len(prompts) // decoding.batch_size) * decoding.max_new_tokens
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -186,6 +195,7 @@ def _batch(
     names: Sequence[str],
     ends: list[int],
     decoding: Decoding,
+    count: "_Count",
 ) -> list[tuple[int, ...]]:
     """Continue some prompts together, padded on the left; the tokens of each until its end."""
     width = max(map(len, encoded))
@@ -204,7 +214,7 @@ def _batch(
             tokens_BT,
             attention_mask=mask_BT,
             generation_config=config,
-            logits_processor=LogitsProcessorList(draw),
+            logits_processor=LogitsProcessorList([*draw, count]),
         )
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -213,6 +223,19 @@ def _batch(
         ) from error
     rows = made_BT[:, width:].tolist()
     return [tuple(row[: next((at for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
+
+
+class _Count(LogitsProcessor):
+    """Counts the tokens of a batch one after the other; logits stay as they are."""
+
+    def __init__(self, advanced: Callable[[int], None]) -> None:
+        self.advanced, self.steps = advanced, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The same logits."""
+        self.steps += 1
+        self.advanced(1)
+        return scores
 
 
 class _Draw(LogitsProcessor):

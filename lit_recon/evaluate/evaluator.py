@@ -76,7 +76,7 @@ class Evaluator:
             states_STD = self._states(decoder, tokens_ST, around)
             given = self.samples.num_given
             nats = negative_log_likelihoods(decoder, states_STD, tokens_ST, self.compute, given)
-            return Measured(nats, states_STD[: self.num_compared].clone())
+            return Measured(nats, states_STD[: self.num_compared].to("cpu", copy=True))
 
     def _states(self, decoder: Decoder, tokens_ST: Tensor, around: LayerContext) -> Tensor:
         size = max(1, self.tokens_per_batch // tokens_ST.shape[1])

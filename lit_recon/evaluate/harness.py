@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -115,6 +115,8 @@ def run_tasks(
     state: str = "checkpoint",
     device: torch.device | None = None,
     batch_size: int = 1,
+    expect: Callable[[int], None] = lambda requests: None,
+    answered: Callable[[], None] = lambda: None,
 ) -> list[TaskResult]:
     """Run tasks on a model in memory, in its own dtype.
 
@@ -127,19 +129,26 @@ def run_tasks(
         state: What the model is, in the results.
         device: Where; all of the model is moved there and back. None: where it is.
         batch_size: Questions at once.
+        expect: Is told how many requests come, once for each kind of them.
+        answered: Is told of each answer.
 
     Raises:
         ValueError: The harness cannot run them, a tokenizer of no use to it, or a device without the memory.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from lit_recon.evaluate.counted_model import CountedModel
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError("tasks: the tokenizer has no token that starts or ends a text, which lm-eval needs.")
     try:
         with _quiet(), _code_allowed(tasks.unsafe_code), moved_to(model, device or model.device):
+            own = deepcopy(tokenizer)  # the harness sets its pad
+            counted = CountedModel(
+                pretrained=model, tokenizer=own, batch_size=batch_size, expect=expect, answered=answered
+            )
             found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size),  # it sets its pad
+                model=counted,
                 tasks=tasks.items,
                 num_fewshot=tasks.fewshot,
                 task_manager=tasks.manager,

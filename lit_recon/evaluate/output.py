@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lit_recon.evaluate.subjects import RECORD
 from lit_recon.system.units import duration, in_gb
 
 
@@ -46,8 +47,8 @@ def table(entry: Mapping[str, Any], record: Path | None) -> Table:
     shown.add_row("peak memory", in_gb(entry["peak_memory_bytes"]))
     if record is not None:
         shown.add_row("added to", escape(str(record)))
-        if (record.parent / "results.json").is_file():
-            shown.add_row("figures", escape(f"python -m lit_recon.report {shlex.quote(str(record.parent))}"))
+        place = record.parent if record.name == RECORD else record
+        shown.add_row("figures", escape(f"python -m lit_recon.report {shlex.quote(str(place))}"))
     return shown
 
 

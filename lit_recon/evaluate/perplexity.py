@@ -33,12 +33,13 @@ class EvaluationProtocol:
 
     Attributes:
         dataset: Name of the text.
-        split: Part of it.
+        split: Its split, such as "test"; "evaluation" where lit_recon keeps a part of the text for it.
         context: Tokens per sequence.
         windows: Number of sequences.
         tokens: Number of predicted tokens.
         precision: Lightning's name of the precision.
-        opening: Tokens that the tokenizer put at the start of each sequence, such as `<s>`, or "none".
+        opening: Tokens that the tokenizer puts before a text, such as `<s>`, or "none".
+        opening_at: Where they stand: in each "window", or as in papers before the whole "text" alone.
         stride: Tokens from the start of one sequence to that of the next; None: they do not overlap.
     """
 
@@ -49,17 +50,25 @@ class EvaluationProtocol:
     tokens: int
     precision: str
     opening: str = "none"
+    opening_at: str = "window"
     stride: int | None = None
 
     @classmethod
     def from_tokens(
-        cls, tokens_ST: Tensor, *, dataset: str, precision: str, opening: str = "none", given: int = 1
+        cls,
+        tokens_ST: Tensor,
+        *,
+        dataset: str,
+        precision: str,
+        split: str = "evaluation",
+        opening: str = "none",
+        given: int = 1,
     ) -> "EvaluationProtocol":
         """The protocol of an evaluation part, of which the first `given` tokens of each sequence are not predicted."""
         windows, context = tokens_ST.shape
         return cls(
             dataset=dataset,
-            split="evaluation",
+            split=split,
             context=context,
             windows=windows,
             tokens=windows * (context - given),
@@ -69,10 +78,12 @@ class EvaluationProtocol:
 
     def describe(self) -> str:
         """One line."""
-        opened = f", each after {self.opening}" if self.opening != "none" else ""
+        who = "the text" if self.opening_at == "text" else "each"
+        opened = f", {who} after {self.opening}" if self.opening != "none" else ""
         overlapping = f" every {self.stride}" if self.stride is not None else ""
+        split = "" if self.dataset.endswith(f" {self.split}") else f" ({self.split})"  # some data sets name it
         return (
-            f"{self.dataset} ({self.split}), {self.windows} sequences of {self.context} tokens{overlapping}{opened}, "
+            f"{self.dataset}{split}, {self.windows} sequences of {self.context} tokens{overlapping}{opened}, "
             f"{self.tokens} predicted, {self.precision}"
         )
 

@@ -11,7 +11,7 @@ from lit_recon.system.units import duration
 
 log = logging.getLogger(__name__)
 
-LINES = 10  # of a whole evaluation, where there is no bar
+LINES = 10  # of a whole part of an evaluation, where there is no bar
 
 
 class EvaluationProgress:
@@ -19,10 +19,10 @@ class EvaluationProgress:
 
     Args:
         console: Where to show it.
-        total: Pieces of work.
+        total: Pieces of work that are known at the start.
     """
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int = 0) -> None:
         self.total, self.done = total, 0
         self._start = time.perf_counter()
         self._progress = Progress(
@@ -47,12 +47,19 @@ class EvaluationProgress:
         """Take the display down, also after an error."""
         self._progress.stop()
 
-    def tick(self, what: str) -> None:
-        """One more piece is done: what it was, and the time left."""
-        self.done += 1
-        seconds = (time.perf_counter() - self._start) / self.done * (self.total - self.done)
+    def expect(self, pieces: int) -> None:
+        """There are more pieces of work than were known; the time left is counted from the first ones on."""
+        if not self.total:  # what came before, such as moving a model, is no measure of them
+            self._start = time.perf_counter()
+        self.total += pieces
+        self._progress.update(self._task, total=self.total)
+
+    def tick(self, what: str, pieces: int = 1) -> None:
+        """Some more pieces are done: what they were, and the time left."""
+        before, self.done = self.done, self.done + pieces
+        seconds = (time.perf_counter() - self._start) / self.done * max(0, self.total - self.done)
         left = f"{duration(seconds)} left"
         self._progress.update(self._task, completed=self.done, description=what, left=left)
-        is_tenth = self.done * LINES // self.total > (self.done - 1) * LINES // self.total
+        is_tenth = self.done * LINES // self.total > before * LINES // self.total
         if self._progress.disable and is_tenth:
             log.info("%d%% %s, %s", 100 * self.done // self.total, what, left)

@@ -46,9 +46,9 @@ def run(evaluation: Evaluation, console: Console) -> None:
             console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False, soft_wrap=True)
         found = _on_text(evaluation, states, clock, console) if evaluation.text is not None else {}
         with clock.phase("prompts"):
-            found["continuations"] = continuations(evaluation, states) if evaluation.prompts else None
+            found["continuations"] = continuations(evaluation, states, console) if evaluation.prompts else None
         with clock.phase("tasks"):
-            found["tasks"] = scores(evaluation, states) if evaluation.tasks is not None else None
+            found["tasks"] = scores(evaluation, states, console) if evaluation.tasks is not None else None
     except ValueError as error:
         raise Refusal(str(error)) from error
     entry = _entry(evaluation, found, clock)

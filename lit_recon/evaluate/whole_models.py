@@ -7,43 +7,55 @@ layers are pruned while it runs, which takes the memory of its matrices.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_recon.evaluate.configure import Evaluation
-from lit_recon.evaluate.continuations import Continuation, continuations_as_json, continue_prompts
+from lit_recon.evaluate.continuations import Continuation, continuations_as_json, continue_prompts, num_steps
 from lit_recon.evaluate.drift import drift_of_layers
 from lit_recon.evaluate.harness import TaskResult, run_tasks, tasks_as_json
+from lit_recon.evaluate.progress import EvaluationProgress
 from lit_recon.evaluate.side_by_side import State, Tick
+from lit_recon.system.console import Console
 from lit_recon.system.device import Compute
 from lit_recon.system.units import in_gb
 
 log = logging.getLogger(__name__)
 
 
-def continuations(evaluation: Evaluation, states: Mapping[str, State]) -> list[dict[str, Any]]:
+def continuations(evaluation: Evaluation, states: Mapping[str, State], console: Console) -> list[dict[str, Any]]:
     """How all states continue the prompts.
 
     Raises:
         ValueError: The device has not the memory.
     """
     made: dict[str, list[Continuation]] = {}
-    for name, state in states.items():
-        needed = sum(matrix.nbytes for matrix in state.decoder.layers.parameters())
-        if name == "pruned" and evaluation.limit is not None and needed > evaluation.limit:
-            log.info("the pruned model continues no prompts: all of it takes %s, beyond memory_limit", in_gb(needed))
-            continue
-        log.info("prompts: %s", name)
-        with _whole(state):
-            made[name] = continue_prompts(
-                state.decoder.model,
-                evaluation.tokenizer,
-                evaluation.prompts,
-                evaluation.decoding,
-                device=evaluation.compute.device,
-            )
+    fitting = {name: state for name, state in states.items() if _fits(evaluation, name, state)}
+    steps = num_steps(evaluation.prompts, evaluation.decoding)
+    with EvaluationProgress(console) as progress:
+        progress.expect(steps * len(fitting))
+        for name, state in fitting.items():
+            with _whole(state):
+                made[name] = continue_prompts(
+                    state.decoder.model,
+                    evaluation.tokenizer,
+                    evaluation.prompts,
+                    evaluation.decoding,
+                    device=evaluation.compute.device,
+                    advanced=partial(progress.tick, f"prompts, {name}"),
+                )
     return continuations_as_json(evaluation.prompts, made)
+
+
+def _fits(evaluation: Evaluation, name: str, state: State) -> bool:
+    """Whether a model can be in a state as a whole; only the pruned one is not mapped from files."""
+    needed = sum(matrix.nbytes for matrix in state.decoder.layers.parameters())
+    if name != "pruned" or evaluation.limit is None or needed <= evaluation.limit:
+        return True
+    log.info("the pruned model continues no prompts: all of it takes %s, beyond memory_limit", in_gb(needed))
+    return False
 
 
 @contextmanager
@@ -56,7 +68,7 @@ def _whole(state: State) -> Iterator[None]:
         yield
 
 
-def scores(evaluation: Evaluation, states: Mapping[str, State]) -> dict[str, Any]:
+def scores(evaluation: Evaluation, states: Mapping[str, State], console: Console) -> dict[str, Any]:
     """Scores of the checkpoint, and of the dense model where there is one, in the tasks.
 
     Raises:
@@ -65,9 +77,10 @@ def scores(evaluation: Evaluation, states: Mapping[str, State]) -> dict[str, Any
     tasks = evaluation.tasks
     assert tasks is not None
     results: list[TaskResult] = []
-    for name in ("checkpoint", "dense"):
-        if name in states:
-            log.info("tasks: %s", name)
+    names = [name for name in ("checkpoint", "dense") if name in states]
+    with EvaluationProgress(console) as progress:
+        for name in names:
+            # the second model is asked what the first was
             results += run_tasks(
                 states[name].decoder.model,
                 evaluation.tokenizer,
@@ -75,8 +88,14 @@ def scores(evaluation: Evaluation, states: Mapping[str, State]) -> dict[str, Any
                 state=name,
                 device=evaluation.compute.device,
                 batch_size=evaluation.decoding.batch_size,
+                expect=(lambda requests: progress.expect(requests * len(names))) if not results else _ignore,
+                answered=partial(progress.tick, f"tasks, {name}"),
             )
     return tasks_as_json(results, tasks)
+
+
+def _ignore(requests: int) -> None:
+    """What is known already."""
 
 
 def drift(

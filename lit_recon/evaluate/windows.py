@@ -5,8 +5,8 @@
                       |---***|                     predicts the tokens (*) that none before it did, and the last is
                          |---***|                  shorter where the text ends
 
-What the tokenizer puts before a text, such as BOS, opens every window, since a model expects it there; or, as in
-papers, the text alone.
+What the tokenizer puts before a text, such as BOS, opens every window, since a model expects it there; or the text
+alone, as in the code of pruning papers (SparseGPT, Wanda), which tokenizes the joined test set once and cuts that.
 
 Shapes: S windows, T tokens.
 """

@@ -22,7 +22,7 @@ from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.fit.pruning_checks import check_pattern, check_scored
 from lit_recon.model.matrices import LayerMatrices, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
-from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind
+from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind, named_parameters
 from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import NormsBiases
@@ -128,12 +128,17 @@ def _check_walk(
         problems.add(f"walk={walk} with module=none, which trains nothing: leave walk out, or choose another module.")
     elif module and retraining and not _takes(module, "loss"):
         problems.add(f"walk={walk}: {callable_name(module)} takes no loss, by which all layers are trained at once.")
-    if walk == "global" and isinstance(windows, Partition) and (windows.by == WindowKind.MATRIX or windows.head):
-        given = "windows.head=true" if windows.head else "windows=matrix"
-        problems.add(
-            f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has no "
-            "meaning; leave it out, or use walk=local_then_global."
-        )
+    if walk == "global" and isinstance(windows, Partition):
+        meant = {
+            "windows=matrix": windows.by == WindowKind.MATRIX,
+            "windows.head=true": windows.head,
+            f"windows.match={windows.match}": windows.match is not None,
+        }
+        for given in (name for name, is_given in meant.items() if is_given):
+            problems.add(
+                f"walk=global with {given}: windows are pruned only, and that of how they would be reconstructed has "
+                "no meaning; leave it out, or use walk=local_then_global."
+            )
 
 
 def _takes(make: Callable[..., Any], name: str) -> bool:
@@ -262,6 +267,11 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
         model: The model, which needs no weights.
         single: Whether windows are single matrices.
     """
+    if single and (train := getattr(module, "keywords", {}).get("train")) is not None:
+        raise ValueError(
+            f"module.train={train} with windows=matrix: each matrix is a window of its own; choose them by "
+            f"windows.match={train}."
+        )
     layers = list({repr(layer): layer for layer in reversed(layer_windows(model))}.values())  # the first of each kind
     windows = [MatrixWindow(layer.matrices()[0], layer) if single else layer for layer in layers]
     window, masks = windows[0], _ones(windows[0])
@@ -278,9 +288,17 @@ def check_module(module: Callable[..., Any], model: PreTrainedModel, *, single: 
                 one.check_rank()
         if not _is(module, Untrained) and not any(map(trained_by, made, windows)):
             raise ValueError(
-                f"{callable_name(module)}: the layers of {type(model).__name__} have nothing that it trains; use "
-                "module.train_norms=true, or another module (module=none trains nothing)."
+                f"{callable_name(module)}: the layers of {type(model).__name__} have nothing that it trains"
+                + _why_nothing(module, windows)
             )
+
+
+def _why_nothing(module: Callable[..., Any], windows: Sequence[AnyWindow]) -> str:
+    """What to do where a module trains nothing of some windows."""
+    if train := getattr(module, "keywords", {}).get("train"):
+        names = ", ".join(dict.fromkeys(name for window in windows for name, _ in named_parameters(window)))
+        return f": module.train={train} is in none of the names {names}, or only in those that it leaves as they are."
+    return "; use module.train_norms=true, or another module (module=none trains nothing)."
 
 
 def _ones(window: AnyWindow) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from hydra import compose
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from lit_recon.activations.store import Room
 from lit_recon.data.source import Samples
 from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import (
@@ -173,7 +174,8 @@ def prepare(cfg: DictConfig, *, samples_of: Callable[..., Samples] = make_sample
     folder, store = Path(call["output_dir"]), execution.store
     shape = samples.shape(skeleton.config.get_text_config().hidden_size)
     with concerning(given_of("store")):
-        store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), limit)
+        room = Room(device=execution.compute.device, limit=limit)
+        store.check(folder / ACTIVATIONS, shape, num_arrays(method, store, ()), room)
     output = Output(
         folder=folder,
         config=plain(cfg),
@@ -237,6 +239,8 @@ def _choose(cfg: DictConfig, problems: Problems) -> _Chosen:
         if parts["trainer"]:
             made = parts["trainer"] if call.get("walk") == "local" else without_strategy(parts["trainer"])
             compute = problems.check(Compute.choose, made, trainer["precision"], about=f"{given_of('trainer')}: ")
+    if compute and parts["store"]:
+        problems.check(parts["store"].check_device, compute.device)
     return _Chosen(call=call, parts=parts, trainer=trainer, fitting=fitting, compute=compute)
 
 

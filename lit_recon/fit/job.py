@@ -133,6 +133,8 @@ class TrainingMethod:
             found |= {} if chosen is None or callable_name(chosen) == usual else {name: callable_name(chosen)}
         rate = getattr(_argument(self.module, "optimizer"), "keywords", {}).get("lr")
         found |= {"learning_rate": rate if isinstance(rate, str) else f"{rate:g}"} if rate is not None else {}
+        if (train := _argument(self.module, "train")) is not None:
+            found["train"] = str(train)
         return found if needs_gram(self.module) else found | self.fitting.describe()
 
 

@@ -282,6 +282,8 @@ def _checked(
         if type(value) is not int or value < least:
             problems.add(f"{name}={value!r}: expected a whole number, {least} or more.")
     compute = problems.check(Compute.choose, make, settings["precision"], about="trainer: ")
+    if compute:
+        problems.check(store.check_device, compute.device)
     problems.raise_all()
     apart = prunes_apart(parts["prune_by"], parts["propagation"])
     in_pruning = ("criterion", "pattern", "allow_unscored", "refinement", "rules", "allocation")

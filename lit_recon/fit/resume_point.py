@@ -3,7 +3,8 @@
     layer_00003.00007   weights of a layer after window 7, in the model's own dtypes   (one per layer that is done)
     masks.00007         masks of window 7, bit-packed                                  (one per window)
     pruned.00007        weights as a criterion that changes them has left them, before window 7 was trained
-    chain.00007         hidden states at the boundary after window 7                   (the newest)
+    chain.00007         hidden states at the boundary after window 7                   (the newest; none where windows
+                        see the dense model's alone, which are made anew from its files)
     unit.<name>         masks of the pruning window, larger than the windows, in which the walk is
     fit.00031           weights and optimizer within the fit of all layers at once, which has no hidden states
     kept.1.00020        weights after step 20, the best of the try after 1 other       (keep=best; until others are)
@@ -13,6 +14,7 @@ and, as JSON, the results so far, the step of the curves, seconds and peak memor
 Nothing random is in it: what is drawn for a window follows from the seed and the window's index alone.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,8 @@ from lit_recon.system.clock import WALK
 from lit_recon.system.command_line import as_argument
 from lit_recon.system.commits import Commit, CommitError, Commits
 from lit_recon.system.units import duration
+
+log = logging.getLogger(__name__)
 
 ERRORS = ("before", "held_out", "calibration")  # of a Try
 
@@ -99,7 +103,8 @@ class ResumePoint(WalkCallback):
         with session.clock.phase("commit"):
             self._write_layers(window, number)
             self._write_masks(masks, number)
-            chain, states = f"chain.{number:05}", session.chain.state()
+            chain = f"chain.{number:05}"
+            states = {} if session.chain.propagation.independent else session.chain.state()
             if states:
                 self.commits.write(chain, states)
             self._commit(number, results, chain=chain if states else None, unit=self._write_unit())
@@ -107,6 +112,7 @@ class ResumePoint(WalkCallback):
     def on_steps(self, fit: FitState) -> None:
         """Make the point that the fit of all layers at once has reached the one from which a run is resumed."""
         self._check_model(f"step {fit.step}")
+        self.logger.write_later()
         number = self._number + 1
         state: dict[str, Any] = {"step": fit.step, "tries": [asdict(one) for one in fit.tries], "values": fit.values}
         self._write_fit(fit, number)
@@ -152,6 +158,8 @@ class ResumePoint(WalkCallback):
     def restore(self, commit: Commit) -> None:
         """Return everything to what it was after a commit."""
         state, session = commit.state, self.session
+        if state["chain"] is None and len(state["windows"]) < len(session.windows):
+            self._make_dense_states(len(state["windows"]))  # while all layers are dense
         self._layers = {int(index): name for index, name in state["layers"].items()}
         self._mask_files, self._unit = list(state["masks"]), state["unit"]
         for index, path in self.layer_files().items():
@@ -162,9 +170,9 @@ class ResumePoint(WalkCallback):
         for name in self._pruned_files:
             self.pruned.add(self.commits.path(name))
         self._number = commit.number
-        if state["chain"] is None:
+        if state["chain"] is None and len(state["windows"]) == len(session.windows):
             session.chain.forget()
-        else:
+        elif state["chain"] is not None:
             session.chain.restore(commit.read(state["chain"]))
         pending = None
         if self._unit is not None:
@@ -179,6 +187,19 @@ class ResumePoint(WalkCallback):
             self.fit_state = FitState(step=fit["step"], tries=tries, values=fit["values"], tensors=tensors)
         session.clock.resume(state)
         self.done = [WindowResult(**result) for result in state["windows"]]
+
+    def _make_dense_states(self, done: int) -> None:
+        """Let the dense chain step over the windows that are done, as it did before."""
+        session = self.session
+        passed = list({id(one.enclosing): one.enclosing for one in session.windows[:done]}.values())
+        if passed:
+            log.info("resuming: hidden states of the dense model are made anew, through %s", passed[-1].name)
+        for window in passed:
+            session.weights.onload(window)
+            session.chain.dense_pass(window)
+            session.chain.advance(window)
+            session.weights.discard()
+        session.weights.release_pages()
 
     def layer_files(self) -> dict[int, Path]:
         """The files of the layers that are done, by index."""

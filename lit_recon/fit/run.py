@@ -16,7 +16,8 @@ from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 from rich.markup import escape
 
-from lit_recon.activations.disk_store import SUFFIX, DiskStore, nearest
+from lit_recon.activations.disk_store import SUFFIX, nearest
+from lit_recon.activations.store import kind_of
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
 from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
@@ -57,12 +58,14 @@ from lit_recon.system.clock import WHOLE_WALK, Clock
 from lit_recon.system.command_line import Refusal
 from lit_recon.system.commits import Commit, Commits
 from lit_recon.system.console import Console
+from lit_recon.system.device import waiting_for
 from lit_recon.system.finite import NotFinite
-from lit_recon.system.memory import PeakMemory, release_memory
+from lit_recon.system.memory import peaks_of, release_memory
 from lit_recon.system.signals import protected
 
 log = logging.getLogger(__name__)
 
+EVALUATED = 2**13  # tokens that a GPU runs at once at least, unless memory is limited
 PRUNED_STATES = ("pruned", "reconstructed")
 
 
@@ -77,7 +80,9 @@ def run(job: Job, console: Console) -> Path | None:
         CommitError: The disk is full or read-only; the message says how to resume.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is done is kept, and the message says how to resume.
     """
-    clock, folder = Clock(memory=PeakMemory(job.execution.compute.device)), job.output.folder
+    device, folder = job.execution.compute.device, job.output.folder
+    memory, host = peaks_of(device)
+    clock = Clock(memory=memory, host=host, wait=waiting_for(device))
     if job.output.plan_only:
         with TemporaryDirectory(prefix="lit_recon.", dir=nearest(folder)) as scratch:
             opened = _open(job, Commits(folder / "commits"), clock, console, activations=Path(scratch))
@@ -164,7 +169,7 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     for name, text in described.items():
         console.print(f"[bold]{name:12}[/bold]{escape(text)}", highlight=False)
     facts["choice"] = asdict(Choice(job.method.windows.by, job.execution.batch_size))
-    facts["store"] = "disk" if isinstance(session.chain.passes.store, DiskStore) else "memory"
+    facts["store"] = kind_of(session.chain.passes.store)
     return _Opened(job, session, plan, described, dense, facts, commit)
 
 
@@ -342,11 +347,13 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
         seconds=clock.summary(),
         peak_memory_bytes=clock.peak(),
         walk_peak_memory_bytes=clock.peak(WHOLE_WALK),
+        walk_peak_host_bytes=clock.host_peak(WHOLE_WALK),
         phase_peak_memory_bytes=clock.phase_peaks(),
         predicted={
             "seconds": round(plan.seconds, 1),
             "peak_memory_bytes": plan.peak_bytes,
             "walk_peak_memory_bytes": plan.walk_peak_bytes,
+            **({} if plan.host_bytes is None else {"walk_peak_host_bytes": plan.host_bytes}),
         },
         tokens={"calibration": job.samples.num_tokens},
         seed=job.execution.seed,
@@ -365,13 +372,17 @@ def _config(job: Job) -> str:
 
 
 def _evaluator(job: Job, clock: Clock) -> Evaluator:
-    return Evaluator(job.samples, job.execution.batch_size * job.source.length, job.execution.compute, clock)
+    tokens = job.execution.batch_size * job.source.length
+    if job.execution.compute.device.type == "cuda" and job.execution.memory_limit is None:
+        tokens = max(tokens, EVALUATED)
+    return Evaluator(job.samples, tokens, job.execution.compute, clock)
 
 
 def _protocol(job: Job) -> EvaluationProtocol:
     return EvaluationProtocol.from_tokens(
         job.samples.evaluation_ST,
         dataset=job.samples.evaluation_description,
+        split=job.samples.evaluation_split,
         opening=job.samples.opening,
         given=job.samples.num_given,
         precision=job.execution.compute.precision,

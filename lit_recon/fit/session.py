@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Passes
+from lit_recon.activations.store import Room
 from lit_recon.data.source import Samples
 from lit_recon.fit.allocate import Patterns, allocate
 from lit_recon.fit.checks import check_model, check_windows
 from lit_recon.fit.job import Execution, Method, num_arrays
+from lit_recon.fit.plan.device_room import samples_per_pass, training_room
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.mapped_files import DenseFiles
 from lit_recon.model.matrices import LayerMatrices
@@ -40,6 +42,7 @@ from lit_recon.reconstruction.tensorboard import RunLogger
 from lit_recon.reconstruction.window_fit import WindowFitter
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.clock import Clock
+from lit_recon.system.device import waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ def open_session(
         ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
             matrices that cannot be scored; the disk has no room for hidden states.
     """
-    clock = clock or Clock()
+    clock = clock or Clock(wait=waiting_for(execution.compute.device))
     weights = WeightOffloader(model, execution.compute.device, files=files, clock=clock)
     lengths = _lengths(samples)
     matrices = verify(model, samples.calibration_ST, lengths=lengths)
@@ -144,7 +147,10 @@ def _passes(
 ) -> Passes:
     """Passes over the samples, with a store that has room for their hidden states."""
     shape = samples.shape(model.config.get_text_config().hidden_size)
-    arrays = (shape, num_arrays(method, execution.store, windows), execution.memory_limit)
+    length, device = samples.calibration_ST.shape[1], execution.compute.device
+    reserved = training_room(windows, execution.batch_size * length)
+    room = Room(device=device, limit=execution.memory_limit, reserved=reserved)
+    arrays = (shape, num_arrays(method, execution.store, windows), room)
     execution.store.check(activations, *arrays)
     return Passes(
         Decoder(model, execution.compute.device),
@@ -153,6 +159,7 @@ def _passes(
         batch_size=execution.batch_size,
         compute=execution.compute,
         store=execution.store.open(activations, *arrays),
+        pass_size=samples_per_pass(windows, execution.batch_size, length, device),
     )
 
 

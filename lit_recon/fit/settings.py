@@ -32,7 +32,8 @@ CALL: dict[str, Any] = {
 }
 OWN_PATHS = ("output_dir", "resume", "experiment_dir")
 PATHS = (*OWN_PATHS, *GROUP_PATHS)
-TEXTS = (*OWN_PATHS, "push", *GROUP_TEXTS)  # a number among these is a name: output_dir=2024
+EXPRESSIONS = ("windows.match", "module.train")
+TEXTS = (*OWN_PATHS, "push", *EXPRESSIONS, *GROUP_TEXTS)  # a number among these is a name: output_dir=2024
 
 
 def is_text(setting: str) -> bool:

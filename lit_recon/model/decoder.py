@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from lit_recon.data.packing import PADDING
+from lit_recon.system import transfer
 
 _KEPT_SHAPES = 8  # of batches whose calls are kept; samples of all lengths would fill the memory
 
@@ -46,7 +47,8 @@ class LayerCall:
             if not isinstance(leaf, Tensor):
                 return leaf
             if id(leaf) not in moved:
-                there = leaf.to(device, torch.float32 if leaf.is_floating_point() else leaf.dtype)
+                there = transfer.moved(leaf, device)
+                there = there.to(torch.float32) if leaf.is_floating_point() else there
                 moved[id(leaf)] = (leaf, there)  # with the original, so that no other gets its identity
             return moved[id(leaf)][1]
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_recon.model.decoder import Decoder, patched_forward, tensors_returned
 
-SLICE = 64  # tokens whose logits are there at once: 67 MB of them for a vocabulary of 260,000
+SLICE = 64  # tokens at least whose logits are there at once: 67 MB of them for a vocabulary of 260,000
+SLICE_BYTES = {"cuda": 2**28}  # of logits in float32 at once, where small slices would leave most of a device idle
 
 
 class Head:
@@ -37,6 +38,11 @@ class Head:
                 answer = self.decoder.answer(layer, hidden_BTD.to(model.dtype))
                 stack.enter_context(patched_forward(layer, lambda *_, _answer=answer, **__: _answer))
             return model(input_ids=tokens_BT, use_cache=False).logits
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return len(self.decoder.model.get_output_embeddings().weight)
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -74,7 +80,7 @@ def kl_divergences(outputs_ND: Tensor, targets_ND: Tensor, *, head: Callable[[Te
         logits_NV = head(outputs_ND[None])[0].float().log_softmax(-1)
         return functional.kl_div(logits_NV, expected_NV, reduction="none", log_target=True).sum(-1)
 
-    return _in_slices(divergences, outputs_ND, targets_ND)
+    return _in_slices(divergences, head, outputs_ND, targets_ND)
 
 
 def cross_entropies(outputs_ND: Tensor, next_N: Tensor, *, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -89,10 +95,18 @@ def cross_entropies(outputs_ND: Tensor, next_N: Tensor, *, head: Callable[[Tenso
     def likelihoods(outputs_ND: Tensor, next_N: Tensor) -> Tensor:
         return functional.cross_entropy(head(outputs_ND[None])[0].float(), next_N, reduction="none")
 
-    return _in_slices(likelihoods, outputs_ND, next_N)
+    return _in_slices(likelihoods, head, outputs_ND, next_N)
 
 
-def _in_slices(measure: Callable[[Tensor, Tensor], Tensor], *by_token: Tensor) -> Tensor:
+def slice_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits are there at once."""
+    return max(SLICE, SLICE_BYTES.get(device.type, 0) // (4 * vocabulary))
+
+
+def _in_slices(
+    measure: Callable[[Tensor, Tensor], Tensor], head: Callable[[Tensor], Tensor], *by_token: Tensor
+) -> Tensor:
     """A measure of some tokens at a time, computed again by backward."""
-    pairs = zip(*(one.split(SLICE) for one in by_token), strict=True)
+    width = slice_tokens(head.vocabulary, by_token[0].device) if isinstance(head, Head) else SLICE
+    pairs = zip(*(one.split(width) for one in by_token), strict=True)
     return torch.cat([checkpoint(measure, *pair, use_reentrant=False) for pair in pairs])

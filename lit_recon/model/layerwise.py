@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_recon.model.decoder import Decoder, call_layer, tensors_returned
 from lit_recon.system.device import Compute
 
+_SHARE = 0.5  # of a GPU's free memory: what hidden states may take
 LayerContext = Callable[[nn.Module, str], AbstractContextManager]  # of a layer and its name in the model
 
 
@@ -28,26 +29,35 @@ def float32_on(module: nn.Module, device: torch.device) -> Iterator[None]:
     """
     with tensors_returned(module.modules()):
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(device, torch.float32)
+            parameter.data = parameter.data.to(device).to(torch.float32)  # moved before it grows
         module.to(device)  # buffers
         yield
 
 
+def place_of_states(nbytes: int, device: torch.device) -> torch.device:
+    """Where hidden states of this size are kept: on a GPU where half of what is free holds them, else on the CPU."""
+    fits = device.type == "cuda" and nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]
+    return device if fits else torch.device("cpu")
+
+
 @torch.no_grad()
-def embedded(decoder: Decoder, tokens_ST: Tensor, *, batch_size: int) -> Tensor:
-    """What reaches layer 0, (S, T, D) in float32 on the CPU.
+def embedded(decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, device: torch.device | None = None) -> Tensor:
+    """What reaches layer 0, (S, T, D) in float32 on the CPU, or on a GPU that has room for it.
 
     Args:
         decoder: The model, in memory or mapped.
         tokens_ST: Token ids, PADDING where a sample holds no text.
         batch_size: Sequences per pass.
+        device: Where layers will be run; None: hidden states stay on the CPU.
     """
     batches = tokens_ST.split(batch_size)
-    first_BTD = decoder.embed(batches[0])[0].cpu()
-    hidden_STD = first_BTD.new_empty(*tokens_ST.shape, first_BTD.shape[-1])  # not joined at the end: that takes twice
+    first_BTD = decoder.embed(batches[0])[0]
+    place = place_of_states(tokens_ST.numel() * first_BTD[0, 0].nbytes, device or torch.device("cpu"))
+    # Not joined at the end: that takes twice.
+    hidden_STD = first_BTD.new_empty(*tokens_ST.shape, first_BTD.shape[-1], device=place)
     hidden_STD[:batch_size] = first_BTD
     for number, tokens_BT in enumerate(batches[1:], 1):
-        hidden_STD[number * batch_size : (number + 1) * batch_size] = decoder.embed(tokens_BT)[0].cpu()
+        hidden_STD[number * batch_size : (number + 1) * batch_size] = decoder.embed(tokens_BT)[0]
     return hidden_STD
 
 
@@ -62,7 +72,9 @@ def step(
     compute: Compute,
     around: LayerContext = unchanged,
 ) -> None:
-    """Replace the inputs of a layer, (S, T, D) in float32 on the CPU, by its outputs; it visits the device.
+    """Replace the inputs of a layer, (S, T, D) in float32 on the CPU or the device, by its outputs.
+
+    The layer visits the device.
 
     Args:
         decoder: The model, in memory or mapped.
@@ -80,14 +92,14 @@ def step(
             call = decoder.calls(tokens_ST[rows])[index]
             inputs_BTD = hidden_STD[rows].to(compute.device, non_blocking=True)
             with compute.autocast():
-                hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float().cpu()
+                hidden_STD[rows] = call_layer(layer, inputs_BTD, call).float()
 
 
 @torch.no_grad()
 def final_states(
     decoder: Decoder, tokens_ST: Tensor, *, batch_size: int, compute: Compute, around: LayerContext = unchanged
 ) -> Tensor:
-    """Hidden states after the last layer, (S, T, D) in float32 on the CPU; one layer at a time is on the device.
+    """Hidden states after the last layer, (S, T, D) in float32, on the device if it has room; layers visit it in turn.
 
     Args:
         decoder: The model, in memory or mapped.
@@ -96,7 +108,7 @@ def final_states(
         compute: Device and precision.
         around: Makes a context for each layer, and its name in the model, while it is on the device.
     """
-    hidden_STD = embedded(decoder, tokens_ST, batch_size=batch_size)
+    hidden_STD = embedded(decoder, tokens_ST, batch_size=batch_size, device=compute.device)
     for index in range(len(decoder.layers)):
         step(decoder, index, hidden_STD, tokens_ST, batch_size=batch_size, compute=compute, around=around)
     return hidden_STD

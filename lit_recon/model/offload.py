@@ -3,6 +3,9 @@
 A model that is streamed has its weights in files: the dense ones in its checkpoint, those of finished layers in files
 that are written after each window, all mapped. One set of float32 masters is resident and serves every window of the
 same shapes. A model that cannot be streamed is in memory as a whole.
+
+To a GPU weights go in the model's own dtype, and grow there; those of the next window are read into pinned memory while
+one is trained (staged_weights.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.mapped_files import DenseFiles, layer_state, point_at
+from lit_recon.model.staged_weights import StagedWeights
 from lit_recon.model.windows import AnyWindow, MatrixWindow, Window
 from lit_recon.system.clock import Clock, timed
 
@@ -44,6 +48,7 @@ class WeightOffloader:
         self._window: Window | None = None  # the one on the device
         self._homes: list[Tensor] = []  # its weights, as they were
         self._masters = _Masters(device)
+        self.staged = StagedWeights() if device.type == "cuda" else None  # of the next window
         self._written: dict[int, DenseFiles] = {}  # the files of the layers that are done
         if files is not None:  # what stands outside of the layers too, so that the map that it was loaded from goes
             others = {name: one for name, one in model.named_parameters() if not name.startswith(f"{self.prefix}.")}
@@ -67,10 +72,15 @@ class WeightOffloader:
             prefetch: Indices of the layers that come next, whose weights are read in the background.
         """
         self._window, self._homes = window, [parameter.data for parameter in window.parameters()]
-        for parameter, master in zip(window.parameters(), self._masters.filled_with(self._homes), strict=True):
+        ready = [home if self.staged is None else self.staged.of(home) for home in self._homes]
+        for parameter, master in zip(window.parameters(), self._masters.filled_with(ready), strict=True):
             parameter.data = master
         window.to(self.device)  # buffers
-        if self.files is not None:
+        if self.staged is not None:
+            here = {id(parameter) for parameter in window.parameters()}  # their values are about to change
+            upcoming = (one for index in prefetch for one in self.layers[index].parameters())
+            self.staged.read([one.data for one in upcoming if id(one) not in here])
+        elif self.files is not None:
             for index in prefetch:
                 self.files.read_ahead(layer_state(self.layers[index], f"{self.prefix}.{index}"))
 
@@ -95,7 +105,8 @@ class WeightOffloader:
         for parameter, home in zip(window.parameters(), self._homes, strict=True):
             master = parameter.data
             if id(parameter) not in dropped:
-                home = home.copy_(master) if self.files is None else master.to("cpu", home.dtype, copy=True)
+                stored = master.to(home.dtype)  # narrowed before it is moved
+                home = home.copy_(stored) if self.files is None else stored.to("cpu", copy=stored is master)
             parameter.data = home
         window.to("cpu")
         self._window, self._homes = None, []
@@ -154,4 +165,7 @@ class _Masters:
             self._memory_N = torch.empty(0, device=device)  # first, so that both are never there at once
             self._memory_N = torch.empty(sum(sizes), device=device)
         pieces = self._memory_N[: sum(sizes)].split(sizes)
-        return [piece[: home.numel()].view(home.shape).copy_(home) for piece, home in zip(pieces, homes, strict=True)]
+        masters = [piece[: home.numel()].view(home.shape) for piece, home in zip(pieces, homes, strict=True)]
+        for master, home in zip(masters, homes, strict=True):
+            master.copy_(home.to(master.device, non_blocking=True))
+        return masters

@@ -1,7 +1,8 @@
 """Cuts a model into windows; windows.py has the drawing."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lit_recon.model.head import Head
 from lit_recon.model.layerwise import float32_on
 from lit_recon.model.matrices import LayerMatrices, find_matrices
 from lit_recon.model.windows import AnyWindow, HalfWindow, MatrixWindow, Window, WindowKind
+from lit_recon.system.expressions import check_expression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,15 @@ class Partition:
         stride: Layers from one window's start to the next one's, for "blocks"; smaller than `size`, windows overlap,
             and each keeps its first `stride` layers. None: `size`.
         head: Whether the last window's loss is on the logits.
+        match: Regular expression: windows in whose name it is found (re.search), of matrices in that of the weight,
+            are reconstructed, and the others pruned only. None: all of them are.
     """
 
     by: str = "block"
     size: int = 1
     stride: int | None = None
     head: bool = False
+    match: str | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -53,6 +58,8 @@ class Partition:
             raise ValueError(f"windows.head={self.head}: expected true or false.")
         if self.head and self.by == WindowKind.MATRIX:
             raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
+        if self.match is not None:
+            check_expression("windows.match", self.match, "names of windows, such as k_proj|up_proj")
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise a ValueError for a model whose layers cannot be found, are too few, or share parameters.
@@ -74,7 +81,8 @@ class Partition:
             matrices: Its matrices by layer, where more is known of them than their modules' kinds tell.
 
         Raises:
-            ValueError: What `check` finds, layers that do not fall into halves, or halves without logits.
+            ValueError: What `check` finds, layers that do not fall into halves, halves without logits, or no window
+                that matches.
         """
         self.check(model)
         by = WindowKind.BLOCK if self.by == WindowKind.MATRIX else self.by
@@ -87,9 +95,19 @@ class Partition:
                 )
             windows[-1].head, windows[-1].measure = Head(Decoder(model, torch.device("cpu"))), "KL divergence"
         if self.by != WindowKind.MATRIX:
-            return list(windows)
-        found = [(layer, matrix) for layer in windows for matrix in layer.matrices()]
-        return [MatrixWindow(matrix, layer) for layer, matrix in found if matrix.input_dim is not None]
+            return self._chosen([(window, window.name) for window in windows])
+        found = [(layer, matrix) for layer in windows for matrix in layer.matrices() if matrix.input_dim is not None]
+        return self._chosen([(MatrixWindow(matrix, layer), matrix.name) for layer, matrix in found])
+
+    def _chosen(self, named: Sequence[tuple[AnyWindow, str]]) -> list[AnyWindow]:
+        """Windows with the names that are matched, of which those that are not stay pruned."""
+        if self.match is not None:
+            for window, name in named:
+                window.is_chosen = re.search(self.match, name) is not None
+            if not any(window.is_chosen for window, _ in named):
+                alike = ", ".join(dict.fromkeys(re.sub(r"[0-9]+", "<n>", name) for _, name in named))
+                raise ValueError(f"windows.match={self.match}: found in none of the names of the windows ({alike}).")
+        return [window for window, _ in named]
 
     @property
     def overlapping(self) -> bool:
@@ -110,7 +128,8 @@ class Partition:
         """In the words of the settings."""
         size = f" of {self.size}" if self.by == WindowKind.BLOCKS else ""
         stride = f" every {self.stride}" if self.stride else ""
-        return self.by + size + stride + (", logits at the end" if self.head else "")
+        match = f", those of {self.match}" if self.match is not None else ""
+        return self.by + size + stride + (", logits at the end" if self.head else "") + match
 
 
 def check_own_parameters(model: PreTrainedModel) -> None:

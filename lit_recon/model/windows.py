@@ -61,9 +61,11 @@ class Window(nn.Module):
         parallel_half: For the halves of a parallel layer "first" or "second"; both start from the layer's input.
         head: Makes logits (B, T, V) of the outputs where the loss is on them; None where it is on the outputs.
         measure: What its errors are.
+        is_chosen: Whether it is reconstructed; else it is pruned only.
     """
 
     measure = "relative error"
+    is_chosen = True
 
     def __init__(
         self,
@@ -253,12 +255,13 @@ class MatrixWindow(nn.Module):
 
     head: Head | None = None
     measure = "relative error"
+    is_chosen = True
 
     def __init__(self, matrix: Matrix, layer: Window) -> None:
         super().__init__()
         self.matrix = matrix
-        within = next(name for name, one in layer.layers[0].named_parameters() if one is matrix.weight)
-        self.name = f"{layer.name}.{within.removesuffix('.weight')}"
+        self.name_in_layer = next(name for name, one in layer.layers[0].named_parameters() if one is matrix.weight)
+        self.name = f"{layer.name}.{self.name_in_layer.removesuffix('.weight')}"
         self.indices = layer.indices
         self._layer = (layer,)  # in a tuple, not registered
         self.weight: nn.Parameter = matrix.weight
@@ -310,6 +313,16 @@ class MatrixWindow(nn.Module):
 
 
 AnyWindow = Window | MatrixWindow
+
+
+def named_parameters(window: AnyWindow) -> Iterator[tuple[str, nn.Parameter]]:
+    """A window's own parameters, each with its name in its layer, such as self_attn.k_proj.weight."""
+    if isinstance(window, MatrixWindow):
+        yield window.name_in_layer, window.weight
+        return
+    own = {id(parameter) for parameter in window.own_parameters()}
+    for layer in window.owners():
+        yield from ((name, parameter) for name, parameter in layer.named_parameters() if id(parameter) in own)
 
 
 def has_parallel_halves(windows: Sequence[AnyWindow]) -> bool:

@@ -8,6 +8,7 @@ untrained.py            nothing: pruning only
 least_squares.py        the exact minimiser for one matrix
 conjugate_gradients.py  its solver
 losses.py               losses between outputs and targets
+curves.py               curves that no step waits for
 optimizers.py           what an optimizer needs to fit pruned windows; Muon
 rates.py                learning rates relative to the weights
 schedules.py            the learning rate over a window's steps

@@ -128,7 +128,8 @@ class MaskLora(MaskedWeights):
             raise ValueError(f"module.variant={variant}: expected one of {', '.join(get_args(Variant))}.")
         # By the seed of the window, whatever was drawn since.
         make = partial(Adapter, rank=rank, scale=alpha / rank, variant=variant, generator=_generator())
-        self._adapters = [make(matrix, masks[matrix.name]) for matrix in window.matrices() if matrix.name in masks]
+        pruned = [matrix for matrix in window.matrices() if matrix.name in masks and self.is_chosen(matrix.weight)]
+        self._adapters = [make(matrix, masks[matrix.name]) for matrix in pruned]
         self.adapters = nn.ModuleList(self._adapters)  # so that they move to the device
 
     def check_rank(self) -> None:

@@ -7,6 +7,7 @@ as AdamW then never moves them (nor does its weight decay), which costs less tha
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,11 +24,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_recon.activations.datamodule import Batch
 from lit_recon.model.vectors import vectors
-from lit_recon.model.windows import AnyWindow
+from lit_recon.model.windows import AnyWindow, named_parameters
+from lit_recon.modules.curves import Curves
 from lit_recon.modules.losses import huber, with_head
 from lit_recon.modules.optimizers import ELEMENTWISE
 from lit_recon.modules.rates import PROBE, make_optimizer
 from lit_recon.modules.schedules import linear_with_warmup
+from lit_recon.system.expressions import check_expression
 
 # conf/optimizer/adamw.yaml, conf/loss/huber.yaml
 ADAMW = partial(AdamW, lr=PROBE, eps=1e-15, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
@@ -51,6 +54,8 @@ class MaskedWeights(LightningModule):
         warmup: Share of the steps in which the learning rate rises.
         train_norms: Whether norms are trained too.
         train_biases: Whether biases are trained too.
+        train: Regular expression: only parameters in whose name in their layer it is found are trained, of matrices,
+            norms and biases, for example "k_proj|up_proj". None: all of these.
         loss: Function of (outputs, targets, energies_N=..., unit=...) to one number per token (losses.py); where
             the window has a head, one that takes it, else the divergence of the logits.
         token_weights: Function of a batch to weights (B, T), by which the losses of tokens are multiplied before their
@@ -59,7 +64,7 @@ class MaskedWeights(LightningModule):
             all that is trained is added to the loss. Above 0 it costs two copies: w0, and w - w0 until the backward.
 
     Raises:
-        ValueError: `warmup` is no share, or `anchor` negative.
+        ValueError: `warmup` is no share, `anchor` negative, or `train` no regular expression.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class MaskedWeights(LightningModule):
         anchor: float = 0.0,
         train_norms: bool = True,
         train_biases: bool = True,
+        train: str | None = None,
     ) -> None:
         super().__init__()
         if type(warmup) not in (int, float) or not 0 <= warmup <= 1:
@@ -88,14 +94,17 @@ class MaskedWeights(LightningModule):
         self._make_optimizer, self._make_scheduler, self._warmup = optimizer, scheduler, warmup
         self._token_weights, self._anchor = token_weights, anchor
         self._start: list[Tensor] = []  # of what is trained, where that is pulled there
+        self._curves = Curves()
+        self._chosen = _chosen(window, train)
         norms, biases = vectors(window)
-        self.vectors = [*(norms if train_norms else ()), *(biases if train_biases else ())]  # that are trained
+        allowed = [*(norms if train_norms else ()), *(biases if train_biases else ())]
+        self.vectors = [one for one in allowed if self.is_chosen(one)]  # that are trained
         frozen = {id(one) for one in (*norms, *biases)} - {id(one) for one in self.vectors}
-        self._trained = [one for one in window.own_parameters() if id(one) not in frozen]
+        self._trained = [one for one in window.own_parameters() if id(one) not in frozen and self.is_chosen(one)]
         self._pruned = [matrix for matrix in window.matrices() if matrix.name in masks]
         for index, matrix in enumerate(self._pruned):  # buffers, so that they move to the device with the window
-            # In the gradient's dtype: multiplying by a boolean takes four times as long.
-            self.register_buffer(f"mask_{index}", masks[matrix.name].to(matrix.weight.dtype), persistent=False)
+            mask = zeroing_mask(masks[matrix.name], matrix.weight.dtype, matrix.weight.device.type)
+            self.register_buffer(f"mask_{index}", mask, persistent=False)
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained: the window's own parameters, without norms or biases where these are to stay."""
@@ -104,6 +113,10 @@ class MaskedWeights(LightningModule):
     def changed(self) -> list[nn.Parameter]:
         """What is changed of the window: what is trained."""
         return self.trained()
+
+    def is_chosen(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the window is one that `train` chooses."""
+        return self._chosen is None or id(parameter) in self._chosen
 
     def sizes(self) -> dict[Tensor, float]:
         """What counts as the root mean square of some of what is trained, where rates are relative to it; of none."""
@@ -116,12 +129,21 @@ class MaskedWeights(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch, a mean over its tokens; for the optimizer their sum over a constant (Batch.weight)."""
         loss = self.losses(batch).mean()
-        self.log("loss/train", loss.detach(), batch_size=batch.num_tokens)
+        self._note("loss/train", loss, batch)
         if self._anchor:
             pull = self._anchor * self._distance()
-            self.log("loss/anchor", pull.detach(), batch_size=batch.num_tokens)
+            self._note("loss/anchor", pull, batch)
             loss = loss + pull
         return loss * batch.weight
+
+    def _note(self, name: str, value: Tensor, batch: Batch) -> None:
+        """Let callbacks see a number of this step, and the curves have it when the step is done."""
+        self.log(name, value.detach(), batch_size=batch.num_tokens, logger=False)
+        self._curves.note({name: value.detach()})
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the curves."""
+        self._curves.log(self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of one held-out batch."""
@@ -153,7 +175,7 @@ class MaskedWeights(LightningModule):
         """Zero the gradients of pruned weights."""
         for index, matrix in enumerate(self._pruned):
             if matrix.weight.grad is not None:
-                matrix.weight.grad.mul_(self.get_buffer(f"mask_{index}"))
+                zero_removed(matrix.weight.grad, self.get_buffer(f"mask_{index}"))
 
     def optimizer_step(
         self,
@@ -167,7 +189,7 @@ class MaskedWeights(LightningModule):
         if type(getattr(optimizer, "optimizer", optimizer)) not in ELEMENTWISE:
             with torch.no_grad():
                 for index, matrix in enumerate(self._pruned):
-                    matrix.weight.mul_(self.get_buffer(f"mask_{index}"))
+                    zero_removed(matrix.weight, self.get_buffer(f"mask_{index}"))
 
     def configure_gradient_clipping(
         self,
@@ -200,3 +222,28 @@ class MaskedWeights(LightningModule):
             optimizer=optimizer, num_warmup_steps=round(self._warmup * steps), num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _chosen(window: AnyWindow, train: str | None) -> set[int] | None:
+    """Identities of the parameters in whose names an expression is found; None: all."""
+    if train is None:
+        return None
+    check_expression("module.train", train, "names of parameters in their layer, such as self_attn.k_proj.weight")
+    return {id(parameter) for name, parameter in named_parameters(window) if re.search(train, name)}
+
+
+def zeroing_mask(mask: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
+    """A mask (True = kept) in the form in which it zeroes tensors of a dtype fastest, for `zero_removed`.
+
+    A GPU fills where a boolean says what is removed, which reads a byte per weight. A CPU multiplies by numbers of the
+    same dtype: by booleans it takes four times as long.
+    """
+    return ~mask if device_type == "cuda" else mask.to(dtype)
+
+
+def zero_removed(tensor: Tensor, mask: Tensor) -> None:
+    """Zero in place what a mask of `zeroing_mask` removes."""
+    if mask.dtype == torch.bool:
+        tensor.masked_fill_(mask, 0)
+    else:
+        tensor.mul_(mask)

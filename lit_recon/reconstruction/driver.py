@@ -31,6 +31,7 @@ from lit_recon.system.finite import NotFinite, first_not_finite
 from lit_recon.system.signals import protected
 
 NOTHING_PRUNED = "what pruning takes is zero already, so there is no error"
+NOT_CHOSEN = "not one of those that windows.match chooses"
 
 
 class WalkCallback:
@@ -96,14 +97,16 @@ def walk(
                 masks, changed = _decided(pruner, step.window, statistics, weights, callbacks)  # 3
                 del statistics  # may be as large as the weights
                 for window, data in step.training_data():
-                    start = fitter.start(window, masks, step.grams())  # of dense weights
+                    start = fitter.start(window, masks, step.grams() if window.is_chosen else None)  # dense
                     was_dense = not (prune(window, masks, changed) or pruner.has_pruned)
                     for matrix in window.matrices():  # where they are now
                         changed.pop(matrix.name, None)
-                    if not was_dense or not _matches_itself(step.window, chain, results):
-                        results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
-                    else:
+                    if was_dense and _matches_itself(step.window, chain, results):
                         results.append(kept_pruned(window, NOTHING_PRUNED))
+                    elif not window.is_chosen:
+                        results.append(kept_pruned(window, NOT_CHOSEN))
+                    else:
+                        results.append(fitter.fit(window, masks, data, weights.dtypes(window), start))  # 4
                     del data, start  # before the next matrix's data are made, or the chain advances
                     for callback in callbacks:
                         callback.on_window_fit(results[-1])

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from lit_recon.report.run_files import finite_or_nan
 from lit_recon.system.atomic_files import make_folder
@@ -22,6 +24,7 @@ from lit_recon.system.markdown import as_markdown, one_line
 from lit_recon.system.signals import protected
 
 MOST = 40  # windows whose curves are logged, where `every` is "auto": three names of curves each
+LATER = 64  # times metrics of a GPU are kept before they are read
 MEASURES = ("relative_error", "held_out", "typical")  # of results.json, before and after a window's fit
 # TensorBoard's table of a sweep has the columns of its first run: all have the same, whatever their recipes say.
 HPARAMS = (
@@ -82,6 +85,7 @@ class RunLogger(TensorBoardLogger):
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
         self._window, self._offset, self._hidden = "", 0, hidden
         self.last_step = -1 if last_step is None else last_step
+        self._later: list[tuple[Mapping[str, Tensor | float], int]] = []  # metrics that may not be computed yet
 
     @property
     def first_step(self) -> int:
@@ -95,10 +99,12 @@ class RunLogger(TensorBoardLogger):
 
     def start_window(self, name: str) -> None:
         """From here on metrics belong to window `name`, whose step 0 is the one after the last step so far."""
+        self.write_later()
         self._window, self._offset = f"{name}/", self.last_step + 1
 
     def end_window(self) -> None:
         """From here on metrics have their own names and steps."""
+        self.write_later()
         self._window, self._offset = "", 0
         with protected():
             self.experiment.flush()
@@ -122,6 +128,22 @@ class RunLogger(TensorBoardLogger):
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             raise
+
+    def log_later(self, metrics: Mapping[str, Tensor | float], step: int) -> None:
+        """Log `metrics` at `step` of the current window; those that a GPU computes are read some time later."""
+        self._later.append((metrics, step))
+        self.last_step = max(self.last_step, self._offset + step)
+        if is_there(metrics) or len(self._later) >= LATER:
+            self.write_later()
+
+    def write_later(self) -> None:
+        """Write what is to be logged later; a GPU is read once."""
+        later, self._later = self._later, []
+        tensors = [value.float() for metrics, _ in later for value in metrics.values() if isinstance(value, Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())
+        for metrics, step in later:
+            known = {name: next(read) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+            self.log_metrics(known, step)
 
     def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
         """Only with metrics: every Trainer passes its module's hyperparameters, which would be an entry per window."""
@@ -173,6 +195,11 @@ class RunLogger(TensorBoardLogger):
         """Write what is left and close the event file."""
         self.experiment.flush()
         self.experiment.close()
+
+
+def is_there(metrics: Mapping[str, Tensor | float]) -> bool:
+    """Whether no GPU has to be waited for to read metrics."""
+    return all(not isinstance(value, Tensor) or value.device.type == "cpu" for value in metrics.values())
 
 
 def layout(names: Iterable[str]) -> dict[str, Any]:

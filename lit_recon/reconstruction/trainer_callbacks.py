@@ -8,7 +8,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_recon.modules.curves import Curves
 from lit_recon.reconstruction.fit_settings import FitSettings
+from lit_recon.system.transfer import LateNumber
 
 HELD_OUT = "loss/held_out"
 _REMEMBERED = ("kept_step", "stopped_early", "halved", "diverged", "_least", "_worse", "_seen", "_halved_at", "_notes")
@@ -23,6 +25,7 @@ class LearningRate(Callback):
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
+        self._curves = Curves()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the rate of every parameter group, and what the schedulers start from."""
@@ -30,9 +33,15 @@ class LearningRate(Callback):
             scale_rates(trainer, self.factor)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the rate with which this batch will be used."""
+        """Note the rate with which this batch will be used."""
         for group in [group for optimizer in trainer.optimizers for group in optimizer.param_groups][:1]:
-            pl_module.log("lr", group["lr"], batch_size=1)
+            self._curves.note({"lr": group["lr"]})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log it."""
+        self._curves.log(trainer)
 
 
 class KeptState(Callback):
@@ -61,6 +70,7 @@ class KeptState(Callback):
         self.kept_step, self.stopped_early, self.halved, self.diverged = 0, False, False, False
         self._least, self._worse, self._seen, self._halved_at = math.inf, 0, False, -1
         self._state: list[tuple[Tensor, Tensor]] = []
+        self._loss: LateNumber | None = None  # that was looked at and not yet read
         self._notes: list[str] = []
 
     @property
@@ -92,10 +102,15 @@ class KeptState(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss as often as losses are logged: reading it makes a GPU wait."""
+        """Look at the loss as often as losses are logged; of a GPU, which would have to wait, at the one before."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # a step may have none
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if loss is not None and batch_idx % every == 0 and not math.isfinite(float(loss)):
+        if loss is None or batch_idx % every:
+            return
+        read, self._loss = self._loss, LateNumber(loss.detach())
+        if self._loss.is_there:
+            read, self._loss = self._loss, None
+        if read is not None and not math.isfinite(read.value()):
             self._return(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,6 +155,7 @@ class KeptState(Callback):
                 self._notes.append(f"stopped after {trainer.global_step} steps: {HELD_OUT} had become no smaller")
 
     def _return(self, trainer: Trainer) -> None:
+        self._loss = None  # of the state that is left
         if self.halved or not trainer.optimizers:
             self.diverged = trainer.should_stop = True
             return

@@ -261,7 +261,7 @@ class WindowFitter:
             for callback in self.callbacks:  # Lightning gives them the module's `log`, by which they would keep it
                 vars(callback).pop("log", None)
                 vars(callback).pop("log_dict", None)
-        for parameter, master in masters:  # the Trainer's teardown moved the values to the CPU
+        for parameter, master in masters:  # a strategy of the user's own moved them to the CPU
             if parameter.data.device != master.device:
                 parameter.data = master.copy_(parameter.data)
         window.to(self.device)  # buffers

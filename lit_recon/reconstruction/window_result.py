@@ -39,6 +39,11 @@ class WindowResult:
     stopped_early: bool = False
     halved: bool = False
 
+    @property
+    def measured(self) -> bool:
+        """Whether it has errors: a window that cannot be trained, or needs no training, has none."""
+        return self.held_out_before > 0
+
 
 def kept_pruned(window: AnyWindow, reason: str) -> WindowResult:
     """The result of a window that cannot be trained or needs no training, and so has no error."""

@@ -4,9 +4,9 @@
 
 Figures and page of each run come from the files that it left; nothing is computed again and no model is loaded. Of
 several runs there is one page more, over all of them (overview.py), with its figures and tables in a folder next to
-them; there, checkpoints of other tools are listed as well that `python -m lit_recon.evaluate` has measured. Runs that
-are not finished are listed as such. Runs that differ in nothing but the criterion are a study (study.py): their spread
-is printed below the table, and a figure is drawn next to them.
+them. Checkpoints of other tools that `python -m lit_recon.evaluate` has measured have a page and a row as well. Runs
+that are not finished are listed as such. Runs that differ in nothing but the criterion are a study (study.py): their
+spread is printed below the table, and a figure is drawn next to them.
 """
 
 import sys
@@ -49,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     listed, out = [run for run in runs if run.state != NONE], chosen.out
-    is_one = len(listed) == 1 and listed[0].state != EVALUATED  # which has no page of its own
+    is_one = len(listed) == 1
     problems = _draw_pages(runs, out if is_one else None)
     problems += _show(runs, in_markdown=chosen.markdown)
     problems += [] if is_one else _draw_overview(runs, out, keys, quiet=chosen.markdown)
+    if is_one and not problems and not chosen.markdown:
+        say(f"Report: {(out / 'report.html' if out else listed[0].page).as_posix()}\n")
     _say(problems)
     return 2 if problems or not all(run.is_expected for run in runs) else 0
 
@@ -84,19 +86,26 @@ def _say(messages: Sequence[str]) -> bool:
 
 
 def _draw_pages(runs: Sequence[Run], out: Path | None) -> list[str]:
-    """Draw figures and page of each finished run, of an only one into `out`, but for pages of several that are current.
+    """Draw figures and page of each finished run, and of each checkpoint that was evaluated.
+
+    An only one goes into `out`; pages of several that are current stay.
 
     Returns:
         What went wrong.
     """
     # Here and not at the top: matplotlib, jinja2 and rich take a second, which --help and messages do not need.
+    from lit_recon.report.checkpoint_page import write_checkpoint_report
     from lit_recon.report.page import is_current, write_report
 
     problems = []
     for run in runs:
         try:
-            if run.results is not None and not (len(runs) > 1 and is_current(run.folder)):
+            if len(runs) > 1 and is_current(run.page, run.shown):
+                continue
+            if run.results is not None:
                 write_report(run.folder, out or run.folder)
+            elif run.state == EVALUATED:
+                write_checkpoint_report(run.folder, out or run.page.parent)
         except (OSError, ValueError) as error:
             expected = "expected a folder you may write to"
             problems.append(f"{run.folder}: the report cannot be written ({error}); {expected}.")

@@ -18,8 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from lit_recon.report.figures import MUTED, WIDTH, make_logarithmic
 from lit_recon.report.run_files import finite_or_nan
 
-# Paul Tol's "muted" colours, safe for colour-blind readers; none of them is that of a model in the other figures.
-COLORS = ("#332288", "#44aa99", "#cc6677", "#117733", "#aa4499", "#999933", "#88ccee", "#882255", "#ddcc77")
+# Paul Tol's "muted" colours, safe for colour-blind readers, its two lightest darkened, which a dark page would hide;
+# none of them is that of a model in the other figures.
+COLORS = ("#332288", "#44aa99", "#cc6677", "#117733", "#aa4499", "#999933", "#4a9cc7", "#882255", "#a98f1f")
 LINES: Mapping[str, Any] = {"local": "--", "accumulated": "-"}
 MARKED = 12  # layers up to which each has a dot
 LETTER, LINE = 0.082, 0.62  # inches in the legend: of a letter, and of a line with the space around it

@@ -1,10 +1,10 @@
-"""evaluations.json, read back: what `python -m lit_recon.evaluate` measured on the checkpoint of a run, each time anew.
+"""evaluations.json, read back: what `python -m lit_recon.evaluate` measured on a checkpoint, each time anew.
 
 Read leniently: what another version wrote is shown as far as it is understood, and a damaged file or part is a remark.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,9 @@ ENTRY_SHAPE: dict[str, Any] = {  # of one evaluation; "?": may be absent or null
             **{"local?": {"mean?": MAYBE, "max?": MAYBE}, "accumulated?": {"mean?": MAYBE, "max?": MAYBE}},
         }
     ],
+    "seconds": {"total": NUMBER, str: NUMBER},
+    "peak_memory_bytes": MAYBE,
+    "versions": {str: TEXT},
 }
 
 
@@ -56,13 +59,19 @@ class Evaluation:
         when: Date and time as text.
         checkpoint: What was evaluated.
         dense: What it was compared with; empty for nothing.
-        parts: Of perplexity, agreement, tasks, continuations and drift those that it has, in the shapes above.
+        parts: Of perplexity, agreement, tasks, continuations, drift, and of seconds, peak memory and versions those
+            that it has, in the shapes above.
     """
 
     when: str
     checkpoint: str
     dense: str = ""
     parts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def time(self) -> str:
+        """Date and time as people read them."""
+        return self.when.replace("T", " ").replace("+00:00", " UTC") or "an unknown time"
 
 
 def read_evaluations(run: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]]:
@@ -92,9 +101,10 @@ def read_evaluations(run: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]
 def protocol_text(protocol: Mapping[str, Any]) -> str:
     """What perplexity was measured on, as far as it is known: data set, windows and their length, opening, stride."""
     windows, context, opening = (protocol.get(key) for key in ("windows", "context", "opening"))
+    who = "the text" if protocol.get("opening_at") == "text" else "each"
     text = str(protocol.get("dataset") or "unknown text")
     text += f", {windows} x {context} tokens" if windows is not None and context is not None else ""
-    text += f", each after {opening}" if opening not in (None, "none") else ""  # versions before 0.4 do not say
+    text += f", {who} after {opening}" if opening not in (None, "none") else ""  # versions before 0.4 do not say
     return text + (f", stride {stride}" if (stride := protocol.get("stride")) is not None else "")
 
 
@@ -125,6 +135,6 @@ def _evaluation(entry: Any, where: str) -> tuple[Evaluation | None, list[str]]:
     return Evaluation(**texts, parts=parts), problems
 
 
-def latest(evaluations: tuple[Evaluation, ...], part: str) -> Any:
+def latest(evaluations: Sequence[Evaluation], part: str) -> Any:
     """The newest of one part, such as "tasks"; None if no evaluation has it."""
     return next((each.parts[part] for each in reversed(evaluations) if part in each.parts), None)

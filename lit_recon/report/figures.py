@@ -32,7 +32,7 @@ from lit_recon.system.atomic_files import make_folder, replaced
 from lit_recon.system.units import duration
 
 DENSE, PRUNED, RECONSTRUCTED = "#5b6470", "#d55e00", "#0072b2"
-TRAINING, INK, MUTED, AXIS = "#7fb8dc", "#1f2933", "#5b6470", "#b6bdc7"
+TRAINING, INK, MUTED, AXIS = "#5aa2d0", "#1f2933", "#5b6470", "#b6bdc7"
 GRID, BAND, REFUSED = "#e3e7ec", "#f6f7f9", "#fbe3d3"
 BETTER, WORSE = "#a9cfe6", "#f3c9a8"  # from the pruned to the reconstructed model
 STYLE: Any = {
@@ -75,17 +75,27 @@ def write_figures(
         ValueError: The folder holds no run.
     """
     results, curves = read_results(run), read_curves(run)
+    drawn: dict[str, Callable[[], Figure | None]] = {
+        "perplexity": lambda: perplexity(results["perplexity"], results["gap_recovered"]),
+        "error_over_depth": lambda: error_over_depth(results["windows"]),
+        "learning_curves": lambda: learning_curves(results["windows"], curves, results["recipe"].get("loss")),
+        "time": lambda: time_per_phase(results["seconds"]),
+        "memory": lambda: peak_memory(results),
+    }
+    return save_figures(drawn | dict(more or {}), run if out is None else out)
+
+
+def save_figures(drawn: Mapping[str, Callable[[], Figure | None]], out: Path) -> list[Path]:
+    """Draw figures into the `figures` folder of a folder, all in one style; the files written.
+
+    Args:
+        drawn: By name; None where there is nothing to draw.
+        out: The folder.
+    """
     with matplotlib.rc_context(STYLE):
-        figures = {
-            "perplexity": perplexity(results["perplexity"], results["gap_recovered"]),
-            "error_over_depth": error_over_depth(results["windows"]),
-            "learning_curves": learning_curves(results["windows"], curves, results["recipe"].get("loss")),
-            "time": time_per_phase(results["seconds"]),
-            "memory": peak_memory(results),
-            **{name: draw() for name, draw in (more or {}).items()},
-        }
+        figures = {name: draw() for name, draw in drawn.items()}
         images = {name: png(figure) for name, figure in figures.items() if figure is not None}
-    folder = (run if out is None else out) / "figures"
+    folder = out / "figures"
     make_folder(folder)
     paths = {folder / f"{name}.png": image for name, image in images.items()}
     for path, image in paths.items():
@@ -258,6 +268,8 @@ def peak_memory(results: Mapping[str, Any]) -> Figure | None:
         **(results.get("phase_peak_memory_bytes") or {}),  # unknown of earlier versions, and on some systems
         "walk": results.get("walk_peak_memory_bytes"),
         "walk, predicted": predicted.get("walk_peak_memory_bytes"),
+        "walk, the CPU's": results.get("walk_peak_host_bytes"),  # of a run on a GPU
+        "walk, the CPU's, predicted": predicted.get("walk_peak_host_bytes"),
         "whole run": results["peak_memory_bytes"],
         "whole run, predicted": predicted.get("peak_memory_bytes"),
     }

@@ -15,7 +15,9 @@ LABELS = {  # where the key of results.json alone does not say it
     "protocol.context": "tokens per sequence",
     "protocol.windows": "sequences",
     "protocol.tokens": "predicted tokens",
-    "protocol.opening": "tokens before each sequence",
+    "protocol.opening": "opening tokens",
+    "protocol.opening_at": "opening before each",
+    "protocol.split": "part of the text",
     "tokens.calibration": "calibration tokens",
 }
 

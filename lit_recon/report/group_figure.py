@@ -51,7 +51,9 @@ def group_figure(groups: Sequence[Group]) -> Figure:
         Line2D([], [], color=RECONSTRUCTED, linewidth=1.6, label="± standard deviation"),
     ]
     title = " · ".join(map(label_of, groups[0].values)) if groups else ""
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), title=_drawable(title))
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), title=_drawable(title), alignment="left"
+    )
     return figure
 
 

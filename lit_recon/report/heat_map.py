@@ -45,7 +45,7 @@ def sparsity_by_layer(by_matrix: Mapping[str, float]) -> Figure | None:
     axes = figure.add_subplot()
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if high - low < NARROW:
-        low, high = (low + high - NARROW) / 2, (low + high + NARROW) / 2
+        low, high = (low + high) / 2 - NARROW / 4, (low + high) / 2 + NARROW * 3 / 4  # light, so that text stands out
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=low - 0.15 * (high - low), vmax=high)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0 if high - low > 0.1 else 1), pad=0.01)
     bar.set_label("sparsity", color=MUTED)

@@ -1,6 +1,6 @@
 """The page over many runs: one table of all, groups, rates, Pareto fronts, criteria and windows, and the same as files.
 
-One file that opens without network; next to it the figures as PNG and the tables as CSV and Markdown. overview.html.j2
+One file that opens without network; next to it the figures as PNG and all tables as CSV and Markdown. overview.html.j2
 is its text and layout.
 """
 
@@ -18,23 +18,23 @@ from matplotlib.figure import Figure
 from lit_recon.report.comparison import by_short_name, common_folder, settings, shared_and_different
 from lit_recon.report.figures import STYLE, png
 from lit_recon.report.group_figure import MOST, group_figure
-from lit_recon.report.groups import Group, differing_keys, granularity, grouped, label_of, rate_sweeps, value_of
-from lit_recon.report.measures import HELD_OUT, NATS, PERPLEXITY, measures
+from lit_recon.report.groups import differing_keys, granularity, grouped, label_of, rate_sweeps, value_of
+from lit_recon.report.measures import PERPLEXITY, measures
 from lit_recon.report.pareto import pareto_figures
 from lit_recon.report.runs import EVALUATED, NONE, Run, protocol_of
-from lit_recon.report.study import Study, spread_header, spread_rows, studies
+from lit_recon.report.study import studies
 from lit_recon.report.study_figure import criteria
-from lit_recon.report.tables import GROUPED, Table, groups_table, mean_cell, runs_table
+from lit_recon.report.tables import GROUPED, Table, criteria_table, groups_table, rates_table, runs_table
 from lit_recon.report.templates import relative_link, render
 from lit_recon.system.atomic_files import make_folder, replaced
 
 FOLDER = "report"  # next to the runs, where no other is asked for
-FILES = {
-    "runs.csv": "every run, numbers as they are",
-    "runs.md": "the same in Markdown",
-    "groups.csv": "means and standard deviations of groups of runs",
-    "groups.md": "the same in Markdown",
-    "figures/": "the figures of this page",
+ABOUT = {  # the tables by their names, or the beginnings of these
+    "runs": "every run, numbers as they are",
+    "groups": "means and standard deviations of groups of runs",
+    "rates": "the learning rates that two rules choose",
+    "criteria": "how far criteria are apart before and after reconstruction",
+    "windows": "means and standard deviations by the size of the windows",
 }
 
 
@@ -63,14 +63,16 @@ def write_overview(runs: Sequence[Run], out: Path | None = None, keys: Sequence[
         images = {name: png(figure) for name, figure in figures.items()}
     make_folder(out / "figures")
     files = {f"figures/{name}.png": image for name, image in images.items()}
+    about: dict[str, str] = {}
     for name, table in tables.items():
         files |= {f"{name}.csv": table.as_csv(), f"{name}.md": table.as_markdown()}
+        about |= {f"{name}.csv": ABOUT[name.partition("_")[0]], f"{name}.md": "the same in Markdown"}
+    about["figures/"] = "the figures of this page"
     links = {name: _link(run, out) for name, run in by_short_name({run.folder: run for run in listed}).items()}
-    content["table"] = _linked(tables["runs"], links)
+    shown = tables | {"runs": _linked(tables["runs"], links)}
     inside = {name: base64.b64encode(image).decode() for name, image in images.items()}
-    about = {name: text for name, text in FILES.items() if name in files or name == "figures/"}
     messages = [message for run in runs for message in (run.message, *run.remarks) if message]
-    page = render("overview.html.j2", script="sort.js", images=inside, files=about, messages=messages, **content)
+    page = render("overview.html.j2", images=inside, files=about, messages=messages, tables=shown, **content)
     for name, text in (files | {"report.html": page}).items():
         with replaced(out / name) as file:
             file.write(text)
@@ -97,19 +99,21 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     figures |= {"groups": group_figure(groups)} if 1 < len(groups) <= MOST else {}
     by_windows = granularity(alike)
     figures |= {"windows": group_figure(by_windows)} if by_windows else {}
+    if by_windows:
+        tables["windows"] = groups_table(by_windows, means)
+    if sweeps := rate_sweeps(runs):
+        tables["rates"] = rates_table(sweeps)
     found = studies({run.folder: run.results for run in runs if run.results is not None})
-    figures |= {f"criteria_{number}": criteria(study) for number, study in enumerate(found, start=1)}
+    named = {f"criteria_{number}": study for number, study in enumerate(found, start=1)}
+    figures |= {name: criteria(study) for name, study in named.items()}
+    tables |= {name: criteria_table(study) for name, study in named.items()}
     content: dict[str, Any] = {
         **_header(names),
         "others": others,
-        "groups": tables.get("groups", Table([], [])),
         "keys": ", ".join(map(label_of, chosen)) or "nothing",
-        "sweeps": rate_sweeps(runs),
         "pareto": pareto,
         "colored": colored,
-        "studies": [_about(study, number) for number, study in enumerate(found, start=1)],
-        "windows": groups_table(by_windows, means),
-        "cells": _cells,
+        "studies": {name: study.about for name, study in named.items()},
     }
     return content, figures, tables
 
@@ -144,21 +148,9 @@ def _header(names: Mapping[str, Run]) -> dict[str, Any]:
     }
 
 
-def _about(study: Study, number: int) -> dict[str, Any]:
-    """A study of criteria as the page shows it."""
-    header, rows = spread_header(study), spread_rows(study)
-    return {"name": f"criteria_{number}", "about": study.about, "header": header, "rows": rows}
-
-
-def _cells(group: Group, name: str) -> str:
-    """Mean and deviation of a rate's runs, as text."""
-    return mean_cell(group, {"held_out": HELD_OUT, "perplexity": PERPLEXITY, "nats": NATS}[name]).text
-
-
 def _link(run: Run, out: Path) -> str:
     """The page of a run as seen from the folder of the overview; empty where there is none."""
-    page = run.folder / "report.html"
-    return relative_link(page, out) if page.is_file() else ""
+    return relative_link(run.page, out) if run.page.is_file() else ""
 
 
 def _linked(table: Table, links: Mapping[str, str]) -> Table:

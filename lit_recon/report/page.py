@@ -1,6 +1,6 @@
 """report.html, the page of one run: did it work, where is the error, what was done, what to do next.
 
-One file with its figures inside; it opens without network. page.html.j2 is its text and layout.
+One file with its figures inside; it opens without network. page.html.j2 is its text and layout, in base.html.j2.
 """
 
 import base64
@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_recon import __version__
-from lit_recon.report.drift_figure import drift_figure
-from lit_recon.report.evaluations import latest, read_evaluations
+from lit_recon.report.evaluation_section import evaluation_figures, evaluation_section
+from lit_recon.report.evaluations import read_evaluations
 from lit_recon.report.figures import write_figures
-from lit_recon.report.format import LABELS, as_error, as_memory, as_perplexity, as_share
+from lit_recon.report.format import LABELS, as_error, as_factor, as_memory, as_perplexity, as_share
 from lit_recon.report.heat_map import kind_of, sparsity_by_layer
-from lit_recon.report.hidden_figure import hidden_errors
 from lit_recon.report.provenance import provenance_facts
 from lit_recon.report.run_files import finite_or_nan, has_units, measure, read_results
 from lit_recon.report.shapes import LARGEST
 from lit_recon.report.tables import Cell, Column, Table
-from lit_recon.report.templates import relative_link, render
+from lit_recon.report.templates import MADE_BY, relative_link, render
 from lit_recon.system.atomic_files import replaced
 from lit_recon.system.units import duration
 
@@ -38,18 +36,20 @@ FILES = {
     "figures/": "the figures of this page",
 }
 FACTS = {"Model": ["model"], "Recipe": ["recipe"], "Data and protocol": ["tokens", "protocol"]}
-
-
-MADE_BY = f"lit_recon {__version__}"
 INPUTS = ("results.json", "evaluations.json", "config.yaml", "tensorboard")
 
 
-def is_current(run: Path) -> bool:
-    """Whether a run has a page already that this version made, after all that it shows was written."""
-    page = run / "report.html"
+def is_current(page: Path, shown: Path) -> bool:
+    """Whether a page is there already that this version made, after all that it shows was written.
+
+    Args:
+        page: The page.
+        shown: The folder of the run, or the file, that it shows.
+    """
     try:
         drawn = page.stat().st_mtime_ns
-        changed = [path.stat().st_mtime_ns for name in INPUTS if (path := run / name).exists()]
+        inputs = [shown / name for name in INPUTS] if shown.is_dir() else [shown]
+        changed = [path.stat().st_mtime_ns for path in inputs if path.exists()]
         with page.open(encoding="utf-8", errors="replace") as file:
             return max(changed, default=0) < drawn and f'content="{MADE_BY}"' in file.read(2000)
     except OSError:
@@ -71,39 +71,34 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     results = read_results(run)
     evaluations, unread = read_evaluations(run)
-    by_matrix = results["sparsity"]["by_matrix"]
-    agreement, drift = latest(evaluations, "agreement"), latest(evaluations, "drift")
-    more = {
-        "hidden_states": lambda: hidden_errors((agreement or {}).get("hidden") or []),
-        "drift": lambda: drift_figure(drift) if drift else None,
-        "sparsity": lambda: sparsity_by_layer(by_matrix),
-    }
+    by_matrix, windows = results["sparsity"]["by_matrix"], results["windows"]
+    more = evaluation_figures(evaluations) | {"sparsity": lambda: sparsity_by_layer(by_matrix)}
     out = run if out is None else out
     images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in write_figures(run, out, more)}
+    tables = {"windows": windows_table(windows), "phases": phases_table(results)}
     page = render(
         "page.html.j2",
         results=results,
         images=images,
         verdict=verdict(results),
-        depth=depth_summary(results["windows"]),
-        measure=measure(results["windows"]),
-        has_units=has_units(results["windows"]),
-        tries=tries(results["windows"]),
+        depth=depth_summary(windows),
+        measure=measure(windows),
+        has_units=has_units(windows),
+        tries=tries(windows),
+        refused=[number for number, window in enumerate(windows) if not window["accepted"]],
+        tables=tables,
         facts={title: facts(results, *keys) for title, keys in FACTS.items()},
         kinds=sparsity_by_kind(by_matrix),
-        phases=phases_table(results),
         provenance=provenance_facts(results),
-        evaluations=evaluations,
         unread=unread,
-        protocols=[each.parts["perplexity"] for each in evaluations if "perplexity" in each.parts],
-        agreement=agreement,
-        tasks=latest(evaluations, "tasks"),
-        continuations=latest(evaluations, "continuations"),
-        made_by=MADE_BY,
+        **evaluation_section(evaluations),
         **places(run, out),
     )
-    is_apart = run.resolve() != out.resolve()
-    tables = {"windows": windows_table(results["windows"]), "phases": phases_table(results)} if is_apart else {}
+    return publish(page, tables if run.resolve() != out.resolve() else {}, out)
+
+
+def publish(page: bytes, tables: Mapping[str, Table], out: Path) -> Path:
+    """Write a page into a folder, and its tables as CSV and Markdown next to it; where the page is."""
     files = {f"{name}.csv": table.as_csv() for name, table in tables.items()}
     files |= {f"{name}.md": table.as_markdown() for name, table in tables.items()}
     for name, content in (files | {"report.html": page}).items():
@@ -113,17 +108,26 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def windows_table(windows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of all windows."""
-    keys = [f"{part}_{when}" for part in ("held_out", "typical", "relative_error") for when in ("before", "after")]
-    keys += ["rate", "steps", "seconds"]
-    columns = [Column("window", ("window",), False), *(Column(key.replace("_", " "), (key,)) for key in keys)]
-    columns += [Column("outcome", ("accepted",), False), Column("note", ("note",), False)]
+    """The table of all windows: errors, and of windows that were trained more than once rate and number of tries."""
+    labels = {"held_out": "held-out", "typical": "typical", "relative_error": "calibration"}
+    parts = [part for part in labels if part != "typical" or has_units(windows)]
+    errors = {f"{part}_{when}": f"{labels[part]} {when}" for part in parts for when in ("before", "after")}
+    tried = tries(windows)
+    columns = [Column("window", ("window",), False), *(Column(label, (key,)) for key, label in errors.items())]
+    columns += [Column("rate", ("rate",)), Column("tries", ("tries",))] if tried else []
+    columns += [Column("steps", ("steps",)), Column("time", ("seconds",)), Column("outcome", ("accepted",), False)]
+    columns.append(Column("note", ("note",), False))
     rows = []
-    for window in windows:
-        texts = [window["name"], "accepted" if window["accepted"] else "not accepted", window.get("note") or ""]
-        name, *others = (Cell(text, (text,)) for text in texts)
-        values = [finite_or_nan(window.get(key)) for key in keys]
-        rows.append([name, *(Cell("–" if math.isnan(one) else f"{one:.4g}", (one,)) for one in values), *others])
+    for index, window in enumerate(windows):
+        row = [Cell(window["name"], (window["name"],))]
+        row += [Cell(as_error(window.get(key)), (finite_or_nan(window.get(key)),)) for key in errors]
+        if tried:
+            row.append(Cell(as_factor(window.get("rate")), (finite_or_nan(window.get("rate") or None),)))
+            row.append(Cell(str(tried[index]), (tried[index],)))
+        steps, seconds = window["steps"], window["seconds"]
+        row += [Cell(str(steps), (steps,)), Cell(duration(seconds), (seconds,))]
+        outcome = "accepted" if window["accepted"] else "not accepted"
+        rows.append([*row, *(Cell(text, (text,)) for text in (outcome, window.get("note") or ""))])
     return Table(columns, rows)
 
 
@@ -145,7 +149,7 @@ def places(run: Path, out: Path) -> dict[str, Any]:
     """Paths of a run and its configuration, in the form in which the page in `out` shows them."""
     folder, config = run.resolve(), run / "config.yaml"
     return {
-        "run": folder.name,
+        "title": folder.name,
         "at": "" if folder == out.resolve() else f"{relative_link(folder, out)}/",
         "folder": folder.as_posix(),
         "quoted_run": shlex.quote(folder.as_posix()),

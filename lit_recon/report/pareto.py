@@ -73,8 +73,9 @@ def pareto_figure(
     points = [(cost[0].of(run), quality[0].of(run)) for run in runs]
     figure = Figure(SIZE, layout="constrained")
     axes = figure.add_subplot()
-    shades = shades_of(colors)
-    for (x, y), color in zip(points, colors, strict=True):
+    drawn = [(point, color) for point, color in zip(points, colors, strict=True) if all(map(math.isfinite, point))]
+    shades = shades_of([color for _, color in drawn])
+    for (x, y), color in drawn:
         axes.plot(x, y, "o", color=shades[color], markersize=6, markeredgecolor="white", markeredgewidth=0.8, zorder=3)
     best = front(points)
     axes.plot(

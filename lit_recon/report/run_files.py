@@ -40,7 +40,11 @@ RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be ab
     "typical_error?": {"pruned": MAYBE, "reconstructed": MAYBE},
     "walk_peak_memory_bytes?": MAYBE,
     "phase_peak_memory_bytes?": {str: NUMBER},
-    "predicted?": {"seconds": NUMBER, "peak_memory_bytes": MAYBE, "walk_peak_memory_bytes?": MAYBE},
+    "walk_peak_host_bytes?": MAYBE,
+    "predicted?": {
+        "seconds": NUMBER,
+        **{"peak_memory_bytes": MAYBE, "walk_peak_memory_bytes?": MAYBE, "walk_peak_host_bytes?": MAYBE},
+    },
 }
 
 Curve = list[tuple[int, float]]  # (global step, value)

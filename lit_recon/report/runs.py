@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_recon.report.evaluations import Evaluation, latest, protocol_text, read_evaluations
+from lit_recon.report.evaluations import Evaluation, is_record, latest, protocol_text, read_evaluations
 from lit_recon.report.run_files import is_study_figure, read_results
 from lit_recon.system.lock import is_held
 
@@ -44,20 +44,35 @@ class Run:
     remarks: tuple[str, ...] = ()
 
     @property
+    def page(self) -> Path:
+        """The file of its page: in its folder, of a record in the folder that is called like it."""
+        return (self.folder.with_suffix("") if is_record(self.folder) else self.folder) / "report.html"
+
+    @property
+    def shown(self) -> Path:
+        """What its page shows: the folder of a run, or the record of a checkpoint that was only evaluated."""
+        return self.folder / "evaluations.json" if self.state == EVALUATED and self.folder.is_dir() else self.folder
+
+    @property
     def is_expected(self) -> bool:
         """Whether nothing is wrong with it: it is finished, still running, or only evaluated."""
         return self.state in (FINISHED, RUNNING, EVALUATED)
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Runs in folders, each once; figures of studies and earlier overviews, which `runs/*/*` matches too, are left out.
+    """Runs in folders, each once; figures of studies and earlier pages, which `runs/*/*` matches too, are left out.
 
     They are not where nothing else was given.
     """
     once = list({folder.absolute(): folder for folder in folders}.values())
-    apart = [is_study_figure(folder) or is_overview(folder) or is_overview(folder.parent) for folder in once]
+    apart = [is_study_figure(folder) or is_page(folder) or is_overview(folder.parent) for folder in once]
     meant = [folder for folder, is_apart in zip(once, apart, strict=True) if not is_apart]
     return [read_run(folder) for folder in meant or once]
+
+
+def is_page(folder: Path) -> bool:
+    """Whether a folder holds a page alone: that over many runs, or that of the record next to it."""
+    return is_overview(folder) or is_record(folder.with_name(f"{folder.name}.json"))
 
 
 def is_overview(folder: Path) -> bool:

@@ -10,10 +10,10 @@ all runs gain as many nats and stay as far apart as they were; hence it is measu
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -90,7 +90,8 @@ def studies(runs: Mapping[Path, Mapping[str, Any]]) -> list[Study]:
     shared = {}
     for folder, results in runs.items():
         texts = {key: text for key, text in settings(results).items() if key != "criterion"}
-        key = json.dumps([texts, results["protocol"]], sort_keys=True)
+        protocol = {name: value for name, value in results["protocol"].items() if name != "split"}
+        key = json.dumps([texts, protocol], sort_keys=True)  # the split is in the data set's name; until 0.8 it was not
         groups[key][folder], shared[key] = results, texts
     compared = {key: group for key, group in groups.items() if len({_criterion(one) for one in group.values()}) > 1}
     main, different = shared_and_different({key: shared[key] for key in compared})
@@ -127,8 +128,33 @@ def _figures(folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def spread_rows(study: Study) -> list[list[str]]:
-    """Spread of a study as text: what it is, of the pruned and the reconstructed models, and the share that is left.
+class SpreadRow(NamedTuple):
+    """One measure of a study's spread.
+
+    Attributes:
+        what: What it is.
+        as_text: A number of it as people read it.
+        pruned: Of the pruned models.
+        reconstructed: Of the reconstructed models.
+    """
+
+    what: str
+    as_text: Callable[[float], str]
+    pruned: float
+    reconstructed: float
+
+    @property
+    def left(self) -> float:
+        """The share of it that is left after reconstruction; NaN where there was none."""
+        return self.reconstructed / self.pruned if self.pruned else math.nan
+
+    def texts(self) -> list[str]:
+        """The row as people read it."""
+        return [self.what, self.as_text(self.pruned), self.as_text(self.reconstructed), as_share(self.left)]
+
+
+def spread_rows(study: Study) -> list[SpreadRow]:
+    """Spread of a study.
 
     Of three runs or more, also without the worst: random masks alone would decide it, and say nothing of the others.
     """
@@ -136,7 +162,7 @@ def spread_rows(study: Study) -> list[list[str]]:
     return rows + _rows(study.without(study.worst), f", without {study.worst}") if len(study.runs) > 2 else rows
 
 
-def _rows(study: Study, remark: str) -> list[list[str]]:
+def _rows(study: Study, remark: str) -> list[SpreadRow]:
     """The same of all runs."""
     rows = []
     measures = ((study.perplexities, "perplexity", as_perplexity), (study.nats, "nats", as_nats))
@@ -146,8 +172,7 @@ def _rows(study: Study, remark: str) -> list[list[str]]:
             ("range", pruned.range, reconstructed.range),
             ("standard deviation", pruned.deviation, reconstructed.deviation),
         ):
-            left = after / before if before else math.nan
-            rows.append([f"{name}, {unit}{remark}", as_text(before), as_text(after), as_share(left)])
+            rows.append(SpreadRow(f"{name}, {unit}{remark}", as_text, before, after))
     return rows
 
 
@@ -158,14 +183,15 @@ def spread_table(study: Study) -> Group:
     table.add_column(first, overflow="fold")
     for header in others:
         table.add_column(header, justify="right", no_wrap=True)
-    for what, *numbers in spread_rows(study):
+    for what, *numbers in (row.texts() for row in spread_rows(study)):
         table.add_row(Text(what), *numbers)  # Text: what looks like markup in a name is not read as markup
     return Group(Text(study.about, style="table.title"), table)
 
 
 def spread_markdown(study: Study) -> str:
     """Spread of a study in GitHub's Markdown."""
-    rows = [spread_header(study), ["---", "---:", "---:", "---:"], *(map(escaped, row) for row in spread_rows(study))]
+    rows = [spread_header(study), ["---", "---:", "---:", "---:"]]
+    rows += [[escaped(text) for text in row.texts()] for row in spread_rows(study)]
     return f"{escaped(study.about)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Tables over runs and over groups of runs: the same cells on the page, in Markdown and in CSV.
+"""Tables over runs, groups, rates and criteria: the same cells on the page, in Markdown and in CSV.
 
 CSV has the numbers as they are, Markdown and page as people read them. A cell of text that a spreadsheet would take for
 a formula is prefixed by an apostrophe (OWASP, CSV injection).
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from lit_recon.report.comparison import escaped
 from lit_recon.report.evaluations import latest, tasks_text
-from lit_recon.report.groups import ABSENT, Group, label_of, value_of
+from lit_recon.report.format import as_share
+from lit_recon.report.groups import ABSENT, Group, RateSweep, label_of, value_of
 from lit_recon.report.measures import (
     GAP,
     GAP_IN_NATS,
@@ -27,6 +28,7 @@ from lit_recon.report.measures import (
     Measure,
 )
 from lit_recon.report.runs import EVALUATED, Run, protocol_of
+from lit_recon.report.study import Study, spread_header, spread_rows
 
 LONGEST = 60  # letters of a setting that people read
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that a spreadsheet computes
@@ -63,6 +65,11 @@ class Table:
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+
+    def without(self, label: str) -> "Table":
+        """The table without a column."""
+        kept = [index for index, column in enumerate(self.columns) if column.label != label]
+        return Table([self.columns[index] for index in kept], [[row[index] for index in kept] for row in self.rows])
 
     def as_csv(self) -> bytes:
         """The table as CSV: UTF-8, a comma between cells."""
@@ -142,6 +149,37 @@ def groups_table(groups: Sequence[Group], measures: Sequence[Measure]) -> Table:
         row = [setting_cell(value) for value in group.values.values()]
         row.append(Cell(number, (finished, len(group.runs))))
         rows.append([*row, *(mean_cell(group, measure) for measure in measures)])
+    return Table(columns, rows)
+
+
+def rates_table(sweeps: Sequence[RateSweep]) -> Table:
+    """Two rows per sweep over rates: the rate that each rule chooses, and what its runs reached.
+
+    Args:
+        sweeps: The sweeps; what tells them apart is a column where there are several.
+    """
+    measures = (HELD_OUT, PERPLEXITY, NATS)
+    columns = [Column("sweep", ("sweep",), False)] if any(sweep.about for sweep in sweeps) else []
+    columns += [Column("rule", ("rule",), False), Column("rate", ("rate",))]
+    columns += [Column(one.label, (f"{one.key}_mean", f"{one.key}_standard_deviation")) for one in measures]
+    rows = []
+    for sweep in sweeps:
+        for rule, group in sweep.choices.items():
+            (rate,) = group.values.values()
+            row = [setting_cell(sweep.about)] if columns[0].label == "sweep" else []
+            row += [Cell(rule, (rule,)), setting_cell(rate)]
+            rows.append([*row, *(mean_cell(group, measure) for measure in measures)])
+    return Table(columns, rows)
+
+
+def criteria_table(study: Study) -> Table:
+    """The spread between criteria before and after reconstruction."""
+    what, *others = spread_header(study)
+    columns = [Column(what, ("spread_between_criteria",), False), *(Column(label, (label,)) for label in others)]
+    rows = []
+    for row in spread_rows(study):
+        pruned, reconstructed = (Cell(row.as_text(one), (one,)) for one in (row.pruned, row.reconstructed))
+        rows.append([Cell(row.what, (row.what,)), pruned, reconstructed, Cell(as_share(row.left), (row.left,))])
     return Table(columns, rows)
 
 

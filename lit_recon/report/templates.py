@@ -15,10 +15,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lit_recon import __version__
 from lit_recon.report.format import as_count, as_error, as_factor, as_memory, as_nats, as_perplexity, as_share
 from lit_recon.system.units import duration
 
 HERE = Path(__file__).parent
+MADE_BY = f"lit_recon {__version__}"
 
 
 @cache
@@ -36,19 +38,17 @@ def environment() -> Environment:
     return made
 
 
-def render(template: str, *, script: str = "", **values: Any) -> bytes:
+def render(template: str, **values: Any) -> bytes:
     """A page.
 
     Args:
         template: Its file in this folder.
-        script: The file of its script, if it has one.
         values: What the template shows; text is escaped.
 
     Returns:
         The page in UTF-8; names that are not UTF-8 are shown as escapes.
     """
-    style = (HERE / "style.css").read_text(encoding="utf-8")
-    code = (HERE / script).read_text(encoding="utf-8") if script else ""
+    style, code = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
     policy = [
         "default-src 'none'",
         "img-src data:",
@@ -58,7 +58,7 @@ def render(template: str, *, script: str = "", **values: Any) -> bytes:
         "form-action 'none'",
     ]
     # Markup: files of the package, nothing that a run has written
-    head = {"style": Markup(style), "script": Markup(code), "policy": "; ".join(policy)}
+    head = {"style": Markup(style), "script": Markup(code), "policy": "; ".join(policy), "made_by": MADE_BY}
     return environment().get_template(template).render(**head, **values).encode(errors="backslashreplace")
 
 

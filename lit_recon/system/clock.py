@@ -1,5 +1,7 @@
 """Clock of a run: seconds and peak memory in each of its phases, and in total, resumed runs included.
 
+A GPU is waited for where a phase begins and where it ends: what it computes counts for the phase that asked for it.
+
 The system counts one peak of memory. Where a part of a run begins or ends, it is read and counted anew; what was read
 is part of every part that was open, so that parts may lie within each other:
 
@@ -37,26 +39,37 @@ class Clock:
 
     Args:
         phases: Their names.
-        memory: The peak of memory; None: it is not looked at.
+        memory: The peak of memory where windows are trained; None: it is not looked at.
+        host: That of the CPU's memory, where it is another one.
+        wait: Waits for what is being computed; None: nothing is in the background.
     """
 
-    def __init__(self, phases: Iterable[str] = PHASES, memory: Peak | None = None) -> None:
+    def __init__(
+        self,
+        phases: Iterable[str] = PHASES,
+        memory: Peak | None = None,
+        *,
+        host: Peak | None = None,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.seconds = dict.fromkeys(phases, 0.0)
-        self.memory = memory
+        self.memory, self.host = memory, host
+        self._wait = wait
         self._peaks = {"": 0}  # bytes by part; the part without a name is the whole run
+        self._host_peaks = {"": 0}
         self._open = [""]
         self._are_apart = memory is not None and memory.is_reset
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent in the context to phase `name`; the memory in it is that of the phase."""
-        start = time.perf_counter()
+        start = self._now()
         try:
             with self.part(name):
                 yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self._now() - start
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -71,10 +84,17 @@ class Clock:
 
     def _look(self) -> None:
         """Read the peak since the last look, which counts for every part that is open."""
-        if self.memory is not None:
-            peak = self.memory.take()
-            for name in self._open:
-                self._peaks[name] = max(self._peaks.get(name, 0), peak)
+        for memory, peaks in ((self.memory, self._peaks), (self.host, self._host_peaks)):
+            if memory is not None:
+                peak = memory.take()
+                for name in self._open:
+                    peaks[name] = max(peaks.get(name, 0), peak)
+
+    def _now(self) -> float:
+        """The time, when all that was asked for so far is done."""
+        if self._wait is not None:
+            self._wait()
+        return time.perf_counter()
 
     def peak(self, part: str = "") -> int:
         """Peak memory of a part so far, in bytes; by default of the whole run.
@@ -83,6 +103,11 @@ class Clock:
         """
         self._look()
         return self._peaks.get(part, 0)
+
+    def host_peak(self, part: str = "") -> int | None:
+        """The same of the CPU's memory; None where windows are trained in it."""
+        self._look()
+        return None if self.host is None else self._host_peaks.get(part, 0)
 
     def phase_peaks(self) -> dict[str, int]:
         """Peak memory of each phase that there has been, in bytes; empty where the system cannot tell them apart."""
@@ -99,7 +124,7 @@ class Clock:
     def state(self) -> dict[str, Any]:
         """What a run that is resumed goes on from: seconds and peaks so far; JSON."""
         self._look()
-        apart = {"peaks": dict(self._peaks), "are_apart": self._are_apart}
+        apart = {"peaks": dict(self._peaks), "host_peaks": dict(self._host_peaks), "are_apart": self._are_apart}
         return {"seconds": dict(self.seconds), "elapsed": self.total()} | apart
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -107,8 +132,9 @@ class Clock:
         for name, value in state["seconds"].items():
             self.seconds[name] += value
         self.started -= state["elapsed"]
-        for name, value in state["peaks"].items():
-            self._peaks[name] = max(self._peaks.get(name, 0), value)
+        for peaks, before in ((self._peaks, state["peaks"]), (self._host_peaks, state["host_peaks"])):
+            for name, value in before.items():
+                peaks[name] = max(peaks.get(name, 0), value)
         self._are_apart &= state["are_apart"]
 
 

@@ -42,6 +42,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def waiting_for(device: torch.device) -> Callable[[], None] | None:
+    """What waits for all that a device computes; None where nothing is computed in the background."""
+    if device.type != "cuda":
+        return None
+
+    def wait() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
 @dataclass(frozen=True)
 class Compute:
     """Device of a run, and its precision by Lightning's name; master weights are float32 in every precision.
@@ -97,7 +109,8 @@ class Compute:
     def trainers(self, trainer: "partial[Trainer]") -> Callable[..., Trainer]:
         """Factory of Trainers for this device and precision, each with fresh copies of the callbacks of `trainer`.
 
-        A callback may hold state, such as a counter, which must not pass from one window to the next.
+        A callback may hold state, such as a counter, which must not pass from one window to the next. Where `trainer`
+        has no strategy of its own, what a fit leaves stays on the device.
 
         Raises:
             ValueError: A callback that cannot be copied.
@@ -109,9 +122,11 @@ class Compute:
             raise ValueError(f"trainer.callbacks: each window gets a copy of them, but {error}.") from error
 
         trainer = one_process(trainer)
+        has_strategy = trainer.keywords.get("strategy", "auto") != "auto"
 
         def make(*, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
             where = {"precision": self.precision, "accelerator": self.device.type, "enable_checkpointing": False}
+            where |= {} if has_strategy else {"strategy": ResidentStrategy(self.device)}
             return trainer(callbacks=[*deepcopy(own), *callbacks], **where | settings)
 
         return make
@@ -120,6 +135,19 @@ class Compute:
         """Context for passes outside of training steps, with the same autocast as in Lightning's training steps."""
         dtype = _AUTOCAST[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
+
+
+class ResidentStrategy(SingleDeviceStrategy):
+    """One device, on which everything stays when a fit ends: the next window's needs it there.
+
+    Lightning's own moves weights, masks and the optimizer's states to the CPU, 24 bytes per parameter of a window, and
+    has a GPU's allocator return its memory, which the next window asks for again.
+    """
+
+    def teardown(self) -> None:
+        """End precision and checkpoints, and move nothing."""
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
 
 
 class _NoCheckpoints(CheckpointIO):

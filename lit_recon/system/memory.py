@@ -81,6 +81,11 @@ class PeakMemory:
         return peak
 
 
+def peaks_of(device: torch.device) -> tuple[PeakMemory, PeakMemory | None]:
+    """The peak of the memory of a device, and of the CPU's where that is another one."""
+    return PeakMemory(device), PeakMemory(torch.device("cpu")) if device.type == "cuda" else None
+
+
 def release_memory() -> None:
     """Give memory that a window or a walk has used back to the system.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lit_recon.activations.datamodule import ActivationDataModule, Activations
+from lit_recon.activations.datamodule import ActivationDataModule, Activations, Batch, places_of
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import decoder_layers
 from lit_recon.model.partition import partition
@@ -167,8 +167,9 @@ def activations_of(tokens_ST: Tensor, batch_size: int = 2) -> Activations:
 def order(loader: DataLoader, activations: Activations) -> list[int]:
     """Which samples a loader serves in one epoch, by what they contain."""
     served = []
-    for rows_B, inputs_BTD, targets_BTD in loader:
-        for row, input_TD, target_TD in zip(rows_B.tolist(), inputs_BTD, targets_BTD, strict=True):
+    for rows_B in loader:
+        batch = activations.batch(rows_B, CPU.device)
+        for row, input_TD, target_TD in zip(rows_B.tolist(), batch.inputs_BTD, batch.targets_BTD, strict=True):
             equal = (activations.inputs_STD == input_TD).all((1, 2)) & (activations.targets_STD == target_TD).all(
                 (1, 2)
             )
@@ -207,7 +208,7 @@ def test_the_last_batch_is_smaller_and_not_dropped(
     data = activations_of(many_ST, batch_size).data_module(seed=7)
     for loader, sizes in ((data.train_dataloader(), train), (data.val_dataloader(), held_out)):
         assert len(loader) == len(sizes)
-        assert [len(inputs_BTD) for _, inputs_BTD, _ in loader] == sizes
+        assert [len(rows_B) for rows_B in loader] == sizes
 
 
 def test_every_batch_replays_the_layers_own_arguments(model: PreTrainedModel, tokens_ST: Tensor) -> None:
@@ -262,3 +263,14 @@ def test_a_token_without_a_finite_embedding_is_named_with_its_first_place() -> N
         chain_of(model, tokens_ST, 4)
     with pytest.raises(NotFinite, match=r"first in held-out sample 0, position 6 .*another copy of the model"):
         chain_of(model, tokens_ST, 3)
+
+
+def test_padding_is_left_out_by_places_that_no_device_has_to_be_asked_for(tokens_ST: Tensor) -> None:
+    valid_BT = torch.tensor([[True, True, False], [True, False, False]])
+    places_N = places_of(valid_BT, CPU.device)
+    assert places_N.tolist() == [0, 1, 3] and places_of(torch.ones(2, 3, dtype=torch.bool), CPU.device) is None
+    by_token = torch.arange(12).view(2, 3, 2)
+    placed = Batch(by_token, by_token, [], by_token[..., 0], valid_BT.to("meta"), 1.0, places_N)
+    masked = Batch(by_token, by_token, [], by_token[..., 0], valid_BT)
+    assert placed.num_tokens == masked.num_tokens == 3
+    assert placed.text(by_token).tolist() == masked.text(by_token).tolist() == [[0, 1], [2, 3], [6, 7]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Ended, letter_tokenizer
+from conftest import CPU, Ended, letter_tokenizer
 from torch import Tensor
 from walks import (
     CALIBRATION,
@@ -174,7 +174,8 @@ def test_a_pass_leaves_no_samples_in_memory(tmp_path: Path) -> None:
     for position in range(2):
         data = walk.start(position)
         data.unit()
-        assert sum(len(rows_B) for rows_B, *_ in data.data_module(seed=0).train_dataloader()) == CALIBRATION
+        loader = data.data_module(seed=0).train_dataloader()
+        assert sum(len(data.batch(rows_B, CPU.device).inputs_BTD) for rows_B in loader) == CALIBRATION
         size = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert resident(tmp_path) < size / 4, "the system maps some pages around those that are asked for"
         walk.end(position)

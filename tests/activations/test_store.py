@@ -32,7 +32,7 @@ from lit_recon.activations import disk_store as disk
 from lit_recon.activations.datamodule import Activations
 from lit_recon.activations.disk_store import DiskStore
 from lit_recon.activations.propagation import Propagation
-from lit_recon.activations.store import MemoryStore, StoreSettings, check_targets, count_arrays
+from lit_recon.activations.store import MemoryStore, Room, StoreSettings, check_targets, count_arrays, kind_of
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import layer_windows, partition
 from lit_recon.pruning.criteria.magnitude import Magnitude
@@ -52,7 +52,7 @@ def tokens_ST() -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "ram"}, "store.kind='ram': expected one of memory, disk, auto"),
+        ({"kind": "ram"}, "store.kind='ram': expected one of device, memory, disk, auto"),
         ({"targets": "drop"}, "store.targets='drop': expected one of keep, recompute"),
         ({"dtype": "int8"}, "store.dtype='int8': expected one of None, bfloat16, float32"),
     ],
@@ -70,7 +70,7 @@ def test_all_bad_settings_are_told_at_once() -> None:
     assert named == ["store.kind", "store.targets", "store.dtype"]
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk", "auto"])
+@pytest.mark.parametrize("kind", ["device", "memory", "disk", "auto"])
 def test_each_member_of_the_group_keeps_what_its_name_says(kind: str) -> None:
     settings = instantiate(OmegaConf.load(CONF / "store" / f"{kind}.yaml"), _convert_="all")
     assert (settings.kind, settings.targets, settings.recompute) == (kind, "keep", False)
@@ -103,11 +103,49 @@ def test_arrays_are_as_many_as_counted_by_hand(propagation: Propagation) -> None
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
-    shape = (128, 2048, 4096)  # 2**30 numbers
-    assert StoreSettings(kind="memory").needed(shape, 2) == (2 * 2**32, 0)
-    assert StoreSettings(kind="memory", dtype="bfloat16").needed(shape, 2) == (2 * 2**31, 0)
-    assert StoreSettings(kind="disk").needed(shape, 3) == (0, 3 * 2**31)
-    assert StoreSettings(kind="disk", dtype="float32").needed(shape, 3) == (0, 3 * 2**32)
+    shape, room, gpu = (128, 2048, 4096), Room(), Room(device=torch.device("cuda", 0))  # 2**30 numbers
+    assert StoreSettings(kind="memory").needed(shape, 2, room) == (2 * 2**32, 0, 0)
+    assert StoreSettings(kind="memory", dtype="bfloat16").needed(shape, 2, room) == (2 * 2**31, 0, 0)
+    assert StoreSettings(kind="memory").needed(shape, 2, gpu) == (2 * 2**31, 0, 0), "16 bits where a GPU reads them"
+    assert StoreSettings(kind="disk").needed(shape, 3, room) == (0, 3 * 2**31, 0)
+    assert StoreSettings(kind="disk", dtype="float32").needed(shape, 3, room) == (0, 3 * 2**32, 0)
+    assert StoreSettings(kind="device").needed(shape, 2, gpu) == (0, 0, 2 * 2**31)
+    assert StoreSettings(kind="device", dtype="float32").needed(shape, 2, gpu) == (0, 0, 2 * 2**32)
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "reserved", "kind"),
+    [
+        (2000, None, 0, "device"),  # two arrays of 250 numbers in 16 bits are 1000 bytes: half of it
+        (1999, None, 0, "memory"),
+        (5000, None, 3000, "device"),
+        (5000, None, 3001, "memory"),  # training needs the rest
+        (9000, 4000, 2001, "memory"),  # no more than the limit is free
+        (100, None, 900, "memory"),
+    ],
+)
+def test_auto_takes_a_gpus_memory_up_to_half_of_what_training_leaves(
+    free: int, limit: int | None, reserved: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**6))
+    room = Room(device=torch.device("cuda", 0), limit=limit, reserved=reserved)
+    needed = StoreSettings(kind="auto").needed((5, 5, 10), 2, room)
+    assert needed == ((0, 0, 1000) if kind == "device" else (1000, 0, 0))
+
+
+def test_a_run_without_a_gpu_refuses_a_store_on_it(tmp_path: Path) -> None:
+    settings = StoreSettings(kind="device")
+    settings.check_device(torch.device("cuda", 1))
+    with pytest.raises(ValueError, match=r"store=device: this run computes on the CPU.*store=memory.*or store=auto"):
+        settings.check(tmp_path, (1, 1, 1), 1, Room())
+
+
+def test_a_store_says_of_what_kind_it_is(tmp_path: Path) -> None:
+    with DiskStore(tmp_path) as store:
+        assert kind_of(store) == "disk"
+    assert kind_of(MemoryStore()) == "memory"
+    assert kind_of(MemoryStore(torch.bfloat16, torch.device("meta"))) == "device"
 
 
 @pytest.mark.parametrize(("available", "kind"), [(8000, "memory"), (7999, "disk")])
@@ -116,7 +154,7 @@ def test_auto_takes_memory_up_to_its_share_of_what_is_free(
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     settings = StoreSettings(kind="auto")
-    with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2) as store:  # 4000 bytes
+    with caplog.at_level("INFO"), settings.open(tmp_path / "states", (5, 10, 10), 2, Room()) as store:  # 4000 bytes
         assert isinstance(store, {"memory": MemoryStore, "disk": DiskStore}[kind])
         assert store.dtype == {"memory": torch.float32, "disk": torch.bfloat16}[kind]
     (line,) = caplog.messages
@@ -128,10 +166,10 @@ def test_too_little_free_space_is_told_before_the_run(tmp_path: Path, monkeypatc
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=3 * 10**9))
     folder, shape = tmp_path / "not" / "there", (1000, 1000, 1000)  # 2 GB per array
     settings = StoreSettings(kind="disk")
-    settings.check(folder, shape, 1)
-    StoreSettings(kind="memory").check(folder, shape, 100)
+    settings.check(folder, shape, 1, Room())
+    StoreSettings(kind="memory").check(folder, shape, 100, Room())
     with pytest.raises(ValueError, match=r"need 4\.00 GB in .*, where 3\.00 GB are free.*store\.targets=recompute"):
-        settings.check(folder, shape, 2)
+        settings.check(folder, shape, 2, Room())
     assert set(asked) == {tmp_path} and not folder.exists()
 
 
@@ -194,10 +232,14 @@ def test_a_training_batch_is_prefetched_while_the_one_before_it_is_served(tokens
     chain = chain_in(model, tokens_ST, store=store)
     chain.dense_pass(layer_windows(model)[0])
     chain.passes.batching.num_samples = SAMPLES
-    loader = Activations.from_chain(chain).data_module(seed=3).train_dataloader()
+    served_from = Activations.from_chain(chain).data_module(seed=3)
+    loader = served_from.train_dataloader()
     for _ in range(2):  # epochs
         store.told.clear()
-        served = [rows_B.tolist() for rows_B, *_ in loader]
+        served = []
+        for rows_B in loader:
+            served_from.transfer_batch_to_device(rows_B, torch.device("cpu"), 0)
+            served.append(rows_B.tolist())
         assert sorted(itertools.chain(*served)) == list(range(SAMPLES))
         first, second, third = served
         told = [rows for what, rows in store.told if what == "prefetch"][::2]  # inputs, targets

@@ -48,6 +48,23 @@ def test_evaluation_may_have_a_split_of_its_own(folder):
     assert source.describe("calibration") == f"{folder} train" and source.describe("evaluation") == f"{folder} test"
 
 
+def test_a_part_is_called_by_its_split_where_it_has_one_of_its_own(folder, tokenizer, tmp_path):
+    assert Hub(name=str(folder), evaluation={"split": "test"}).split_name("evaluation") == "test"
+    shared = Hub(name=str(folder), data_files="train.jsonl")
+    assert shared.split_name("evaluation") == "evaluation part of train"
+    settings = {"num_samples": 2, "length": 8, "evaluation_samples": 1, "evaluation_length": 8}
+    source = Hub(name=str(folder), evaluation={"split": "test"}, **settings)
+    assert source.samples(tokenizer, cache=tmp_path).evaluation_split == "test"
+
+
+@pytest.mark.parametrize("member", ["wikitext2", "c4", "minipile"])
+def test_the_evaluation_of_the_papers_data_sets_is_a_test_split(member):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        source = instantiate(compose("fit", overrides=[f"data={member}"]).data, _convert_="all")
+    assert source.split_name("evaluation") == "test" and source.is_one_text("evaluation")
+    assert source.is_one_text("calibration") == (member == "wikitext2")
+
+
 def test_evaluation_may_be_another_data_set_with_another_field(folder, tmp_path):
     write_rows(tmp_path / "other" / "validation.jsonl", [{"body": "to evaluate"}])
     evaluation = {"name": str(tmp_path / "other"), "split": "validation", "field": "body"}

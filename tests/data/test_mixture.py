@@ -59,7 +59,7 @@ def test_samples_are_divided_by_weight_the_largest_remainders_rounded_up(
     said = " and ".join(f"{count} samples of letter {name}" for name, count in counts.items())
     assert samples.description == f"{said}; evaluation: letter e"
     assert all(set(text) & set("abc") == set() for text in texts(samples.evaluation_ST))
-    assert samples.evaluation_description == "letter e"
+    assert samples.evaluation_description == "letter e" and samples.evaluation_split == "evaluation"
 
 
 def test_the_seed_shuffles_and_a_source_keeps_its_own_settings(tmp_path: Path) -> None:

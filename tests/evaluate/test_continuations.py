@@ -16,6 +16,7 @@ from lit_recon.evaluate.continuations import (
     continuations_as_json,
     continue_prompts,
     encode_prompts,
+    num_steps,
 )
 from lit_recon.model.architectures import tiny_model
 
@@ -152,3 +153,14 @@ def test_states_stand_side_by_side() -> None:
         }
     ]
     assert len(set(PROMPTS)) == len(PROMPTS) >= 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_all_steps_are_told_also_where_a_text_ends_before(batch_size: int) -> None:
+    model, told = tiny_model("llama"), []
+    decoding = Decoding(max_new_tokens=10, batch_size=batch_size)
+    first = continue_prompts(model, letter_tokenizer(), TEXTS[:1], decoding)[0].tokens[0]
+    model.generation_config.eos_token_id = first  # the first text ends at once
+    continue_prompts(model, letter_tokenizer(), TEXTS, decoding, advanced=told.append)
+    assert sum(told) == num_steps(TEXTS, decoding) == 10 * -(-len(TEXTS) // batch_size)
+    assert max(told) > 1 or batch_size > 1

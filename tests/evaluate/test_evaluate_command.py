@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import Ended, letter_tokenizer, telling_tokenizer
 from packaging.version import Version
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_recon import Files, load
@@ -33,6 +34,7 @@ def run_evaluation(
         own = ["data=files", f"data.paths=[{text_file}]", "data.evaluation_samples=4", "data.evaluation_length=32"]
         own += ["trainer.precision=32-true", "trainer.accelerator=cpu"]
         given = {word.partition("=")[0].lstrip("+") for word in arguments}
+        given |= {"data.paths"} if "data" in given else set()
         kept = [word for word in own if word.partition("=")[0] not in given]
         monkeypatch.setattr(sys, "argv", ["evaluate", *kept, *arguments])
         capfd.readouterr()
@@ -122,6 +124,44 @@ def test_a_checkpoint_that_save_pretrained_has_written_is_evaluated_by_itself(
     assert found["perplexity"]["protocol"]["context"] == min(4096, context), "the model's own context"
 
 
+WIKI = ["data=wikitext2", "data.name=wiki", "data.evaluation.name=wiki", "data.config=null"]
+WIKI += ["data.evaluation.config=null", "data.evaluation_samples=null"]
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["with BOS", "without"])
+def test_wikitext2_is_measured_as_the_code_of_pruning_papers_does(run_evaluation: Evaluate, opened: bool) -> None:
+    lines = ["", " = a title = \n", "", " first line of it , and more \n", " second\n", ""] * 9
+    Path("wiki").mkdir()
+    for split in ("train", "test"):
+        Path(f"wiki/{split}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenizer = telling_tokenizer()
+    if opened:
+        single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = single
+    model = tiny_model("llama")
+    model.save_pretrained("theirs")
+    tokenizer.save_pretrained("theirs")
+    tokens_1T = AutoTokenizer.from_pretrained("theirs")("\n\n".join(lines), return_tensors="pt").input_ids
+    assert (tokens_1T[0, 0] == tokenizer.bos_token_id) == opened
+    losses = []
+    for start in range(0, tokens_1T.shape[1] - 31, 32):  # eval_ppl_wikitext of locuslab/wanda
+        with torch.no_grad():
+            logits_1TV = model(tokens_1T[:, start : start + 32], use_cache=False).logits
+        targets_T = tokens_1T[0, start + 1 : start + 32]
+        losses.append(torch.nn.functional.cross_entropy(logits_1TV[0, :-1], targets_T).item())
+    words = ["checkpoint=theirs", *WIKI]
+    assert run_evaluation(*words).status == 0
+    (found,) = entries("theirs/evaluations.json")
+    protocol = found["perplexity"]["protocol"]
+    assert found["perplexity"]["nats"]["checkpoint"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert (protocol["windows"], protocol["opening_at"], protocol["split"]) == (len(losses), "text", "test")
+    assert protocol["opening"] == ("<s>" if opened else "none") and protocol["dataset"] == "wiki test"
+    assert run_evaluation(*words, "opening_at=window", "record=other.json").status == 0
+    (other,) = entries("other.json")
+    assert other["perplexity"]["protocol"]["opening_at"] == "window"
+    assert (other["perplexity"]["nats"] == found["perplexity"]["nats"]) == (not opened)
+
+
 def test_a_record_can_be_elsewhere(run_evaluation: Evaluate, model_folder: Path) -> None:
     assert run_evaluation(f"checkpoint={model_folder}", "record=mine/record.json").status == 0
     assert len(entries("mine/record.json")) == 1 and not (model_folder / "evaluations.json").exists()
@@ -163,6 +203,9 @@ def test_all_states_continue_the_same_prompts_and_the_record_and_the_terminal_ha
             tokens_1T = torch.cat([tokens_1T, next_11], 1)
         assert texts[state] == tokenizer.decode(tokens_1T[0, -12:])
     assert texts["dense"] in ended.out
+    lines = re.findall(r"^(\d+)% prompts, (\w+), .* left", ended.out, re.MULTILINE)
+    assert len(lines) == 10 and lines[-1][0] == "100", "tenths of 72 tokens: 12 of 2 prompts in 3 states"
+    assert list(dict.fromkeys(state for _, state in lines)) == list(texts)
 
 
 def test_drift_of_every_matrix_is_in_the_record(run_once: Callable[..., Ended], run_evaluation: Evaluate) -> None:
@@ -204,6 +247,9 @@ def test_tasks_are_run_on_the_checkpoint_and_on_the_dense_model(run_evaluation: 
         ("letters", "acc", state, 2) for state in ("checkpoint", "dense")
     ]
     assert tasks["mean"].keys() == {"checkpoint", "dense"} and "letters acc" in ended.out
+    lines = re.findall(r"^(\d+)% tasks, (\w+), .* left", ended.out, re.MULTILINE)
+    assert lines == [(str(100 * n // 8), "checkpoint" if n <= 4 else "dense") for n in range(1, 9)]
+    assert "Running loglikelihood" not in ended.err, "not a bar of lm-eval's own as well"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def lines(count: int) -> list[list[str]]:
     return made
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_line_evaluates_or_is_refused_in_words_that_name_a_setting_and_leaves_nothing(
     count: int, launcher: Launcher, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

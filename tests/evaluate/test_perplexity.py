@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -142,10 +143,20 @@ def test_the_protocol_is_told_in_one_line_and_in_full() -> None:
         "tokens": 12,
         "precision": "32-true",
         "opening": "none",
+        "opening_at": "window",
         "stride": None,
     }
     assert "each after" not in protocol.describe()
     assert "3 sequences of 5 tokens, each after <s>, 12" in replace(protocol, opening="<s>").describe()
+
+
+def test_a_protocol_names_the_split_once() -> None:
+    tokens_ST = torch.zeros(3, 5, dtype=torch.long)
+    made = partial(EvaluationProtocol.from_tokens, tokens_ST, precision="32-true")
+    assert made(dataset="docs").describe().startswith("docs (evaluation), 3 seq")
+    assert made(dataset="org/name raw test", split="test").describe().startswith("org/name raw test, 3 seq")
+    papers = replace(made(dataset="docs", opening="<s>"), opening_at="text")
+    assert "of 5 tokens, the text after <s>, 12" in papers.describe()
 
 
 def test_a_hopeless_token_does_not_make_the_perplexity_infinite(tokens_ST: Tensor) -> None:

@@ -61,3 +61,27 @@ def test_a_module_that_trains_nothing_of_a_model_is_refused_unless_that_is_asked
 def test_a_start_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="start=other: expected one of none, least_squares"):
         FitSettings(start="other")
+
+
+def test_an_expression_that_chooses_nothing_to_train_is_refused_with_the_names() -> None:
+    check_module(partial(MaskedWeights, train="k_proj"), model_of("llama"), single=False)
+    with pytest.raises(ValueError, match=r"module\.train=conv is in none of the names self_attn\.q_proj\.weight, "):
+        check_module(partial(MaskedWeights, train="conv"), model_of("llama"), single=False)
+    with pytest.raises(ValueError, match=r"with windows=matrix: .* by windows\.match=k_proj"):
+        check_module(partial(MaskedWeights, train="k_proj"), model_of("llama"), single=True)
+
+
+def test_choosing_windows_has_no_meaning_where_none_is_reconstructed() -> None:
+    problems = Problems()
+    check_settings(
+        problems,
+        windows=Partition(by="block", match="_00"),
+        module=partial(MaskedWeights, loss=None),
+        propagation=Propagation(),
+        store=None,
+        prune_by="window",
+        fitting=FitSettings(),
+        trainer=trainer().keywords,
+        walk="global",
+    )
+    assert any("walk=global with windows.match=_00: windows are pruned only" in problem for problem in problems.found)

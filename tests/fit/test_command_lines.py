@@ -166,7 +166,7 @@ def telling_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1200, marks=pytest.mark.slow)])
 def test_every_command_line_runs_or_is_refused_in_words_that_name_a_setting_and_leaves_nothing(
     count: int,
     launcher: Launcher,

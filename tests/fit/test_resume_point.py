@@ -149,8 +149,11 @@ def test_a_walk_is_resumed_from_each_of_its_commits_as_it_was(case: str, tokens_
         commit = again.resume_point.commits.newest()
         assert commit is not None and commit.number == number and commit.state["fact"] == "of all commits"
         again.resume_point.restore(commit)
-        assert_same(again.state(), expected)
+        is_over = number == len(first.windows)  # then nothing is trained on what is made anew
+        is_made_anew = CASES[case][2].independent
+        assert_same(again.state(), expected | ({"chain": {}} if is_over and is_made_anew else {}))
         names = {path.name for path in (folder / "commits").iterdir()}
+        assert any(name.startswith("chain.") for name in names) != is_made_anew
         assert sum(name.startswith("masks.") for name in names) == commits
         assert sum(name.startswith("chain.") for name in names) <= 2
         assert sum(name.startswith("unit.") for name in names) <= 2

@@ -254,3 +254,15 @@ def test_the_shared_blocks_of_zamba2_are_found_in_its_skeleton() -> None:
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="shared_transformer.* are one parameter"):
         Partition().check(model)
+
+
+def test_windows_are_chosen_by_their_names_and_an_expression_without_a_match_lists_them() -> None:
+    model = tiny_model("llama")
+    chosen = [window.name for window in Partition(by="half", match="mlp").cut(model) if window.is_chosen]
+    assert chosen == ["half_00_mlp", "half_01_mlp", "half_02_mlp"]
+    assert all(window.is_chosen for window in Partition(by="block").cut(model))
+    with pytest.raises(ValueError, match=r"windows\.match=conv: found in none of .*\(block_<n>\)"):
+        Partition(by="block", match="conv").cut(model)
+    for wrong in ("", "(", 3):
+        with pytest.raises(ValueError, match=r"windows\.match=.*: expected a regular expression for names of windows"):
+            Partition(by="block", match=wrong)

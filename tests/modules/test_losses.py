@@ -15,7 +15,7 @@ from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.decoder import Decoder
 from lit_recon.model.errors import unit_of
-from lit_recon.model.head import SLICE
+from lit_recon.model.head import SLICE, slice_tokens
 from lit_recon.model.partition import partition
 from lit_recon.modules.losses import balanced, cosine, huber, kl_divergence, mean_squared, relative
 from lit_recon.pruning.criteria.wanda import Wanda
@@ -197,3 +197,9 @@ def test_leaving_a_window_out_costs_a_typical_token_exactly_one() -> None:
     assert unit == sorted(energies_N.tolist())[15]
     losses_N = mean_squared(inputs_ND, inputs_ND + updates_ND, energies_N=energies_N, unit=unit)
     assert np.median(losses_N) == pytest.approx(1, rel=1e-4)
+
+
+def test_slices_of_logits_are_of_bytes_on_a_gpu_and_of_few_tokens_elsewhere() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert slice_tokens(32768, gpu) == 2**28 // (4 * 32768) == 2048
+    assert slice_tokens(2**24, gpu) == slice_tokens(32768, cpu) == SLICE

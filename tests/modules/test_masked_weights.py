@@ -19,7 +19,7 @@ from lit_recon.data.packing import PADDING
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.partition import partition
 from lit_recon.modules.least_squares import LeastSquares
-from lit_recon.modules.masked_weights import MaskedWeights
+from lit_recon.modules.masked_weights import MaskedWeights, zero_removed, zeroing_mask
 from lit_recon.modules.schedules import constant_with_warmup, cosine_with_warmup, linear_with_warmup
 from lit_recon.pruning.criteria.magnitude import Magnitude
 from lit_recon.pruning.patterns import Unstructured
@@ -334,3 +334,13 @@ def test_a_batch_weighs_as_many_tokens_as_it_has_and_a_full_one_exactly_one() ->
         chain = chain_of(tiny_model("llama"), padded_ST, 5)
         chain.dense_pass(partition(tiny_model("llama"))[0])
         assert [batch.weight for batch in Activations.from_chain(chain).batches(0, 5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.float32), ("cuda", torch.bool)])
+def test_what_a_mask_removes_is_zeroed_in_either_form(device_type: str, dtype: torch.dtype) -> None:
+    kept_OI = torch.tensor([[True, False, True], [False, True, False]])
+    found = zeroing_mask(kept_OI, torch.float32, device_type)
+    assert found.dtype == dtype
+    gradient_OI = torch.tensor([[1.0, 2.0, -3.0], [4.0, -5.0, 6.0]])
+    zero_removed(gradient_OI, found)
+    assert gradient_OI.tolist() == [[1, 0, -3], [0, -5, 0]]

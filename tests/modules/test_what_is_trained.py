@@ -147,3 +147,22 @@ def test_norms_and_low_rank_changes_take_less_memory_than_all_weights(tokens_ST:
     assert taken["all"] >= 3 * all_weights, "gradients and two moments"
     assert taken["low rank"] < 0.4 * taken["all"] and taken["norms"] < 0.02 * taken["all"]
     assert 0 < taken["norms"] < taken["low rank"]
+
+
+@pytest.mark.parametrize("name", ["masked_weights", "mask_lora", "norms_biases"])
+def test_of_a_window_only_parameters_of_chosen_names_are_trained(tokens_ST: Tensor, tmp_path: Path, name: str) -> None:
+    data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    train = "(up|down)_proj|post_attention" if name != "norms_biases" else "post_attention"
+    before = {key: one.detach().clone() for key, one in window.layers[0].named_parameters()}
+    made = module(lr=1e-2, cls=MODULES[name], train=train)
+    result = fitter(tmp_path, made).fit(window, masks, data)
+    assert result.accepted
+    changed = {key for key, one in window.layers[0].named_parameters() if not torch.equal(one, before[key])}
+    matrices = {"mlp.down_proj.weight", "mlp.up_proj.weight"} if name != "norms_biases" else set()
+    assert changed == {"post_attention_layernorm.weight"} | matrices
+
+
+def test_what_is_no_expression_is_refused(tokens_ST: Tensor) -> None:
+    _, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
+    with pytest.raises(ValueError, match=r"module\.train='\(': expected a regular expression for names of parameters"):
+        MaskedWeights(window, masks, 1.0, train="(")

@@ -25,6 +25,7 @@ from lit_recon.pruning.patterns import Unstructured
 from lit_recon.pruning.pruner import Pruner
 from lit_recon.pruning.statistics import Statistics
 from lit_recon.reconstruction.driver import WalkCallback, walk
+from lit_recon.reconstruction.held_out_errors import HeldOutErrors
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.system.device import Compute
 from lit_recon.system.finite import NotFinite
@@ -150,7 +151,7 @@ def test_a_pruned_window_without_a_finite_error_is_named_before_it_is_trained(
     tokens_ST: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(Activations, "errors", lambda *_: (Errors(0.1, 0.1), Errors(float("nan"), 0.1)))
+    monkeypatch.setattr(HeldOutErrors, "now", lambda _: Errors(float("nan"), 0.1))
     with pytest.raises(NotFinite, match="^block_00: its error on held-out samples, pruned, is not finite.*16-mixed"):
         walked(tokens_ST, tmp_path, told, precision="16-mixed")
     assert told.events == []
@@ -194,17 +195,45 @@ def test_the_errors_of_a_window_are_those_of_the_weights_that_are_stored(
             window, data, unit = last
             for parameter in window.own_parameters():
                 parameter.data.copy_(parameter.data.to(dtype))
-            assert (result.held_out_after, result.typical_after) == data.errors(window, unit)[1]
+            assert (result.held_out_after, result.typical_after) == data.held_out_errors(window, unit)
             measured.append(result.accepted)
 
-    errors = Activations.errors
+    errors = Activations.calibration_errors
 
-    def keep(self: Activations, window: AnyWindow, unit: float) -> tuple[Errors, Errors]:
+    def keep(self: Activations, window: AnyWindow, unit: float) -> Errors:
         nonlocal last
         last = window, self, unit
         return errors(self, window, unit)
 
     last: tuple = ()
-    monkeypatch.setattr(Activations, "errors", keep)
+    monkeypatch.setattr(Activations, "calibration_errors", keep)
     walked(tokens_ST, tmp_path, Measuring(), tiny_model("llama").to(dtype), **settings)
     assert len(measured) in (3, 6, 21) and sum(measured) > 0.7 * len(measured)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({"by": "matrix", "match": r"\.1\..*k_proj|up_proj"}, ["block_00.mlp.up_proj", "block_01.self_attn.k_proj"]),
+        ({"by": "block", "match": "_0[02]"}, ["block_00", "block_02"]),
+    ],
+    ids=["matrices", "blocks"],
+)
+def test_windows_that_are_not_chosen_are_pruned_only(
+    tokens_ST: Tensor, tmp_path: Path, settings: dict, chosen: list[str]
+) -> None:
+    model, told = tiny_model("llama"), Told()
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    results = walked(tokens_ST, tmp_path, told, model, **settings)
+    assert len(results) == (3 if settings["by"] == "block" else 21)
+    assert [one.name for one in results if one.measured][:2] == chosen
+    for one in results:
+        assert one.accepted == one.measured
+        assert one.measured or one.note == "not one of those that windows.match chooses: kept its pruned weights"
+    for name, mask in told.masks.items():
+        kept = model.get_parameter(name)
+        assert not kept[~mask].any(), "all of them are pruned"
+        window = name.removeprefix("model.layers.").removesuffix(".weight")
+        window = f"block_0{window}" if settings["by"] == "matrix" else f"block_0{window[0]}"
+        measured = next(one.measured for one in results if one.name == window)
+        assert torch.equal(kept[mask], before[name][mask]) != measured, name

@@ -14,6 +14,7 @@ from lit_recon.activations.datamodule import Activations, Batch
 from lit_recon.model.architectures import tiny_model
 from lit_recon.model.errors import Errors
 from lit_recon.model.windows import Window
+from lit_recon.reconstruction.held_out_errors import HeldOutErrors
 
 SINK = 5  # a token at one position of every sample
 
@@ -91,7 +92,7 @@ def test_a_window_is_accepted_if_its_mean_and_its_typical_token_improve(
     data, window, masks = pruned_window(tiny_model("llama"), tokens_ST)
     before, pruned = Errors(0.5, 0.3), weights(window)
     found = iter([before, after, after, after])
-    monkeypatch.setattr(Activations, "errors", lambda *_: (Errors(0.2, 0.2), next(found)))
+    monkeypatch.setattr(HeldOutErrors, "now", lambda _: next(found))
     result = fitter(tmp_path, Moving, max_epochs=1).fit(window, masks, data)
     kept = after if accepted else before
     assert result.accepted == accepted

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -182,3 +183,21 @@ def test_a_signal_waits_while_tensorboards_queue_is_locked(
     assert ended
     log.close()
     assert read_curves(tmp_path)["block_00/loss/train"] == [(0, 1.0)]
+
+
+def test_what_is_logged_later_stands_where_it_belongs_and_its_steps_count_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLogger(tmp_path)
+    monkeypatch.setattr("lit_recon.reconstruction.tensorboard.is_there", lambda metrics: False)  # as on a GPU
+    for name, loss in (("block_00", 3.0), ("block_01", 1.0)):
+        log.start_window(name)
+        for step in range(2):
+            log.log_later({"loss/train": torch.tensor(loss - step), "lr": 0.5}, step)
+        assert log.last_step == log.first_step + 1
+        assert f"{name}/loss/train" not in read_curves(tmp_path), "nothing was read yet"
+    log.end_window()
+    log.experiment.flush()
+    found = read_curves(tmp_path)
+    assert found["block_00/loss/train"] == [(0, 3.0), (1, 2.0)] and found["block_01/loss/train"] == [(2, 1.0), (3, 0.0)]
+    assert found["block_01/lr"] == [(2, 0.5), (3, 0.5)]

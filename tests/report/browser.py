@@ -106,6 +106,13 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def press(self, key: str) -> None:
+        """Press a key on what has the focus."""
+        for kind in ("keyDown", "keyUp"):
+            code = {"Enter": 13}[key]
+            more = {"windowsVirtualKeyCode": code, "text": chr(code)} if kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
+
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)

@@ -65,6 +65,7 @@ def evaluations_of(prompt: str) -> dict[str, Any]:
     """An evaluations.json with all parts, in which prompts are continued well and badly."""
     perplexities = {"dense": 10.0, "pruned": 20.0, "checkpoint": 12.5}
     protocol = {"dataset": f"wikitext2 {prompt}", "split": "test", "context": 2048, "stride": None, "windows": 141}
+    nats = {state: math.log(value) for state, value in perplexities.items()}
     names = ["self_attn.q_proj", "mlp.down_proj"]
     return {
         "version": 1,
@@ -72,7 +73,11 @@ def evaluations_of(prompt: str) -> dict[str, Any]:
             {
                 "when": "2026-11-28T13:05:00+00:00",
                 "checkpoint": "run/checkpoint",
-                "perplexity": {"protocol": protocol, "perplexity": perplexities, "gap_recovered": 0.75},
+                "dense": "org/dense",
+                "seconds": {"load": 1.5, "measure": 90.25, "prompts": 8.25, "total": 100.5},
+                "peak_memory_bytes": 1_250_000_000,
+                "versions": {"lit_recon": "0.8.0", "torch": "2.13.0"},
+                "perplexity": {"protocol": protocol, "nats": nats, "perplexity": perplexities, "gap_recovered": 0.75},
                 "agreement": {
                     "kl": 0.0625,
                     "top1": 0.8125,

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,28 @@ def test_checkpoints_alone_have_a_page_and_records_of_models_of_the_hub_count_to
     record.write_text(json.dumps(evaluations_of("y")))
     assert main([str(other), "--markdown"]) == 0
     assert "| evaluated | 10.00 | 20.00 | 12.50 | 75.0% |" in capsys.readouterr().out
-    text = (tmp_path / "models" / "report" / "report.html").read_text(encoding="utf-8")
-    assert "<h1>1 run in models</h1>" in text and MARKUP not in text
-    assert main([str(other), str(record), "--out", str(tmp_path / "out")]) == 0
+    assert MARKUP not in (other / "report.html").read_text(encoding="utf-8")
+    assert sorted(path.name for path in other.parent.iterdir()) == [MARKUP], "no page over one checkpoint"
+    assert main([str(record)]) == 0
+    page_of_record = record.with_suffix("") / "report.html"
+    assert f"Report: {page_of_record}\n" in capsys.readouterr().out
+    assert "<h1>org/name</h1>" in page_of_record.read_text(encoding="utf-8")
+    found = [str(other), *map(str, record.parent.iterdir())]  # as evaluations/* has the page's folder as well
+    assert main([*found, "--out", str(tmp_path / "out")]) == 0 and len(found) == 3
     row = rows_of(tmp_path / "out")["evaluations/org--name.json"]
     assert (row["state"], row["perplexity_reconstructed"]) == ("evaluated", "12.5")
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'href="../evaluations/org--name/report.html"' in text and text.count('/report.html"') == 2
+
+
+def test_of_several_checkpoints_only_a_page_that_is_older_than_its_evaluations_is_drawn_again(tmp_path: Path) -> None:
+    two = [checkpoint(tmp_path / name) for name in ("one", "other")]
+    assert main(list(map(str, two))) == 0
+    os.utime(two[0] / "evaluations.json", (4e9, 4e9))
+    for folder in two:
+        (folder / "report.html").write_text((folder / "report.html").read_text(encoding="utf-8") + "<!-- old -->")
+    assert main(list(map(str, two))) == 0
+    assert ["<!-- old -->" in (folder / "report.html").read_text(encoding="utf-8") for folder in two] == [False, True]
 
 
 def test_what_cannot_be_read_of_evaluations_alone_is_said_and_counts_as_damaged(

@@ -79,9 +79,9 @@ def test_groups_are_the_settings_and_hold_the_seeds(drawn: Path) -> None:
 def test_both_choices_of_a_rate_are_named(drawn: Path) -> None:
     text = " ".join((drawn / "report.html").read_text(encoding="utf-8").split())
     section = text.partition("Which learning rate?")[2].partition("</section>")[0]
-    rows = re.findall(r"<tr><td.*?</tr>", section)
+    rows = re.findall(r"<tr> <td.*?</tr>", section)
     found = [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
-    assert [row[:3] for row in found] == [
+    expected = [
         [f"data.num_samples {samples}", *choice]
         for samples in (8, 32)
         for choice in (
@@ -89,6 +89,38 @@ def test_both_choices_of_a_rate_are_named(drawn: Path) -> None:
             ["chosen by test perplexity (the paper's rule)", "0.0003"],
         )
     ]
+    assert [row[:3] for row in found] == expected
+    with (drawn / "rates.csv").open(newline="", encoding="utf-8") as file:
+        in_csv = list(csv.DictReader(file))
+    assert [[row["sweep"], row["rule"], row["rate"]] for row in in_csv] == expected
+    assert float(in_csv[0]["perplexity_reconstructed_standard_deviation"]) == pytest.approx(0.05 / 2**0.5)
+    in_markdown = (drawn / "rates.md").read_text(encoding="utf-8")
+    assert "| data.num_samples 8 | chosen by held-out error | 0.001 |" in in_markdown
+
+
+def test_every_table_of_the_page_is_a_file_next_to_it_in_two_forms(tmp_path: Path) -> None:
+    runs = make_many(tmp_path, (1e-3, 3e-4), (8,), (0, 1))
+    for name, changes in (("magnitude", {"criterion": "Magnitude"}), ("half", {"windows": "half"})):
+        results = results_of_setting(1e-3, 8, 0)
+        results["recipe"] |= changes
+        results["perplexity"] |= {"pruned": 40.0, "reconstructed": 25.0}
+        runs.append(make_run(tmp_path / name, results, curves=False))
+        configure(runs[-1], samples=8, by=f"{name}.{name}")
+    page = write_overview(read_runs(runs), tmp_path / "out")
+    names = ("criteria_1", "groups", "rates", "runs", "windows")
+    found = sorted(path.name for path in page.parent.iterdir() if path.suffix in (".csv", ".md"))
+    assert found == sorted(f"{name}.{kind}" for name in names for kind in ("csv", "md"))
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<table class="sortable') == len(names)
+    for name in found:
+        assert f'<a href="{name}">{name}</a>' in text
+    with (page.parent / "criteria_1.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["spread_between_criteria"]: row for row in csv.DictReader(file)}
+    spread = rows["range, perplexity"]  # of 22.3456 and 40.0
+    assert float(spread["pruned"]) == pytest.approx(40 - 22.3456)
+    assert float(spread["left"]) == pytest.approx(float(spread["reconstructed"]) / float(spread["pruned"]))
+    with (page.parent / "windows.csv").open(newline="", encoding="utf-8") as file:
+        assert [(row["windows"], row["finished"]) for row in csv.DictReader(file)] == [("half", "1"), ("block", "5")]
 
 
 def test_figures_are_on_the_page_and_beside_it(drawn: Path) -> None:

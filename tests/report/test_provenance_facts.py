@@ -62,4 +62,4 @@ def test_the_page_has_it_folded_away_and_runs_nothing_of_it(tmp_path: Path) -> N
     section = text.partition("Where did it come from?")[2].partition("</section>")[0]
     assert '<details class="origin">' in section and "<details open" not in section
     assert f'<dt>model.safetensors</dt><dd title="{HASH}">0123456789ab</dd>' in section
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in section and "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in section and text.count("<script") == 1

@@ -232,3 +232,10 @@ def test_the_worst_is_one_whose_pruned_model_broke(tmp_path: Path) -> None:
     broken["perplexity"] |= {"pruned": None}
     (study,) = found(make_run(tmp_path / "broken", broken, curves=False), *make_runs(tmp_path)[:2])
     assert study.worst == "Wanda + Swaps" and list(study.without(study.worst).runs) == ["Magnitude", "Wanda"]
+
+
+def test_what_earlier_versions_called_a_split_parts_no_study(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path)
+    results = read_results(runs[0])
+    results["protocol"]["split"] = "test"
+    assert len(studies({run: read_results(run) for run in runs[1:]} | {runs[0]: results})[0].runs) == 3

@@ -363,6 +363,21 @@ def test_with_the_head_only_the_last_window_is_measured_on_the_logits(
     assert [window["measure"] for window in found_in()] == measures
 
 
+def test_chosen_matrices_are_windows_and_chosen_parameters_of_a_window_are_trained(
+    tiny_run: Callable[..., Ended], model_folder: Path
+) -> None:
+    ended = tiny_run("windows=matrix", "windows.match=[kq]_proj|up_proj")
+    assert ended.status == 0 and "9 of 21 windows (matrix, those of [kq]_proj|up_proj)" in ended.out, ended
+    measured = [one["name"] for one in found_in(all_accepted=False) if one["held_out_before"]]
+    assert len(measured) == 9 and all(name.endswith(("k_proj", "q_proj", "up_proj")) for name in measured)
+    ended = tiny_run("module.train=up_proj", "overwrite=true")
+    assert ended.status == 0 and len(found_in()) == 3, ended.err
+    dense, masks = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), masks_in()
+    found = AutoModelForCausalLM.from_pretrained("run/checkpoint").state_dict()
+    changed = {name for name, one in found.items() if not torch.equal(one, dense[name] * masks.get(name, 1))}
+    assert changed == {f"model.layers.{index}.mlp.up_proj.weight" for index in range(3)}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["auto", "32-true"])

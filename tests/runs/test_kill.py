@@ -25,7 +25,7 @@ SETTINGS = {
     "best, mask_lora": ("keep=best", "module=mask_lora", "trainer.max_epochs=2"),
     "overlapping": ("windows=blocks", "windows.size=2", "windows.stride=1", "chain.inputs=mix"),
 }
-STRIDES = {"block": 10, "global": 97, "sparsegpt": 53, "best, mask_lora": 53}  # from one kill to the next by default
+STRIDES = {"block": 10, "global": 197}  # from one kill to the next by default
 SWEPT = ("fsync", "crc32", *EVENTS)
 DRAWN = {"report.html", "figures"}
 NEVER = 10**9  # a step that no run reaches
@@ -84,7 +84,7 @@ def counted(
 @pytest.mark.parametrize(
     ("kind", "every"),
     [
-        *((kind, STRIDES.get(kind, 53)) for kind in SETTINGS),
+        *((kind, STRIDES.get(kind, 101)) for kind in SETTINGS),
         *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in SETTINGS),
     ],
 )

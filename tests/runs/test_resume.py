@@ -291,6 +291,20 @@ def test_a_window_whose_commit_is_damaged_is_dense_again_in_the_checkpoint(
     assert_done_up_to(run / "checkpoint", 1, model_folder)
 
 
+def test_hidden_states_of_the_dense_model_alone_are_not_committed_and_made_anew_to_the_same_bytes(
+    go: Go, settings: list[str]
+) -> None:
+    own = [*(one for one in settings if not one.startswith("output_dir=")), "chain.inputs=dense"]
+    assert go(*own, "output_dir=whole").status == 0
+    assert go(*own, "output_dir=run", "stop_after=2").status == 0
+    names = [path.name for path in Path("run/commits").iterdir()]
+    assert any(name.startswith("layer_00001.") for name in names) and not any(one.startswith("chain.") for one in names)
+    ended = go("resume=run")
+    assert ended.status == 0, ended.err
+    assert "hidden states of the dense model are made anew, through block_01" in said(ended.out + ended.err)
+    assert found("run") == found("whole")
+
+
 @pytest.mark.parametrize(
     ("names", "damage"),
     pairs(

@@ -136,7 +136,7 @@ RISES = ("module.warmup=1", "module.optimizer.lr=4e-2", "retraining.commit_every
     ("settings", "steps", "kept_step", "commits"),
     [
         (("keep=best",), 12, 4, [3, 6, 9]),
-        (("patience=2",), 8, 8, [3, 6]),
+        pytest.param(("patience=2",), 8, 8, [3, 6], marks=pytest.mark.slow),
         (("keep=best", "patience=2"), 8, 4, [3, 6]),
     ],
     ids=["best", "patience", "best and patience"],

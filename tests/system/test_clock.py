@@ -22,6 +22,27 @@ class Looks:
         return next(self.peaks)
 
 
+def test_both_memories_are_looked_at_and_a_resumed_run_keeps_the_larger_peaks() -> None:
+    clock = Clock(memory=Looks([1, 2, 3, 3, 3]), host=Looks([10, 30, 20, 20, 20]))
+    with clock.phase("fit"):
+        ...
+    assert (clock.peak("fit"), clock.host_peak("fit")) == (2, 30)
+    resumed = Clock(memory=Looks([0] * 9), host=Looks([0, 40, *[0] * 7]))
+    resumed.resume(json.loads(json.dumps(clock.state())))
+    with resumed.phase("fit"):
+        ...
+    assert (resumed.peak("fit"), resumed.host_peak("fit"), resumed.host_peak()) == (2, 40, 40)
+    assert Clock(memory=Looks([1])).host_peak() is None, "it is the same memory"
+
+
+def test_what_a_phase_has_asked_for_is_waited_for_where_it_begins_and_ends() -> None:
+    waits: list[str] = []
+    clock = Clock(wait=lambda: waits.append("wait"))
+    with clock.phase("fit"):
+        waits.append("fit")
+    assert waits == ["wait", "fit", "wait"]
+
+
 def walk(clock: Clock) -> None:
     """A walk of two phases between a load and an evaluation."""
     with clock.phase("load"):

@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lit_recon.system.device import Compute, cpu_name, one_process
+from lit_recon.system.device import Compute, ResidentStrategy, cpu_name, one_process
 
 
 class Counter(Callback):
@@ -87,6 +87,41 @@ def test_a_trainer_writes_no_pickle_also_if_a_callback_wants_to(
     with pytest.raises(ValueError, match=r"writes mine\.ckpt, a pickle; a run writes none: leave it out"):
         make(callbacks=[]).fit(BoringModel())
     assert not list(tmp_path.iterdir())
+
+
+class Stays(BoringModel):
+    """May not be moved to the CPU; remembers its optimizer's state."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.made = torch.optim.Adam(self.parameters())
+        return self.made
+
+    def cpu(self) -> "Stays":
+        raise AssertionError("moved to the CPU")
+
+
+def test_the_end_of_a_fit_moves_neither_weights_nor_the_optimizers_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[object] = []
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.strategy._optimizers_to_device", lambda optimizers, to: moved.append(to)
+    )
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    make = Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, logger=False, max_steps=2, **quiet))
+    model = Stays()
+    make(callbacks=[]).fit(model)
+    assert all(model.made.state[one]["step"] == 2 for one in model.parameters())
+    assert moved.count(torch.device("cpu")) == 1, "to where the fit is, and nowhere else"
+    with pytest.raises(AssertionError, match="moved to the CPU"):
+        make(callbacks=[], strategy=SingleDeviceStrategy(torch.device("cpu"))).fit(Stays())
+
+
+def test_each_trainer_has_a_strategy_of_its_own_unless_the_user_gives_one() -> None:
+    make = Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, logger=False, strategy="auto"))
+    first, second = make(callbacks=[]), make(callbacks=[])
+    assert type(first.strategy) is ResidentStrategy and first.strategy is not second.strategy
+    assert first.strategy.root_device == torch.device("cpu") and first.precision == "32-true"
+    theirs = Compute(torch.device("cpu"), "32-true").trainers(partial(Trainer, logger=False, strategy="ddp", devices=1))
+    assert type(theirs(callbacks=[]).strategy).__name__ == "DDPStrategy"
 
 
 @pytest.mark.parametrize("plugins", [MixedPrecision("bf16-mixed", "cpu"), [MixedPrecision("bf16-mixed", "cpu")], None])

@@ -94,6 +94,7 @@ def _results(
             EvaluationProtocol.from_tokens(
                 samples.evaluation_ST,
                 dataset=samples.evaluation_description or samples.description,
+                split=samples.evaluation_split,
                 opening=samples.opening,
                 given=samples.num_given,
                 precision=compute.precision,

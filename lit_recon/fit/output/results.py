@@ -31,7 +31,8 @@ class Results:
     of the last layer's hidden states on evaluation samples, the first ones, as many tokens as are held out: the mean
     over tokens, in units of the median energy of the dense model's states; all kinds of windows compare by it.
     `typical_error` is the median over tokens. Sparsity is that of the file, which was read back. Peaks of memory are of
-    the run with all that it resumed; those of phases are missing where the system cannot tell them apart.
+    the run with all that it resumed, of a GPU's memory where windows are trained in that; those of phases are missing
+    where the system cannot tell them apart. `walk_peak_host_bytes` is that of the CPU's memory in a walk on a GPU.
     """
 
     nats: dict[str, float]
@@ -51,6 +52,7 @@ class Results:
     seed: int
     compute: dict[str, Any]
     provenance: dict[str, Any]
+    walk_peak_host_bytes: int | None = None
 
     @property
     def perplexity(self) -> dict[str, float]:

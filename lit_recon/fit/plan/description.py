@@ -33,6 +33,8 @@ def describe_plan(
     shared = sorted({name for half in halves for name in half.split.shared})
     zeros = _share_of_zeros(session)
     measured = f"; {describe_measured(compute)}" if compute.measured else ""
+    chosen = sum(window.is_chosen for window in session.windows)
+    some = "" if chosen == len(session.windows) else f"{chosen} of "
     lines = {
         "model": f"{job.model.describe()}, {plan.parameters / 1e6:.1f} M parameters",
         "prune": f"{_removed(session, job.method) / plan.parameters:.1%} of the parameters: "
@@ -41,7 +43,7 @@ def describe_plan(
         + (f"; {plan.unused} parameters that are no matrices stay as they are" if plan.unused else "")
         + (f"; {plan.routers} routers stay dense" if plan.routers else "")
         + (f"; {zeros:.0%} of its weights are zero already and stay zero" if zeros >= _MANY_ZEROS else ""),
-        "reconstruct": f"{len(session.windows)} windows ({job.recipe['windows']}), "
+        "reconstruct": f"{some}{len(session.windows)} windows ({job.recipe['windows']}), "
         + ("solved exactly, " if needs_gram(job.method.training.module) else f"{plan.steps} steps each, ")
         + f"on {samples.num_tokens} tokens of {samples.description}"
         + (f"; {', '.join(shared)} of both halves, trained in the attention half" if shared else ""),
@@ -49,6 +51,7 @@ def describe_plan(
         "evaluate": protocol,
         "predicted": f"about {duration(plan.seconds)}, peak memory {in_gb(plan.peak_bytes)}"
         + (f" (up to {in_gb(plan.mapped_bytes)} of it mapped from the model's files)" if plan.mapped_bytes else "")
+        + (f" on the GPU, {in_gb(plan.host_bytes)} of the CPU's" if plan.host_bytes is not None else "")
         + f", disk {in_gb(plan.disk_bytes)}",
         "by window": ", ".join(f"{name} {in_gb(peak)}" for name, peak in plan.peaks_by_kind.items()),
         "output": str(job.output.folder),

@@ -17,6 +17,7 @@ from lit_recon.fit.plan.global_fit import GlobalFit, batches_of, head_bytes, pla
 from lit_recon.fit.plan.layer_profile import LayerProfile, profile, rows_per_matrix
 from lit_recon.fit.plan.peak_memory import (
     common_bytes,
+    host_bytes,
     name_of,
     peaks_of,
     single_bytes,
@@ -91,6 +92,7 @@ class Plan:
         mapped_bytes: The dense model's files, all of which an evaluation has mapped.
         disk_bytes: What the output folder takes at most.
         seconds: Predicted time of walk and evaluation.
+        host_bytes: Predicted peak of the CPU's memory in the walk, of one on a GPU, whose memory the others are.
     """
 
     windows: int
@@ -108,6 +110,7 @@ class Plan:
     mapped_bytes: int
     disk_bytes: int
     seconds: float
+    host_bytes: int | None = None
 
 
 def make_plan(
@@ -152,6 +155,7 @@ def make_plan(
     )
     peaks, owned = peaks_of(bytes_of_kind, common, again, copies=2 if chain.recompute else 1)
     name = name_of(kind, size)
+    window = largest * {"blocks": size, "model": depth}.get(kind, 1)
     disk_bytes = _disk_bytes(session, array_bytes, linked=linked) + again.disk_bytes
     return Plan(
         windows=session.num_fits,
@@ -164,6 +168,7 @@ def make_plan(
         own_by_kind=owned,
         mapped_bytes=common.mapped,
         disk_bytes=disk_bytes + (single.disk if kind == WindowKind.MATRIX else 0),
+        host_bytes=host_bytes(session, array_bytes, window),
         seconds=_seconds_of_run(session, blocks, layers, work, batch_size=batch_size, kind=kind, at_once=again.samples),
     )
 
@@ -247,7 +252,8 @@ def _seconds_of_run(
     forward = sum(block.seconds for block in blocks) * (1 + session.pruner.needs_gram * _GRAM)
     head = session.model.get_output_embeddings().weight.numel() / max(1, max(block.parameters for block in blocks))
     total, num_samples = len(passes.tokens_ST), passes.batching.num_samples
-    trained = 0 if work.prunes_only else batches_of(num_samples, batch_size, work.schedule) * batch_size
+    trained = 0.0 if work.prunes_only else float(batches_of(num_samples, batch_size, work.schedule) * batch_size)
+    chosen = sum(window.is_chosen for window in session.windows) / max(1, len(session.windows))
     over_all = float(chain.propagation.passes)
     if kind == WindowKind.MATRIX and work.needs_gram and chain.propagation.inputs == "dense":
         over_all += not chain.propagation.independent
@@ -255,7 +261,7 @@ def _seconds_of_run(
         inputs = len(rows_per_matrix(layers[0], chain, batch_size)[0])
         over_all += _AS_FAR * inputs * (1 if chain.propagation.one_source else 2)
     # Errors are measured before, between and after; before and after also on as many calibration samples.
-    samples = total * over_all + trained * (1 + _BACKWARD) + 5 * passes.num_held_out
+    samples = total * over_all + chosen * (trained * (1 + _BACKWARD) + 5 * passes.num_held_out)
     evaluated = at_once + work.evaluations * work.evaluation_tokens / passes.tokens_ST.shape[1]
     # The softmax over the vocabulary in float32 takes twice as long as the product that it follows.
     return forward / batch_size * (samples + evaluated * (1 + 3 * head / len(layers)))
@@ -271,7 +277,8 @@ def _disk_bytes(session: Session, array_bytes: Needed, *, linked: bool) -> int:
     model, first = session.model, session.windows[0]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     masks = sum(parameter.numel() for parameter in model.parameters()) // 8
-    states = sum(array_STD.nbytes for array_STD in session.chain.state().values())
+    is_committed = not session.chain.propagation.independent
+    states = sum(array_STD.nbytes for array_STD in session.chain.state().values()) if is_committed else 0
     share = len(first.enclosing.indices) / len(session.matrices) * (2 if isinstance(first, HalfWindow) else 1)
     copies = (1 if linked else 2) if session.weights.files else 3
     pruned = weights if session.pruner.updates else 0  # as the criterion leaves them

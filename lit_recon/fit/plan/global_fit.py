@@ -8,7 +8,7 @@ from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Schedule
 from lit_recon.fit.plan.layer_profile import LayerProfile
 from lit_recon.fit.session import Session
-from lit_recon.model.head import SLICE
+from lit_recon.model.head import slice_tokens
 from lit_recon.reconstruction.retraining import Retraining
 
 _FLOAT32 = 4
@@ -107,4 +107,5 @@ def head_bytes(chain: Chain, evaluation_tokens: int, *, has_loss: bool) -> tuple
     copied = 2 * weight.numel()  # by autocast, in 16 bits
     states = chain.inputs_STD[0, 0].numel() * evaluation_tokens * _FLOAT32
     evaluation = 4 * LOGITS_BYTES + copied + states  # logits, their softmax and two copies on the way
-    return evaluation, (copied + 8 * SLICE * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients
+    tokens = slice_tokens(len(weight), chain.passes.compute.device)
+    return evaluation, (copied + 8 * tokens * len(weight) * _FLOAT32) if has_loss else 0  # two slices, with gradients

@@ -31,7 +31,7 @@ class LayerProfile:
         trained: Those that are trained, adapters included.
         adapters: Those of these that are not the window's.
         changed: Those of the window that are changed.
-        masked: Those for which there is a mask in float32.
+        mask_bytes: What the masks take that a fit has of its own.
         weight_bytes: Of one weight in the model.
         keeps_best: Whether the best state of what is trained is kept.
         is_anchored: Whether what is trained is pulled towards its start.
@@ -43,7 +43,7 @@ class LayerProfile:
     trained: int
     adapters: int
     changed: int
-    masked: int
+    mask_bytes: int
     weight_bytes: int
     keeps_best: bool = False
     is_anchored: bool = False
@@ -61,7 +61,7 @@ class LayerProfile:
         distance to it, and masks; the pruned weights to go back to; the boolean mask. Autocast's copies in 16 bits are
         among what the backward keeps.
         """
-        masks = self.masked * _FLOAT32 + self.parameters
+        masks = self.mask_bytes + self.parameters
         copies = self.kept + 2 * self.trained * self.is_anchored
         return (self.trained * 3 + copies) * _FLOAT32 + masks + self.changed * self.weight_bytes
 
@@ -110,7 +110,7 @@ def profile(
         trained=_count(trained),
         adapters=_count(one for one in trained if id(one) not in owned),
         changed=_count(changed),
-        masked=_count(made.buffers(recurse=False)) if module else _count(own),
+        mask_bytes=sum(one.nbytes for one in made.buffers(recurse=False)) if module else _count(own) * _FLOAT32,
         weight_bytes=chain.passes.decoder.model.dtype.itemsize,
     )
 

@@ -149,7 +149,8 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
         windows=windows,
         training=replace(training, trainer=trainer, retraining_trainer=again, schedule=schedule),
     )
-    session.chain.passes.batching.batch_size = choice.batch_size
+    batching = session.chain.passes.batching
+    batching.batch_size = batching.pass_size = choice.batch_size
     if session.retrained:
         session.retrained.data.batching.batch_size = choice.batch_size
     job = replace(job, method=changed, execution=replace(execution, batch_size=choice.batch_size))
@@ -159,7 +160,9 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
 def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
     """All choices in the order of preference, and the memory that each needs."""
     windows = job.method.windows
-    kinds: list[str] = [*ORDER[ORDER.index(WindowKind(windows.by)) :]] if windows.by in ORDER else [windows.by]
+    kinds: list[str] = [windows.by]
+    if windows.by in ORDER and windows.match is None:  # windows of another kind have other names
+        kinds = [*ORDER[ORDER.index(WindowKind(windows.by)) :]]
     if windows.blocks > len(session.matrices):
         kinds = [kind for kind in kinds if kind != WindowKind.BLOCKS]
     halves: Sequence[AnyWindow] = session.windows
@@ -176,8 +179,8 @@ def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
             name = name_of(kind, windows.blocks)
             if name in plan.own_by_kind:
                 arrays = _array_bytes(job, session, halves if kind == WindowKind.HALF else (), kind)
-                # On a GPU the arrays take none of its memory.
-                more = 0 if job.execution.compute.device.type == "cuda" else arrays.memory - asked.memory
+                on_gpu = job.execution.compute.device.type == "cuda"
+                more = arrays.device - asked.device if on_gpu else arrays.memory - asked.memory
                 need = _Need(plan.own_by_kind[name] + more, plan.global_fit.own_bytes)
                 yield Choice(str(kind), batch_size), need
 

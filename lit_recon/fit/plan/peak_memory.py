@@ -67,7 +67,7 @@ def common_bytes(session: Session, evaluation_tokens: int, array_bytes: Needed, 
     return CommonBytes(
         layer=largest * _FLOAT32,
         own=own,
-        arrays=array_bytes.memory,
+        arrays=array_bytes.device if _is_on_gpu(chain) else array_bytes.memory,
         shared=shared,
         mapped=mapped,
         mapped_layer=mapped and largest * session.model.dtype.itemsize,
@@ -157,9 +157,10 @@ def single_bytes(
     alike = {repr(layer): layer for layer in layers}.values()  # one of each kind
     sizes = [_matrix_bytes(layer, chain, batch_size, uses_gram=uses_gram, copies=copies) for layer in alike]
     memory, captured = (max(one) for one in zip(*sizes, strict=True))
-    if not array_bytes.disk:
-        return Needed(memory, 0)
-    return Needed(memory - captured, captured * chain.passes.store.dtype.itemsize // _FLOAT32)
+    if not array_bytes.disk and (array_bytes.device or not _is_on_gpu(chain)):
+        return Needed(memory, 0)  # where windows are trained
+    stored = captured * chain.passes.store.dtype.itemsize // _FLOAT32
+    return Needed(memory - captured, stored if array_bytes.disk else 0)
 
 
 def _matrix_bytes(layer: Window, chain: Chain, batch_size: int, *, uses_gram: bool, copies: int) -> tuple[int, int]:
@@ -231,9 +232,33 @@ def with_solutions(
 
 
 def _resident(chain: Chain, array_bytes: Needed) -> tuple[int, int]:
-    """Bytes that this process keeps: its own, with the chain's arrays, and mapped ones; none of either on a GPU."""
-    if chain.passes.compute.device.type == "cuda":
-        return 0, 0
+    """Bytes that this process keeps: its own, with the chain's arrays, and mapped ones; of a GPU the arrays alone."""
+    if _is_on_gpu(chain):
+        return array_bytes.device, 0
     memory = psutil.Process().memory_info()
     there, shared = min(array_bytes.memory, chain.inputs_STD.nbytes), getattr(memory, "shared", 0)
     return memory.rss - shared + array_bytes.memory - there, shared
+
+
+def _is_on_gpu(chain: Chain) -> bool:
+    """Whether windows are trained in other memory than that of the CPU."""
+    return chain.passes.compute.device.type == "cuda"
+
+
+def host_bytes(session: Session, array_bytes: Needed, window_parameters: int) -> int | None:
+    """Peak of the CPU's memory in a walk on a GPU, what is mapped included; None where windows are trained in it.
+
+    Of a window in the model's own dtype: what is looked at and what is read ahead in the model's files, the latter
+    pinned as well, and the weights that go back.
+
+    Args:
+        session: The model.
+        array_bytes: What the chain's arrays take.
+        window_parameters: Of the largest window.
+    """
+    chain = session.chain
+    if not _is_on_gpu(chain):
+        return None
+    there = min(array_bytes.memory, chain.inputs_STD.nbytes)
+    weights = 4 * window_parameters * session.model.dtype.itemsize
+    return psutil.Process().memory_info().rss - there + array_bytes.memory + weights

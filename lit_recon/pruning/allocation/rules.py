@@ -16,6 +16,7 @@ from typing import Any
 
 from lit_recon.pruning.allocation.table import collapse_numbers
 from lit_recon.pruning.patterns import NM, Pattern, Unstructured
+from lit_recon.system.expressions import check_expression
 
 KEYS = ("match", "sparsity", "n", "m", "skip")
 _EXAMPLE = "{match: 'down_proj', sparsity: 0.4}"
@@ -149,11 +150,8 @@ def _is_n_of_m(n: object, m: object) -> bool:
 
 
 def _match_problems(here: str, match: object) -> list[str]:
-    expected = "expected a regular expression for names such as model.layers.3.mlp.up_proj.weight"
-    if not isinstance(match, str) or not match:
-        return [f"{here}.match={match!r}: {expected}."]
     try:
-        re.compile(match)
-    except re.error as error:
-        return [f"{here}.match={match!r}: {expected}, which this is not ({error}); write \\ before special characters."]
+        check_expression(f"{here}.match", match, "names such as model.layers.3.mlp.up_proj.weight")
+    except ValueError as error:
+        return [str(error)]
     return []
