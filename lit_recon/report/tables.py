@@ -98,7 +98,7 @@ def _harmless(value: float | str) -> float | str:
 def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence[Measure]) -> Table:
     """A row per run: number, name, state, the settings in which runs differ, and what was measured.
 
-    Where perplexities are of several texts, or a checkpoint was only evaluated, a column says on what each is.
+    Where perplexities are of several texts, or a checkpoint was only evaluated, a last column says on what each is.
 
     Args:
         names: Runs by their names, in the order of the rows.
@@ -108,14 +108,14 @@ def runs_table(names: Mapping[str, Run], keys: Sequence[str], measures: Sequence
     columns = [Column("#", ("number",)), Column("run", ("run",), False), Column("state", ("state",), False)]
     columns += [Column(label_of(key), (key,), False) for key in keys]
     texts = _texts_of_evaluations(list(names.values()))
-    columns += [Column(label, (label.replace(" ", "_"),), False) for label in texts]
     columns += [Column(measure.label, (measure.key,)) for measure in measures]
+    columns += [Column(label, (label.replace(" ", "_"),), False) for label in texts]
     rows = []
     for number, (name, run) in enumerate(names.items(), start=1):
         row = [Cell(str(number), (number,)), Cell(name, (name,)), Cell(run.state, (run.state,))]
         row += [setting_cell(value_of(run, key)) for key in keys]
-        row += [setting_cell(found[number - 1] or ABSENT) for found in texts.values()]
         row += [Cell(measure.text_of(run), (measure.of(run),)) for measure in measures]
+        row += [setting_cell(found[number - 1] or ABSENT) for found in texts.values()]
         rows.append(row)
     return Table(columns, rows)
 
