@@ -58,7 +58,8 @@ def read_results(run: Path) -> dict[str, Any]:
     """
     path, expected = run / "results.json", "expected the folder of a finished run, with its results.json in it"
     if not path.is_file():
-        raise ValueError(f"{run}: {'no results.json here' if run.is_dir() else 'not a folder'}; {expected}.")
+        found = "no results.json here" if run.is_dir() else "not a folder"
+        raise ValueError(f"{run}: {found}; {expected}{_runs_below(run)}.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -66,6 +67,12 @@ def read_results(run: Path) -> dict[str, Any]:
     if problems := list(islice(problems_of(results, RESULTS, ""), 3)):
         raise ValueError(f"{path}: {'; '.join(problems)}; {expected}, as lit_recon.fit writes it{_origin(results)}.")
     return results
+
+
+def _runs_below(folder: Path) -> str:
+    """Where the runs of a study are, for whoever gave its folder."""
+    below = next((names for names in ("*", "*/*") if any(folder.glob(f"{names}/results.json"))), None)
+    return f", such as those of {folder}/{below}" if below else ""
 
 
 def _origin(results: Any) -> str:

@@ -10,6 +10,7 @@ from finished_run import REFUSED, make_run, results_of
 
 from lit_recon.report import page
 from lit_recon.report.__main__ import main
+from lit_recon.report.run_files import read_results
 
 ROOT = Path(__file__).parents[2]
 DRAWING = {"matplotlib", "numpy", "PIL", "jinja2", "rich", "tensorboard"}
@@ -91,6 +92,8 @@ def test_folders_that_are_no_runs_get_one_message_each_and_status_2_and_other_ru
         f"{runs[1]}: no results.json here; {expected}",
         f"{runs[2]}: not a folder; {expected}",
     ]
+    with pytest.raises(ValueError, match=r"in it, such as those of .*/\*\.$"):
+        read_results(two_windows.parent)
     assert (two_windows / "report.html").exists()
 
 
