@@ -168,7 +168,7 @@ class WindowFitter:
                 module = self.module(window, masks, unit)
             if self.commits:
                 self.commits.tries, self.commits.best_weights = tries, best_weights if best else []
-            tries.append(self._try(module, window, data, held_out, weights, rate, origin=origin, best=best))
+            tries.append(self._try(module, held_out, weights, rate, origin=origin, best=best))
             if tries[-1].is_better_than(best):
                 best = tries[-1]
         if tries and tries[-1] is not best:
@@ -194,8 +194,6 @@ class WindowFitter:
     def _try(
         self,
         module: LightningModule,
-        window: AnyWindow,
-        data: TrainingData,
         held_out: HeldOutErrors,
         weights: FittedWeights,
         rate: float,
@@ -207,7 +205,7 @@ class WindowFitter:
 
         Calibration samples are looked at only where the try is better than the best one before it.
         """
-        steps, kept = self._train(module, window, data, held_out, weights, rate)
+        steps, kept = self._train(module, held_out, weights, rate)
         before = origin.held_out if origin else held_out.at_start()
         after, lost = _measured(held_out, weights, before.mean)
         tried = Try(
@@ -225,19 +223,14 @@ class WindowFitter:
         )
         if not tried.is_better_than(best):
             return tried
-        calibration = data.calibration_errors(window, held_out.unit)
+        calibration = held_out.data.calibration_errors(held_out.window, held_out.unit)
         return replace(tried, calibration=calibration, diverged=not all(map(math.isfinite, calibration)))
 
     def _train(
-        self,
-        module: LightningModule,
-        window: AnyWindow,
-        data: TrainingData,
-        held_out: HeldOutErrors,
-        weights: FittedWeights,
-        rate: float,
+        self, module: LightningModule, held_out: HeldOutErrors, weights: FittedWeights, rate: float
     ) -> tuple[int, KeptState]:
         """Fit once; how many steps the optimizer made, and which state was kept."""
+        window, data = held_out.window, held_out.data
         kept = KeptState(self.fitting, weights.by_id(), held_out.metrics)
         seed = self.seed + window.indices.start
         if self.logger:
