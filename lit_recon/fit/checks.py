@@ -22,7 +22,14 @@ from lit_recon.fit.job import PRUNE_BY, Method, callable_name
 from lit_recon.fit.pruning_checks import check_pattern, check_scored
 from lit_recon.model.matrices import LayerMatrices, find_matrices
 from lit_recon.model.partition import Partition, layer_windows
-from lit_recon.model.windows import AnyWindow, MatrixWindow, Window, WindowKind, named_parameters
+from lit_recon.model.windows import (
+    AnyWindow,
+    MatrixWindow,
+    Window,
+    WindowKind,
+    enclosing_windows,
+    named_parameters,
+)
 from lit_recon.modules.mask_lora import MaskLora
 from lit_recon.modules.masked_weights import MaskedWeights
 from lit_recon.modules.norms_biases import NormsBiases
@@ -224,9 +231,9 @@ def check_windows(
         )
     check_larger(method, windows, pruning_windows)
     check_halves(windows, method.propagation, recompute=recompute)
-    layers = {id(window.enclosing): window.enclosing for window in windows}.values()
     check_scored(
-        [matrix for layer in layers for matrix in layer.matrices()], allow_unscored=method.pruning.allow_unscored
+        [matrix for layer in enclosing_windows(windows) for matrix in layer.matrices()],
+        allow_unscored=method.pruning.allow_unscored,
     )
 
 

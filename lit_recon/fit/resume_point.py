@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_recon.fit.session import Session
 from lit_recon.model.errors import Errors
-from lit_recon.model.windows import Window
+from lit_recon.model.windows import Window, enclosing_windows
 from lit_recon.pruning.masks import Masks, StoredWeights
 from lit_recon.pruning.pruner import Pruning
 from lit_recon.reconstruction.driver import WalkCallback
@@ -191,7 +191,7 @@ class ResumePoint(WalkCallback):
     def _make_dense_states(self, done: int) -> None:
         """Let the dense chain step over the windows that are done, as it did before."""
         session = self.session
-        passed = list({id(one.enclosing): one.enclosing for one in session.windows[:done]}.values())
+        passed = enclosing_windows(session.windows[:done])
         if passed:
             log.info("resuming: hidden states of the dense model are made anew, through %s", passed[-1].name)
         for window in passed:

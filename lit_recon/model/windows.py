@@ -325,6 +325,11 @@ def named_parameters(window: AnyWindow) -> Iterator[tuple[str, nn.Parameter]]:
         yield from ((name, parameter) for name, parameter in layer.named_parameters() if id(parameter) in own)
 
 
+def enclosing_windows(windows: Sequence[AnyWindow]) -> list[Window]:
+    """What the chain steps over for some windows, in order: the windows; of single matrices their layers, each once."""
+    return list({id(window.enclosing): window.enclosing for window in windows}.values())
+
+
 def has_parallel_halves(windows: Sequence[AnyWindow]) -> bool:
     """Whether there are halves of parallel layers among some windows."""
     return any(window.parallel_half is not None for window in windows if isinstance(window, Window))

@@ -25,7 +25,7 @@ from lit_recon.activations.passes import CALIBRATION
 from lit_recon.activations.window_grams import Grams
 from lit_recon.model.layerwise import float32_on
 from lit_recon.model.matrices import Matrix
-from lit_recon.model.windows import AnyWindow, Window
+from lit_recon.model.windows import AnyWindow, Window, enclosing_windows
 from lit_recon.pruning.criteria import Criterion, changes_weights, needs_gram, permutes
 from lit_recon.pruning.criteria.given import GivenMasks
 from lit_recon.pruning.decision import Decision, decide
@@ -328,7 +328,7 @@ def check_nested(pruning_windows: Sequence[Window], windows: Sequence[AnyWindow]
     Raises:
         ValueError: A window and a pruning window overlap in part.
     """
-    for window in {id(one.enclosing): one.enclosing for one in windows}.values():
+    for window in enclosing_windows(windows):
         names = _names(window)
         for pruning_window in pruning_windows:
             common = _names(pruning_window) & names

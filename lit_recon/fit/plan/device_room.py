@@ -6,11 +6,11 @@
 The plan (estimate.py) looks at a real batch, for which hidden states must be somewhere already.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from lit_recon.model.windows import AnyWindow, Window
+from lit_recon.model.windows import AnyWindow, enclosing_windows
 
 _PER_PARAMETER, _PER_FEATURE = 24, 16
 _IN_TRAINING = 12  # of the bytes per parameter: gradient and moments
@@ -22,7 +22,7 @@ def training_room(windows: Sequence[AnyWindow], batch_tokens: int) -> int:
     return max(
         _PER_PARAMETER * sum(parameter.numel() for parameter in window.parameters())
         + _PER_FEATURE * batch_tokens * sum(sum(matrix.weight.shape[-2:]) for matrix in window.matrices())
-        for window in _layers(windows)
+        for window in enclosing_windows(windows)
     )
 
 
@@ -34,13 +34,8 @@ def samples_per_pass(windows: Sequence[AnyWindow], batch_size: int, length: int,
     if device.type != "cuda":
         return batch_size
     rooms = []
-    for window in _layers(windows):
+    for window in enclosing_windows(windows):
         widest = max((sum(matrix.weight.shape[-2:]) for matrix in window.matrices()), default=1)
         parameters = sum(parameter.numel() for parameter in window.parameters())
         rooms.append(_IN_TRAINING * parameters // (_PER_FEATURE * widest))
     return max(batch_size, min(_PASS_TOKENS, min(rooms)) // length)
-
-
-def _layers(windows: Sequence[AnyWindow]) -> Iterable[Window]:
-    """The windows; of single matrices their layers, each once."""
-    return {id(one.enclosing): one.enclosing for one in windows}.values()
