@@ -249,13 +249,11 @@ def test_the_walk_takes_at_most_1_05_of_a_plain_loop_that_makes_the_needed_passe
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_products_and_attention_are_85_percent_of_what_the_walk_computes(
+@pytest.mark.xfail(reason="not reached: 81% of the walk's time, 87% of that within operators")
+def test_products_and_attention_are_85_percent_of_the_walks_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the time within torch's operators; what Python and the profiler itself take besides is printed.
-
-    How much Python takes is bounded by the plain loop above.
-    """
+    """Of the wall time, that of the profiler itself included; the shares of the time within operators are printed."""
     monkeypatch.delenv("LIT_RECON_CACHE")
     opened(tmp_path, inputs="sparse", windows=1).walk(tmp_path)  # what is made once
     made = opened(tmp_path, inputs="sparse", windows=2)
@@ -271,12 +269,13 @@ def test_products_and_attention_are_85_percent_of_what_the_walk_computes(
     for name in sorted(by_name, key=by_name.__getitem__, reverse=True)[:12]:
         print(f"{by_name[name] / computed:6.1%} {name}")
     print(f"products {products / computed:.1%} and attention {attention / computed:.1%} of these")
-    assert products + attention >= 0.85 * computed
+    assert products + attention >= 0.85 * seconds
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_evaluations_of_the_pruned_and_the_reconstructed_model_take_at_most_half_as_long_as_the_walk(
+@pytest.mark.xfail(reason="not reached: 0.69; 0.46 where the dense model was measured by a run before")
+def test_the_three_evaluations_of_a_first_run_take_at_most_half_as_long_as_its_walk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LIT_RECON_CACHE")
@@ -291,4 +290,4 @@ def test_evaluations_of_the_pruned_and_the_reconstructed_model_take_at_most_half
     print(f"\nwalk {walked:.1f} s, an evaluation {evaluated:.1f} s; of the walk:")
     print(f"the pruned and the reconstructed model's {2 * evaluated / walked:.2f}")
     print(f"with the dense model's, which is measured once for all runs, {3 * evaluated / walked:.2f}")
-    assert 2 * evaluated <= 0.5 * walked
+    assert 3 * evaluated <= 0.5 * walked
