@@ -35,6 +35,7 @@ class TokenSamples(Activations):
         losses: The loss of each token (N), given outputs (N, D), targets, energies and unit: the error by which it is
             judged as well; None: squared errors in the window's unit.
         max_epochs: Passes over the samples; None: as the Trainer says.
+        retraining_ST: What is trained on; None: the calibration samples of the passes.
     """
 
     def __init__(
@@ -46,9 +47,13 @@ class TokenSamples(Activations):
         targets: str,
         losses: Callable[..., Tensor] | None,
         max_epochs: int | None = None,
+        retraining_ST: Tensor | None = None,
     ) -> None:
-        tokens_ST = passes.tokens_ST
-        batching = replace(passes.batching, store=MemoryStore())
+        tokens_ST, batching = passes.tokens_ST, replace(passes.batching, store=MemoryStore())
+        if retraining_ST is not None:
+            tokens_ST = torch.cat([retraining_ST, tokens_ST[batching.num_samples :]])
+            is_text_ST = tokens_ST != PADDING
+            batching.num_samples, batching.valid_ST = len(retraining_ST), None if is_text_ST.all() else is_text_ST
         if targets == "tokens":  # the last token of a sample has no next one
             batching.valid_ST = _following(tokens_ST) != PADDING
         super().__init__(tokens_ST, tokens_ST, batching, None)

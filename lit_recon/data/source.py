@@ -1,12 +1,14 @@
 """TextSource, the base of all sources of text. A source names its documents; here they become samples of tokens.
 
 Three parts share no text: calibration samples train the windows, held-out samples decide whether a window's training
-is accepted, evaluation samples give the perplexity. The seed draws calibration and held-out samples; the evaluation
+is accepted, evaluation samples give the perplexity. Further calibration samples, which the windows have not seen, may
+train all layers at once. The seed draws calibration and held-out samples; the evaluation
 samples are always the same, so that perplexities of different seeds compare.
 
 Shapes: P pieces, S samples, T tokens.
 """
 
+import copy
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -47,6 +49,7 @@ class Samples:
         evaluation_split: Its split, where it has one of its own; else what part of the text it is.
         opening: What the tokenizer put at the start of each sample, such as `<s>`, or "none".
         opening_length: Tokens of it.
+        retraining_ST: (num_retraining, length), to train all layers at once on; None where that is calibration_ST.
     """
 
     calibration_ST: Tensor
@@ -57,6 +60,7 @@ class Samples:
     evaluation_split: str = "evaluation"
     opening: str = "none"
     opening_length: int = 0
+    retraining_ST: Tensor | None = None
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """Shape (S, T, width) of an array with `width` numbers per token of the calibration and held-out samples."""
@@ -72,6 +76,11 @@ class Samples:
     def num_tokens(self) -> int:
         """Number of tokens of the calibration samples, without padding."""
         return int((self.calibration_ST != PADDING).sum())
+
+    @property
+    def num_retraining_tokens(self) -> int:
+        """Number of tokens that only all layers at once are trained on, without padding."""
+        return 0 if self.retraining_ST is None else int((self.retraining_ST != PADDING).sum())
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ class TextSource(ABC):
 
     Attributes:
         num_samples: Calibration samples.
+        num_retraining: Samples of their own for all layers at once, after a walk over windows that did not see them;
+            0: the calibration samples.
         length: Tokens of each calibration and held-out sample.
         packing: `fixed` cuts these samples from all documents joined; with `documents` each is of one document, and
             padded where it is shorter. Evaluation samples are `fixed` always, so that perplexities compare.
@@ -131,6 +142,7 @@ class TextSource(ABC):
     bos: Bos = "auto"
     batch_size: int = 2
     num_held_out: int = 4
+    num_retraining: int = 0
     evaluation_samples: int | None = 16
     evaluation_length: int = 512
 
@@ -202,12 +214,15 @@ class TextSource(ABC):
         opening, opening_length = self._opening(tokenizer)
         evaluation_PT = self._packed("evaluation", request)
         request.problems.extend(self._shortage("evaluation", evaluation_PT))
-        calibration_ST, held_out_ST = self._drawn(request)
+        drawn = copy.copy(self)
+        drawn.num_samples += self.num_retraining
+        calibration_ST, held_out_ST = drawn._drawn(request)
         if request.problems:
             raise ValueError("\n".join(request.problems))
-        calibration, evaluation = self.describe("calibration"), self.describe("evaluation")
+        calibration, evaluation = drawn.describe("calibration"), self.describe("evaluation")
         return Samples(
-            calibration_ST=calibration_ST,
+            calibration_ST=calibration_ST[: self.num_samples],
+            retraining_ST=calibration_ST[self.num_samples :] if self.num_retraining else None,
             held_out_ST=held_out_ST,
             evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
@@ -247,6 +262,7 @@ class TextSource(ABC):
     def _problems(self) -> list[str]:
         """Problems of the settings; a source with settings of its own extends the list."""
         smallest = {"num_samples": 1, "length": 2, "batch_size": 1, "num_held_out": 1, "evaluation_length": 2}
+        smallest["num_retraining"] = 0
         if self.evaluation_samples is not None:
             smallest["evaluation_samples"] = 1
         problems = [
@@ -278,7 +294,8 @@ class TextSource(ABC):
             return "evaluation_samples", self.evaluation_samples, "evaluation_length", self.evaluation_length
         if part == "held_out":
             return "num_held_out", self.num_held_out, "length", self.length
-        return "num_samples", self.num_samples, "length", self.length
+        setting = "num_samples, data.num_retraining" if self.num_retraining else "num_samples"
+        return setting, self.num_samples, "length", self.length
 
     def _packing(self, part: Part) -> Packing:
         return "fixed" if part == "evaluation" else self.packing

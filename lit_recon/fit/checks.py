@@ -196,6 +196,7 @@ def check_samples(model: PreTrainedModel, samples: Samples) -> None:
     assert isinstance(embedding, torch.Tensor)
     rows = len(embedding)
     parts = {"calibration": samples.calibration_ST, "held-out": samples.held_out_ST}
+    parts |= {} if samples.retraining_ST is None else {"retraining": samples.retraining_ST}
     for part, tokens_ST in (parts | {"evaluation": samples.evaluation_ST}).items():
         if (largest := int(tokens_ST.max())) >= rows:
             raise ValueError(
@@ -211,6 +212,19 @@ def check_samples(model: PreTrainedModel, samples: Samples) -> None:
                 "that even the dense model may be poor there",
                 *(setting, length, type(model).__name__, trained),
             )
+
+
+def check_retraining_samples(number: int, walk: str) -> None:
+    """Check that something is trained on samples of their own for all layers at once.
+
+    Raises:
+        ValueError: There are some, and only windows are trained.
+    """
+    if number and walk == "local":
+        raise ValueError(
+            f"data.num_retraining={number} with walk=local: those samples are for all layers at once; give "
+            "walk=local_then_global or walk=global, or leave data.num_retraining out."
+        )
 
 
 def check_windows(

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from lit_recon.activations.store import Room
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_model, check_module, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import (
+    check_model,
+    check_module,
+    check_retraining_samples,
+    check_samples,
+    check_settings,
+    prunes_apart,
+)
 from lit_recon.fit.job import (
     Execution,
     Job,
@@ -305,6 +312,7 @@ def _check_call(cfg: DictConfig, call: Mapping[str, Any], parts: Mapping[str, An
     if parts["data"]:
         with_name = f"{given_of('data')}: "
         problems.check(parts["data"].check, about="" if "lit_recon" in type(parts["data"]).__module__ else with_name)
+        problems.check(check_retraining_samples, parts["data"].num_retraining, call.get("walk", "global"))
     if {"output_dir", "overwrite", "resume"} <= set(call) and call["resume"] is None:
         with_folder = f"output_dir={shortened(call['output_dir'], 100)}: "
         if _named_by_time(cfg):

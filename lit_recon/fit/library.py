@@ -19,7 +19,7 @@ from lit_recon.activations.propagation import Propagation
 from lit_recon.activations.store import StoreSettings
 from lit_recon.data.packing import PADDING
 from lit_recon.data.source import Samples
-from lit_recon.fit.checks import check_module, check_samples, check_settings, prunes_apart
+from lit_recon.fit.checks import check_module, check_retraining_samples, check_samples, check_settings, prunes_apart
 from lit_recon.fit.job import Execution, Method, PruningMethod, Schedule, TrainingMethod
 from lit_recon.fit.output.library_run import Reconstruction
 from lit_recon.fit.pruning_checks import check_pruning
@@ -193,6 +193,7 @@ def _walk(model: PreTrainedModel, samples: Samples, asked: _Asked, *, shown: boo
     prepare_model(model, method.training.module)
     check_module(method.training.module, model, single=method.windows.by == WindowKind.MATRIX)
     check_samples(model, samples)
+    check_retraining_samples(0 if samples.retraining_ST is None else len(samples.retraining_ST), method.walk)
     _rehearse(model, samples, asked)
     masks = _KeptMasks()
     with TemporaryDirectory() as activations:

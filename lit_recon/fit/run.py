@@ -36,7 +36,7 @@ from lit_recon.fit.output.folder import (
 )
 from lit_recon.fit.output.provenance import provenance
 from lit_recon.fit.output.read_back import Saved, read_back
-from lit_recon.fit.output.results import Results, compute_facts, model_facts, sparsity, table
+from lit_recon.fit.output.results import Results, compute_facts, model_facts, sparsity, table, token_counts
 from lit_recon.fit.plan.description import describe_plan
 from lit_recon.fit.plan.estimate import Plan
 from lit_recon.fit.plan.memory_limit import Choice, adopt, check_limit, choose, plan_job
@@ -355,7 +355,7 @@ def _conclude(walked: _Walked, clock: Clock) -> Results:
             "walk_peak_memory_bytes": plan.walk_peak_bytes,
             **({} if plan.host_bytes is None else {"walk_peak_host_bytes": plan.host_bytes}),
         },
-        tokens={"calibration": job.samples.num_tokens},
+        tokens=token_counts(job.samples),
         seed=job.execution.seed,
         compute=compute_facts(job.execution.compute),
         provenance=walked.provenance,

@@ -133,7 +133,8 @@ def open_session(
     )
     retrained = None
     if method.walk != "local":
-        retrained = open_retraining(method.training.retraining, passes, matrices, weights)
+        settings, own_ST = method.training.retraining, samples.retraining_ST
+        retrained = open_retraining(settings, passes, matrices, weights, samples_ST=own_ST)
     return Session(model, matrices, windows, chain, pruner, weights, clock, retrained=retrained)
 
 

@@ -35,7 +35,8 @@ def signature(job: Job) -> dict[str, Any]:
     """The signature of a run whose model has been loaded."""
     samples = job.samples
     tokens = hashlib.sha256()
-    for tokens_ST in (samples.calibration_ST, samples.held_out_ST, samples.evaluation_ST):
+    own_ST = [] if samples.retraining_ST is None else [samples.retraining_ST]
+    for tokens_ST in (samples.calibration_ST, samples.held_out_ST, samples.evaluation_ST, *own_ST):
         tokens.update(str(tuple(tokens_ST.shape)).encode() + tokens_ST.to(torch.int64).numpy().tobytes())
     return {
         "config": {key: value for key, value in job.output.config.items() if key not in OF_THE_CALL},

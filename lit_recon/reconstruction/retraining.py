@@ -97,7 +97,12 @@ class Retrained:
 
 
 def open_retraining(
-    settings: Retraining, passes: Passes, matrices: LayerMatrices, weights: WeightOffloader
+    settings: Retraining,
+    passes: Passes,
+    matrices: LayerMatrices,
+    weights: WeightOffloader,
+    *,
+    samples_ST: Tensor | None = None,
 ) -> Retrained:
     """All layers of a model that is dense, and what they will be trained on.
 
@@ -106,6 +111,7 @@ def open_retraining(
         passes: Knows the samples.
         matrices: The matrices by layer.
         weights: Moves the weights; says what the dense ones are.
+        samples_ST: Tokens of the samples that they are trained on; None: the calibration samples.
     """
     layers = list(passes.decoder.layers)
     found = [matrix for layer in matrices for matrix in layer]
@@ -117,7 +123,15 @@ def open_retraining(
     window.measure = MEASURES.get(targets, window.measure)
     needed = targets != "tokens"
     teacher = TeacherLayers(layers if needed else [], weights.dense_layer, passes.compute)
-    data = TokenSamples(passes, window, teacher, targets=targets, losses=losses, max_epochs=settings.max_epochs)
+    data = TokenSamples(
+        passes,
+        window,
+        teacher,
+        targets=targets,
+        losses=losses,
+        max_epochs=settings.max_epochs,
+        retraining_ST=samples_ST,
+    )
     return Retrained(window, data)
 
 

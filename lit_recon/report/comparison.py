@@ -65,7 +65,7 @@ def settings(results: Mapping[str, Any]) -> dict[str, str]:
         texts["unit"] = f"error in units of the dense states' {unit}"
     return texts | {
         "model": results["model"]["name"],
-        "calibration": f"{results['tokens']['calibration']:,} calibration tokens",
+        "calibration": f"{sum(results['tokens'].values()):,} calibration tokens",
         "evaluation": f"perplexity on {protocol_text(results['protocol'])}",
         "seed": f"seed {results['seed']}",
     }

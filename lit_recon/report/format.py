@@ -19,6 +19,7 @@ LABELS = {  # where the key of results.json alone does not say it
     "protocol.opening_at": "opening before each",
     "protocol.split": "part of the text",
     "tokens.calibration": "calibration tokens",
+    "tokens.retraining": "tokens of all layers only",
 }
 
 

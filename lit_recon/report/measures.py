@@ -99,6 +99,11 @@ def held_out_error(run: Run) -> float:
     return math.exp(statistics.fmean(map(math.log, errors)))
 
 
+def _tokens(run: Run) -> float:
+    """Tokens that weights were trained on: those of windows, and those that only all layers at once saw."""
+    return sum(_results(run)["tokens"].values())
+
+
 def _walk_seconds(run: Run) -> float:
     return sum(_results(run)["seconds"][phase] for phase in WALK)
 
@@ -174,7 +179,7 @@ FINAL = Measure(
     "relative_error", "relative error of final states", _number("relative_error", "reconstructed"), _or_dash(as_error)
 )
 SPARSITY = Measure("sparsity", "sparsity of prunable", _number("sparsity", "prunable"), as_share)
-TOKENS = Measure("calibration_tokens", "calibration tokens", _number("tokens", "calibration"), as_count)
+TOKENS = Measure("calibration_tokens", "calibration tokens", _tokens, as_count)
 WALK_SECONDS = Measure("walk_seconds", "time, walk", _walk_seconds, _seconds)
 SECONDS = Measure("total_seconds", "time, total", _number("seconds", "total"), _seconds)
 WALK_MEMORY = Measure("walk_peak_memory_gb", "peak memory, walk", _bytes_in_gb("walk_peak_memory_bytes"), _gigabytes)

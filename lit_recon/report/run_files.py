@@ -33,7 +33,7 @@ RESULTS: dict[Any, Any] = {  # what reports read of results.json; "?": may be ab
     ],
     "seconds": {"total": NUMBER, **dict.fromkeys(WALK, NUMBER), str: NUMBER},
     "peak_memory_bytes": MAYBE,
-    "tokens": {"calibration": NUMBER},
+    "tokens": {"calibration": NUMBER, "retraining?": NUMBER},
     "versions": {str: TEXT},
     "seed": None,
     "relative_error?": {"pruned": MAYBE, "reconstructed": MAYBE},

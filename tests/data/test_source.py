@@ -44,6 +44,26 @@ def test_samples_have_the_asked_shapes_and_come_from_their_own_part(tokenizer, t
     assert texts(samples.evaluation_ST)[:2] == ["evaluat000|evaluat001", "|evaluat002|evaluat00"]
 
 
+def test_samples_of_retraining_are_others_than_those_of_windows_which_stay_the_same(tokenizer, tmp_path):
+    settings = {"num_samples": 5, "length": 10, "num_held_out": 3, "evaluation_samples": 4, "evaluation_length": 20}
+    without = Words(**settings).samples(tokenizer, seed=3, cache=tmp_path)
+    samples = Words(**settings, num_retraining=7).samples(tokenizer, seed=3, cache=tmp_path)
+    assert without.retraining_ST is None and without.num_retraining_tokens == 0
+    assert samples.retraining_ST.shape == (7, 10) and samples.num_retraining_tokens == 70
+    assert torch.equal(samples.calibration_ST, without.calibration_ST)
+    assert torch.equal(samples.held_out_ST, without.held_out_ST)
+    windows, own = set(texts(samples.calibration_ST)), set(texts(samples.retraining_ST))
+    assert len(windows) == 5 and len(own) == 7 and not windows & own
+    assert all(set(text) <= set("calibrt|0123456789") for text in own)
+
+
+def test_too_little_text_for_windows_and_retraining_is_refused_by_their_sum(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"asked for are 90 .*lower data\.num_samples, data\.num_retraining or"):
+        Words(num_samples=5, num_retraining=85, length=10).samples(tokenizer, cache=tmp_path)
+    with pytest.raises(ValueError, match=r"data\.num_retraining=-1: give a whole number, 0 or more"):
+        Words(num_retraining=-1).check()
+
+
 def test_the_seed_changes_calibration_and_held_out_samples_and_not_the_evaluation(tokenizer, tmp_path):
     source = Words(num_samples=5, length=10, num_held_out=3, evaluation_samples=4, evaluation_length=20)
     first, again, other = (source.samples(tokenizer, seed=seed, cache=tmp_path) for seed in (0, 0, 1))

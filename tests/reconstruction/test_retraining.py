@@ -77,6 +77,27 @@ def test_cross_entropy_is_the_loss_of_transformers(model: PreTrainedModel, padde
     assert batch.num_tokens == int((is_text_ST.sum(1) - 1).sum()), "the last token of a sample has no next one"
 
 
+@pytest.mark.parametrize("targets", ["tokens", "logits"])
+def test_samples_of_its_own_take_the_place_of_calibration_samples(
+    model: PreTrainedModel, padded_ST: Tensor, targets: str
+) -> None:
+    loss = cross_entropy if targets == "tokens" else kl_divergence
+    passes, weights = chain_of(model, padded_ST, 4, 2).passes, WeightOffloader(model, CPU.device)
+    own_ST = torch.randint(VOCABULARY, (3, padded_ST.shape[1]), generator=torch.Generator().manual_seed(5))
+    own_ST[2, -5:] = PADDING
+    opened_once = open_retraining(Retraining(loss=loss), passes, find_matrices(model), weights, samples_ST=own_ST)
+    data = opened_once.data
+    assert data.batching.num_samples == 3 and passes.batching.num_samples == 4
+    assert torch.equal(data.inputs_STD, torch.cat([own_ST, padded_ST[4:]]))
+    rows = [int(row) for batch in data.data_module(0).train_dataloader() for row in batch]
+    assert sorted(rows) == [0, 1, 2]
+    assert [int(row) for batch in data.data_module(0).val_dataloader() for row in batch] == [3]
+    text = int((own_ST != PADDING).sum()) - (3 if targets == "tokens" else 0)
+    assert whole_batch(data, 3).num_tokens == text
+    held_out, same = data.held_out_errors(opened_once.window, 1.0), opened(model, padded_ST, loss=loss)[0]
+    assert held_out == same.data.held_out_errors(same.window, 1.0)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_dense_model_has_no_error_of_its_own_states_and_logits(tokens_ST: Tensor, loss: Callable) -> None:
     retrained, _ = opened(tiny_model("llama"), tokens_ST, loss=loss)

@@ -180,13 +180,19 @@ def test_a_run_that_shall_stop_before_all_layers_are_trained_at_once_goes_on_wit
 
 
 @pytest.mark.usefixtures("drawn")
-def test_local_reconstruction_is_followed_by_a_global_one_and_the_report_shows_both(tiny_run: Run) -> None:
+def test_local_reconstruction_is_followed_by_a_global_one_on_other_samples_and_the_report_shows_both(
+    tiny_run: Run,
+) -> None:
     settings = ("walk=local_then_global", "loss@retraining.loss=ce", "retraining.max_epochs=1", "retraining.rate=0.5")
-    ended = tiny_run(*settings, "trainer.max_epochs=2")
+    ended = tiny_run(*settings, "trainer.max_epochs=2", "data.num_retraining=6")
     assert ended.status == 0, ended.err
+    results = json.loads(Path("run/results.json").read_text())
+    of_windows, own = results["tokens"]["calibration"], results["tokens"]["retraining"]
+    assert own == of_windows * 6 / 8 and f"3 steps, cross_entropy, on {own} other tokens" in said(ended.out)
+    assert f"{of_windows + own:,} calibration tokens" in Path("run/report.html").read_text()
     *windows, last = json.loads(Path("run/results.json").read_text())["windows"]
     assert all(one["accepted"] and one["steps"] == 8 for one in windows)
-    assert last["name"] == "global" and last["measure"] == "cross-entropy" and last["steps"] == 4
+    assert last["name"] == "global" and last["measure"] == "cross-entropy" and last["steps"] == 3
     page = Path("run/report.html").read_text()
     assert "global" in page and "block_02" in page and Path("run/figures/error_over_depth.png").exists()
 
@@ -198,6 +204,7 @@ def test_local_reconstruction_is_followed_by_a_global_one_and_the_report_shows_b
         ("loss=ce", "loss=cross_entropy with walk=local"),
         ("loss=hidden", "loss=hidden_states with walk=local"),
         ("walk=local_then_global loss=hidden", "loss=hidden_states with walk=local_then_global"),
+        ("data.num_retraining=4", "data.num_retraining=4 with walk=local: those samples are for all layers"),
         ("walk=global windows=matrix", "walk=global with windows=matrix: windows are pruned only"),
         ("walk=global windows.head=true", "walk=global with windows.head=true"),
         ("walk=global windows=matrix module=least_squares", "walk=global with LeastSquares (module=least_squares)"),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lit_recon.data.source import Samples
 from lit_recon.evaluate.perplexity import EvaluationProtocol, share_recovered
-from lit_recon.fit.output.results import model_facts, sparsity
+from lit_recon.fit.output.results import model_facts, sparsity, token_counts
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
 from lit_recon.report.page import write_report
@@ -106,7 +106,7 @@ def _results(
         "windows": [asdict(window) for window in done.windows],
         "seconds": dict(done.seconds),
         "peak_memory_bytes": peak_memory_bytes(compute.device),
-        "tokens": {"calibration": samples.num_tokens},
+        "tokens": token_counts(samples),
         "seed": done.seed,
         "versions": versions(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lit_recon.data.source import Samples
 from lit_recon.evaluate.perplexity import EvaluationProtocol, perplexity_of, share_recovered
 from lit_recon.pruning.masks import Masks
 from lit_recon.reconstruction.window_result import WindowResult
@@ -84,6 +85,12 @@ def model_facts(name: str, parameters: int, prunable: int) -> dict[str, Any]:
         "prunable_parameters": prunable,
         "covered": prunable / parameters,
     }
+
+
+def token_counts(samples: Samples) -> dict[str, int]:
+    """Tokens that weights are trained on, by their use: calibration, of windows too; retraining, of all layers only."""
+    own = samples.num_retraining_tokens
+    return {"calibration": samples.num_tokens} | ({"retraining": own} if own else {})
 
 
 def compute_facts(compute: Compute) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def describe_plan(
     if job.method.walk == "global":
         lines["reconstruct"] = f"nothing; {len(session.windows)} windows ({job.recipe['windows']}) are pruned"
     if session.retrained:
-        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.training.retraining)
+        lines["retrain"] = describe_global_fit(plan.global_fit, job.method.training.retraining, samples)
     if job.output.resume:
         lines["resume"] = f"{done} of {plan.windows} windows are done" if done else "no window was done: from the start"
         lines["resume"] += f", and {steps} steps of all layers at once" if steps else ""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_recon.activations.chain import Chain
+from lit_recon.data.source import Samples
 from lit_recon.evaluate.perplexity import LOGITS_BYTES
 from lit_recon.fit.job import Schedule
 from lit_recon.fit.plan.layer_profile import LayerProfile
@@ -67,8 +68,8 @@ def plan_global_fit(
     retrained, passes = session.retrained, session.chain.passes
     if retrained is None or schedule is None:
         return GlobalFit(0, 0, 0, 0, 0)
-    num_samples = passes.batching.num_samples
     window, data = retrained.window, retrained.data
+    num_samples = data.batching.num_samples
     parameters = [profile.parameters for profile in profiles]
     width = passes.decoder.model.config.get_text_config().hidden_size
     states = batch_size * passes.tokens_ST.shape[1] * width * _FLOAT32 * len(profiles)
@@ -92,11 +93,12 @@ def plan_global_fit(
     )
 
 
-def describe_global_fit(planned: GlobalFit, settings: Retraining) -> str:
+def describe_global_fit(planned: GlobalFit, settings: Retraining, samples: Samples) -> str:
     """What will be done, in the words of the settings."""
-    said = settings.describe()
+    said, own = settings.describe(), samples.num_retraining_tokens
     return (
-        f"all layers at once, {planned.steps} steps, {said['retraining_loss']}, on the same tokens, at "
+        f"all layers at once, {planned.steps} steps, {said['retraining_loss']}, on "
+        f"{f'{own} other tokens' if own else 'the same tokens'}, at "
         f"{said['retraining_rate']} of the learning rate, committed every {settings.commit_every} steps"
     )
 
