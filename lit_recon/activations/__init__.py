@@ -9,6 +9,7 @@ token_samples.py  tokens, embedded for each batch, on which all layers are train
 datamodule.py     Activations, Batch, and the LightningDataModule over them
 matrix_inputs.py  the same for single matrices; gram.py: only their Gram matrices, for least squares
 partial_layer.py  a layer up to one of its matrices, with those before it as they will be
+block_influence.py   how much each window changes what it is given
 window_grams.py   Gram matrices of all matrices of a window, which is pruned or solved for from them
 steps.py          what the walk does at once: a window, or a layer with all its matrices
 store.py          where hidden states are kept: in memory, or in files (disk_store.py)

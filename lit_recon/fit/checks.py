@@ -140,6 +140,7 @@ def _check_walk(
             "windows=matrix": windows.by == WindowKind.MATRIX,
             "windows.head=true": windows.head,
             f"windows.match={windows.match}": windows.match is not None,
+            f"windows.skip={windows.skip:g}": windows.skip > 0,
         }
         for given in (name for name, is_given in meant.items() if is_given):
             problems.add(

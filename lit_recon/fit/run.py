@@ -20,7 +20,7 @@ from lit_recon.activations.disk_store import SUFFIX, nearest
 from lit_recon.activations.store import kind_of
 from lit_recon.evaluate.evaluator import Evaluator
 from lit_recon.evaluate.perplexity import EvaluationProtocol
-from lit_recon.fit.allocate import Patterns, as_json, from_json, target_sparsity
+from lit_recon.fit.allocate import Allocated, target_sparsity
 from lit_recon.fit.dense_measure import DenseMeasure
 from lit_recon.fit.job import Job
 from lit_recon.fit.output.card import card_metadata, model_card
@@ -137,12 +137,12 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
             if commit:  # what "auto" has chosen
                 store = replace(job.execution.store, kind=commit.state["store"])
                 job = replace(job, execution=replace(job.execution, store=store))
-            known = from_json(commit.state["patterns"]) if commit else None
-            session = load(job, activations, clock, patterns=known)
+            known = Allocated.from_json(commit.state["allocated"]) if commit else None
+            session = load(job, activations, clock, allocated=known)
             facts: dict[str, Any] = {
                 "signature": signature(job),
                 "machine": machine(job.execution.compute.device),
-                "patterns": as_json(session.pruner.patterns),
+                "allocated": session.allocated.as_json(),
             }
             if commit and (changed := changes(commit.state["signature"], facts["signature"])):
                 raise ValueError(f"resume={folder}: {'; '.join(changed)}. Undo that, or start a new run.")
@@ -173,14 +173,14 @@ def _open(job: Job, commits: Commits, clock: Clock, console: Console, *, activat
     return _Opened(job, session, plan, described, dense, facts, commit)
 
 
-def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = None) -> Session:
+def load(job: Job, activations: Path, clock: Clock, allocated: Allocated | None = None) -> Session:
     """Load the model of a run, mapped from its files where they hold its weights as they are, and open a session.
 
     Args:
         job: The run.
         activations: The folder of hidden states that are kept on disk.
         clock: Takes the seconds.
-        patterns: Those of its matrices, where the run is resumed.
+        allocated: What was decided before the walk of the run that is resumed.
     """
     model = job.model.load()
     prepare_model(model, job.method.training.module)
@@ -200,7 +200,7 @@ def load(job: Job, activations: Path, clock: Clock, patterns: Patterns | None = 
         activations=activations,
         files=files,
         clock=clock,
-        patterns=patterns,
+        allocated=allocated,
     )
 
 

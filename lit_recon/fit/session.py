@@ -18,7 +18,7 @@ from lit_recon.activations.chain import Chain
 from lit_recon.activations.passes import Passes
 from lit_recon.activations.store import Room
 from lit_recon.data.source import Samples
-from lit_recon.fit.allocate import Patterns, allocate
+from lit_recon.fit.allocate import Allocated, allocate
 from lit_recon.fit.checks import check_model, check_windows
 from lit_recon.fit.job import Execution, Method, num_arrays
 from lit_recon.fit.plan.device_room import samples_per_pass, training_room
@@ -60,6 +60,7 @@ class Session:
         weights: Moves the weights of one window at a time.
         clock: Takes the seconds.
         retrained: All layers, where they are trained at once after the walk.
+        allocated: What looks at the dense model have decided.
     """
 
     model: PreTrainedModel
@@ -70,6 +71,7 @@ class Session:
     weights: WeightOffloader
     clock: Clock
     _: KW_ONLY
+    allocated: Allocated = Allocated({}, ())
     retrained: Retrained | None = None
 
     @property
@@ -87,7 +89,7 @@ def open_session(
     activations: Path,
     files: DenseFiles | None = None,
     clock: Clock | None = None,
-    patterns: Patterns | None = None,
+    allocated: Allocated | None = None,
 ) -> Session:
     """Cut a model into windows and check what only weights can tell.
 
@@ -99,7 +101,7 @@ def open_session(
         activations: The folder of hidden states that are kept on disk.
         files: Where the model is streamed, the files that its weights are mapped from.
         clock: Takes the seconds.
-        patterns: Those that its matrices had in a run that is resumed; None: they are found here.
+        allocated: What was decided in a run that is resumed; None: it is decided here.
 
     Raises:
         ValueError: The layers do not do what was recorded, do not fall into the windows that were asked for, or hold
@@ -118,14 +120,16 @@ def open_session(
     weights.release_pages()
     if isinstance(method.pruning.criterion, GivenMasks):
         method.pruning.criterion.prepare([matrix for layer in matrices for matrix in layer])
-    if patterns is None:
-        patterns = allocate(method, chain, matrices, seed=execution.seed)
+    if allocated is None:
+        allocated = allocate(method, chain, matrices, windows, seed=execution.seed)
         weights.release_pages()
+    if allocated.skipped:
+        windows = method.windows.cut(model, matrices, skipped=allocated.skipped)
     pruner = Pruner(
         method.pruning.criterion,
         method.pruning.pattern,
         chain,
-        patterns=patterns,
+        patterns=allocated.patterns,
         refinement=method.pruning.refinement,
         pruning_windows=pruning_windows,
         seed=execution.seed,
@@ -135,7 +139,7 @@ def open_session(
     if method.walk != "local":
         settings, own_ST = method.training.retraining, samples.retraining_ST
         retrained = open_retraining(settings, passes, matrices, weights, samples_ST=own_ST)
-    return Session(model, matrices, windows, chain, pruner, weights, clock, retrained=retrained)
+    return Session(model, matrices, windows, chain, pruner, weights, clock, allocated=allocated, retrained=retrained)
 
 
 def _passes(

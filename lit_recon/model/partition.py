@@ -31,6 +31,7 @@ class Partition:
         head: Whether the last window's loss is on the logits.
         match: Regular expression: windows in whose name it is found (re.search), of matrices in that of the weight,
             are reconstructed, and the others pruned only. None: all of them are.
+        skip: Share of the windows, those whose dense inputs and outputs are most alike, that are pruned only as well.
     """
 
     by: str = "block"
@@ -38,6 +39,7 @@ class Partition:
     stride: int | None = None
     head: bool = False
     match: str | None = None
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -60,6 +62,18 @@ class Partition:
             raise ValueError("windows.head=true: a matrix has no logits; use half, block, blocks or model.")
         if self.match is not None:
             check_expression("windows.match", self.match, "names of windows, such as k_proj|up_proj")
+        self._check_skip()
+
+    def _check_skip(self) -> None:
+        """Raise a ValueError for a share that is none, or of windows that do not follow each other."""
+        if type(self.skip) not in (int, float) or not 0 <= self.skip < 1:
+            raise ValueError(f"windows.skip={self.skip!r}: expected a share of the windows, 0 or more and below 1.")
+        if self.skip and (self.by not in (WindowKind.BLOCK, WindowKind.BLOCKS) or self.overlapping):
+            raise ValueError(
+                f"windows.skip={self.skip:g} with windows={self.by}{' that overlap' if self.overlapping else ''}: it "
+                "compares the input and the output of windows that follow each other; use windows=block, or blocks "
+                "without a stride."
+            )
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise a ValueError for a model whose layers cannot be found, are too few, or share parameters.
@@ -73,12 +87,15 @@ class Partition:
                 f"windows.size={self.size}: the model has {depth} layers; use windows=model for all of them."
             )
 
-    def cut(self, model: PreTrainedModel, matrices: LayerMatrices | None = None) -> list[AnyWindow]:
+    def cut(
+        self, model: PreTrainedModel, matrices: LayerMatrices | None = None, *, skipped: Sequence[str] = ()
+    ) -> list[AnyWindow]:
         """The windows; they share the model's weights.
 
         Args:
             model: The model.
             matrices: Its matrices by layer, where more is known of them than their modules' kinds tell.
+            skipped: Names of windows that are pruned only, whatever else is said of them.
 
         Raises:
             ValueError: What `check` finds, layers that do not fall into halves, halves without logits, or no window
@@ -95,18 +112,20 @@ class Partition:
                 )
             windows[-1].head, windows[-1].measure = Head(Decoder(model, torch.device("cpu"))), "KL divergence"
         if self.by != WindowKind.MATRIX:
-            return self._chosen([(window, window.name) for window in windows])
+            return self._chosen([(window, window.name) for window in windows], skipped)
         found = [(layer, matrix) for layer in windows for matrix in layer.matrices() if matrix.input_dim is not None]
-        return self._chosen([(MatrixWindow(matrix, layer), matrix.name) for layer, matrix in found])
+        return self._chosen([(MatrixWindow(matrix, layer), matrix.name) for layer, matrix in found], skipped)
 
-    def _chosen(self, named: Sequence[tuple[AnyWindow, str]]) -> list[AnyWindow]:
-        """Windows with the names that are matched, of which those that are not stay pruned."""
+    def _chosen(self, named: Sequence[tuple[AnyWindow, str]], skipped: Sequence[str]) -> list[AnyWindow]:
+        """Windows with the names that are matched, of which those that are not, or are skipped, stay pruned."""
         if self.match is not None:
             for window, name in named:
                 window.is_chosen = re.search(self.match, name) is not None
             if not any(window.is_chosen for window, _ in named):
                 alike = ", ".join(dict.fromkeys(re.sub(r"[0-9]+", "<n>", name) for _, name in named))
                 raise ValueError(f"windows.match={self.match}: found in none of the names of the windows ({alike}).")
+        for window, _ in named:
+            window.is_chosen = window.is_chosen and window.name not in skipped
         return [window for window, _ in named]
 
     @property
@@ -129,7 +148,8 @@ class Partition:
         size = f" of {self.size}" if self.by == WindowKind.BLOCKS else ""
         stride = f" every {self.stride}" if self.stride else ""
         match = f", those of {self.match}" if self.match is not None else ""
-        return self.by + size + stride + (", logits at the end" if self.head else "") + match
+        skip = f", the {self.skip:.0%} most alike skipped" if self.skip else ""
+        return self.by + size + stride + (", logits at the end" if self.head else "") + match + skip
 
 
 def check_own_parameters(model: PreTrainedModel) -> None:

@@ -31,7 +31,7 @@ from lit_recon.system.finite import NotFinite, first_not_finite
 from lit_recon.system.signals import protected
 
 NOTHING_PRUNED = "what pruning takes is zero already, so there is no error"
-NOT_CHOSEN = "not one of those that windows.match chooses"
+NOT_CHOSEN = "left out by windows.match or windows.skip"
 
 
 class WalkCallback:

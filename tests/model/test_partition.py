@@ -216,6 +216,10 @@ def test_changing_a_token_changes_no_output_before_it(shape: str, attention: str
         ({"by": "blocks", "size": 2, "stride": 0}, "1 to windows.size=2"),
         ({"by": "blocks", "size": 9}, "has 3 layers"),
         ({"by": "matrix", "head": True}, "no logits"),
+        ({"skip": 1.0}, "windows.skip=1.0: expected a share"),
+        ({"skip": True}, "windows.skip=True: expected a share"),
+        ({"by": "half", "skip": 0.5}, "windows.skip=0.5 with windows=half: it compares the input and the output"),
+        ({"by": "blocks", "size": 2, "stride": 1, "skip": 0.5}, "windows=blocks that overlap: it compares"),
     ],
     ids=str,
 )

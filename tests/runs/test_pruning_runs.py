@@ -100,6 +100,7 @@ def test_an_allocation_removes_as_much_as_was_asked_for_but_not_everywhere_the_s
         ["criterion=ria", "criterion.permute=true", "pattern=n_m", "windows=half"],
         pytest.param(["criterion=sparsegpt", "store=disk", "pattern=n_m"], marks=pytest.mark.slow),
         ["criterion=wanda", "refine=dsnot", "store=disk", "chain.statistics=sparse"],
+        ["criterion=magnitude", "windows.skip=0.7"],
     ],
     ids=" ".join,
 )

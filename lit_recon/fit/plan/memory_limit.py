@@ -154,14 +154,16 @@ def adopt(choice: Choice, job: Job, session: Session) -> tuple[Job, Session]:
     if session.retrained:
         session.retrained.data.batching.batch_size = choice.batch_size
     job = replace(job, method=changed, execution=replace(execution, batch_size=choice.batch_size))
-    return job, replace(session, windows=windows.cut(session.model, session.matrices))
+    return job, replace(
+        session, windows=windows.cut(session.model, session.matrices, skipped=session.allocated.skipped)
+    )
 
 
 def _needs(job: Job, session: Session) -> Iterator[tuple[Choice, _Need]]:
     """All choices in the order of preference, and the memory that each needs."""
     windows = job.method.windows
     kinds: list[str] = [windows.by]
-    if windows.by in ORDER and windows.match is None:  # windows of another kind have other names
+    if windows.by in ORDER and windows.match is None and not windows.skip:  # others have other names
         kinds = [*ORDER[ORDER.index(WindowKind(windows.by)) :]]
     if windows.blocks > len(session.matrices):
         kinds = [kind for kind in kinds if kind != WindowKind.BLOCKS]
