@@ -193,11 +193,12 @@ def _kinds(runs: Sequence[Run]) -> set[str]:
 
 
 def _windows(run: Run) -> str:
-    """Windows of a run; matrices that are solved for are not trained like others."""
+    """Windows of a run; matrices that are solved for are not trained like others, nor are some of a window's."""
     assert run.results is not None
     recipe = run.results["recipe"]
     solved = recipe.get("module") == "LeastSquares"
-    return f"{recipe['windows']}, least squares" if solved else recipe["windows"]
+    trained = f", {recipe['train']} trained" if "train" in recipe else ""
+    return recipe["windows"] + (", least squares" if solved else trained)
 
 
 def _size(kind: str) -> tuple[int, float, str]:

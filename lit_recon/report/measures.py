@@ -101,7 +101,7 @@ def held_out_error(run: Run) -> float:
 
 def _tokens(run: Run) -> float:
     """Tokens that weights were trained on: those of windows, and those that only all layers at once saw."""
-    return sum(_results(run)["tokens"].values())
+    return float(sum(_results(run)["tokens"].values()))
 
 
 def _walk_seconds(run: Run) -> float:

@@ -22,6 +22,7 @@ from lit_recon.report.groups import differing_keys, granularity, grouped, label_
 from lit_recon.report.measures import PERPLEXITY, measures
 from lit_recon.report.pareto import pareto_figures
 from lit_recon.report.runs import EVALUATED, NONE, Run, protocol_of
+from lit_recon.report.setting_figure import curves, setting_figure
 from lit_recon.report.study import studies
 from lit_recon.report.study_figure import criteria
 from lit_recon.report.tables import GROUPED, Table, criteria_table, groups_table, rates_table, runs_table
@@ -97,6 +98,8 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     figures = pareto_figures(alike, [value_of(run, chosen[0]) if chosen else "" for run in runs])
     pareto = list(figures)
     figures |= {"groups": group_figure(groups)} if 1 < len(groups) <= MOST else {}
+    over = {f"over_{one.key.replace('.', '_')}": one for one in curves(alike)}
+    figures |= {name: setting_figure(one) for name, one in over.items()}
     by_windows = granularity(alike)
     figures |= {"windows": group_figure(by_windows)} if by_windows else {}
     if by_windows:
@@ -113,6 +116,7 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
         "keys": ", ".join(map(label_of, chosen)) or "nothing",
         "pareto": pareto,
         "colored": colored,
+        "over": {name: label_of(one.key) for name, one in over.items()},
         "studies": {name: study.about for name, study in named.items()},
     }
     return content, figures, tables

@@ -127,7 +127,12 @@ def test_figures_are_on_the_page_and_beside_it(drawn: Path) -> None:
     text = (drawn / "report.html").read_text(encoding="utf-8")
     names = {path.stem for path in (drawn / "figures").iterdir()}
     costs = ("calibration_tokens", "total_seconds", "walk_peak_memory_gb")
-    assert names == {"groups", *(f"pareto_{quality}_{cost}" for quality in ("perplexity", "nats") for cost in costs)}
+    over = {"over_data_num_samples", "over_module_optimizer_lr"}
+    assert names == {
+        "groups",
+        *over,
+        *(f"pareto_{quality}_{cost}" for quality in ("perplexity", "nats") for cost in costs),
+    }
     assert text.count('<img src="data:image/png;base64,') == len(names) == text.count("<img")
     assert all(path.stat().st_size > 2000 for path in (drawn / "figures").iterdir())
 
