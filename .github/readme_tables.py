@@ -80,16 +80,17 @@ FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "tokens, {default.memory} of memory",
         ),
         "as well as global retraining": (
-            "on {granularity/block.tokens} tokens, pruned {granularity/block.pruned}: "
-            "{granularity/block.reconstructed} by blocks at {granularity/block.memory}; {global.reconstructed} all "
-            "layers at once at {global.memory}",
+            "on {granularity/1_epochs/block.tokens} tokens, pruned {granularity/1_epochs/block.pruned}: "
+            "{granularity/1_epochs/block.reconstructed} by blocks at {granularity/1_epochs/block.memory}; "
+            "{global.reconstructed} all layers at once at {global.memory}",
         ),
         "the window's size hardly matters": (
-            "on {granularity/block.tokens} tokens, pruned {granularity/block.pruned}: half "
-            "{granularity/half.reconstructed}, block {granularity/block.reconstructed}, four blocks "
-            "{granularity/blocks_4.reconstructed}, all layers at once {granularity/model.reconstructed}; "
-            "single matrices {granularity/matrix_gradient.reconstructed}, solved exactly "
-            "{granularity/matrix_least_squares.reconstructed}",
+            "on {granularity/1_epochs/block.tokens} tokens, pruned {granularity/1_epochs/block.pruned}: half "
+            "{granularity/1_epochs/half.reconstructed}, block {granularity/1_epochs/block.reconstructed}, four blocks "
+            "{granularity/1_epochs/blocks_4.reconstructed}, all layers at once "
+            "{granularity/1_epochs/model.reconstructed}; single matrices "
+            "{granularity/1_epochs/matrix_gradient.reconstructed}, solved exactly "
+            "{granularity/1_epochs/matrix_least_squares.reconstructed}",
         ),
         "the criterion matters less": (
             "magnitude {criteria/smollm2_unstructured/magnitude.pruned} and SparseGPT "

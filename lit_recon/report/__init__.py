@@ -11,6 +11,7 @@ overview.py      the page over many runs, from overview.html.j2
 groups.py        runs in groups by keys of config.yaml; sweeps over rates; group_figure.py draws groups
 measures.py      what runs are compared by: labels, units, numbers
 tables.py        tables over runs and groups, as CSV, in Markdown and on the page
+setting_figure.py  quality over a setting that varies by number
 pareto.py        quality against cost, and the front
 templates.py     pages from templates, with a policy that lets them request nothing; base.html.j2 and macros.html.j2,
                  style.css, and sort.js, which sorts tables

@@ -60,7 +60,7 @@ def test_cells_of_findings_are_made_again_of_the_runs_that_are_there_and_others_
     tables: ModuleType, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "runs" / "default", 10.0, 20.0, 15.0)
-    write_run(tmp_path / "night" / "block", 10.0, 21.0, 14.0, 32768)
+    write_run(tmp_path / "night" / "1_epochs" / "block", 10.0, 21.0, 14.0, 32768)
     write_run(tmp_path / "elsewhere", 10.0, 21.0, 14.5, 32768)
     text = (
         "<!-- runs: findings * -->\n"

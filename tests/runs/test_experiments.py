@@ -22,7 +22,18 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "half": ({"by": "half"}, "MaskedWeights"),
     "block": ({"by": "block"}, "MaskedWeights"),
     "blocks_4": ({"by": "blocks", "size": 4}, "MaskedWeights"),
+    "blocks_8": ({"by": "blocks", "size": 8}, "MaskedWeights"),
+    "blocks_8_stride_4": ({"by": "blocks", "size": 8, "stride": 4}, "MaskedWeights"),
     "model": ({"by": "model"}, "MaskedWeights"),
+    "matrix_k_up": ({"by": "matrix", "match": "k_proj|up_proj"}, "MaskedWeights"),
+    "block_k_up": ({"by": "block"}, "MaskedWeights"),
+}
+RETRAINING = {  # walk, loss and module
+    "local": ("local", "huber", "MaskedWeights"),
+    "global_kl": ("global", "kl_divergence", "MaskedWeights"),
+    "global_ce": ("global", "cross_entropy", "MaskedWeights"),
+    "mask_lora_kl": ("global", "kl_divergence", "MaskLora"),
+    "mask_lora_ce": ("global", "cross_entropy", "MaskLora"),
 }
 CRITERIA = {  # the members of two groups
     "magnitude": {"criterion": "magnitude"},
@@ -72,8 +83,26 @@ def test_a_case_of_granularity_is_its_windows_and_module_on_128_samples(
     assert {key: cfg.windows[key] for key in windows} == windows
     assert ("size" in cfg.windows) == ("size" in windows)
     assert cfg.module._target_.rpartition(".")[2] == module
-    assert cfg.output_dir == f"runs/granularity/{case}"
+    assert cfg.module.get("train") == ("k_proj|up_proj" if case == "block_k_up" else None)
+    assert cfg.output_dir == f"runs/granularity/1_epochs/{case}"
     assert cfg.data.num_samples == 128
+
+
+def test_windows_are_compared_at_three_numbers_of_steps_the_fewest_first(composed: Callable[..., DictConfig]) -> None:
+    params = composed("experiment=granularity").hydra.sweeper.params
+    assert list(params) == ["trainer.max_epochs", "experiment/granularity"] and params["trainer.max_epochs"] == "1,4,16"
+    cfg = composed("experiment=granularity", "experiment/granularity=half", "trainer.max_epochs=16")
+    assert cfg.output_dir == "runs/granularity/16_epochs/half"
+
+
+@pytest.mark.parametrize("case", RETRAINING)
+def test_a_case_of_retraining_is_its_walk_loss_and_module(case: str, composed: Callable[..., DictConfig]) -> None:
+    cfg = composed("experiment=retraining", f"experiment/retraining={case}", "data.num_samples=512", "pattern=n_m")
+    found = cfg.walk, cfg.loss._target_.rpartition(".")[2], cfg.module._target_.rpartition(".")[2]
+    assert found == RETRAINING[case]
+    assert case == "local" or cfg.retraining.loss == cfg.loss
+    assert cfg.data._target_.endswith(".SelfGenerated") and cfg.retraining.rate == 0.1
+    assert cfg.output_dir == f"runs/retraining/smollm2_n_m/512x256/{case}"
 
 
 @pytest.mark.parametrize("case", CRITERIA)
@@ -111,6 +140,7 @@ def test_the_cases_of_regimes_are_the_rows_of_the_readme_that_are_not_refused(
     ("experiment", "varied", "folders"),
     [
         ("sparsity", {"sparsity": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}, "runs/sparsity/smollm2/{0}"),
+        ("skip", {"windows.skip": [0.0, 0.1, 0.25, 0.5, 0.75]}, "runs/skip/smollm2/{0}"),
         ("seeds", {"seed": [0, 1, 2, 3, 4]}, "runs/seeds/smollm2/seed_{0}"),
         ("rates", {"module.optimizer.lr": [1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 1e-2]}, "runs/rates/smollm2_block/{0}"),
         (
@@ -202,7 +232,12 @@ def test_the_papers_settings_can_be_planned_without_network_on_a_tiny_model(
 
 @pytest.mark.parametrize(
     ("experiment", "cases"),
-    [("granularity", CASES), ("criteria", CRITERIA), ("regimes", ["_".join(regime) for regime in REGIMES])],
+    [
+        ("granularity", CASES),
+        ("criteria", CRITERIA),
+        ("regimes", ["_".join(regime) for regime in REGIMES]),
+        ("retraining", RETRAINING),
+    ],
 )
 def test_the_sweeps_take_every_case(
     experiment: str, cases: Collection[str], composed: Callable[..., DictConfig]
@@ -215,7 +250,7 @@ def test_the_sweeps_take_every_case(
 def test_settings_of_the_command_line_win_and_one_moves_all_folders(composed: Callable[..., DictConfig]) -> None:
     settings = ["data.num_samples=32", "windows.size=2", "experiment_dir=/data/sizes"]
     cfg = composed("experiment=granularity", "experiment/granularity=blocks_4", *settings)
-    assert (cfg.data.num_samples, cfg.windows.size, cfg.output_dir) == (32, 2, "/data/sizes/blocks_4")
+    assert (cfg.data.num_samples, cfg.windows.size, cfg.output_dir) == (32, 2, "/data/sizes/1_epochs/blocks_4")
 
 
 def test_an_experiment_is_a_sweep_also_without_the_flag_and_its_runs_are_a_study_of_the_report(
