@@ -142,3 +142,53 @@ def test_without_a_choice_the_study_is_that_of_the_newest_finished_run(
     (tmp_path / "runs" / "unfinished").mkdir()
     text = shown(execute(ROOT / "notebooks" / "03_read_a_study.ipynb", 2))
     assert str(tmp_path.resolve() / "runs" / "newest") in text["setup"]
+
+
+def test_the_three_findings_are_shown_of_the_studies_that_are_there(
+    execute: Callable[..., NotebookNode],
+    tiny_run: Callable[..., Ended],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert tiny_run().status == 0
+    results, config = (
+        json.loads((tmp_path / "run/results.json").read_text()),
+        (tmp_path / "run/config.yaml").read_text(),
+    )
+
+    def write(place: str, share: float, words: dict[str, str], **recipe: str) -> None:
+        """A run with another part of the gap recovered, other settings, and another recipe."""
+        folder, changed = tmp_path / "studies" / place, json.loads(json.dumps(results))
+        folder.mkdir(parents=True)
+        pruned, dense = changed["perplexity"]["pruned"], changed["perplexity"]["dense"]
+        changed["perplexity"]["reconstructed"] = pruned ** (1 - share) * dense**share
+        changed["recipe"] |= recipe
+        (folder / "results.json").write_text(json.dumps(changed))
+        text = config
+        for old, new in words.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (folder / "config.yaml").write_text(text)
+
+    for epochs, share in ((1, 0.5), (4, 0.625)):
+        for by in ("half", "block"):
+            words = {"by: block\n": f"by: {by}\n", "max_epochs: 1\n": f"max_epochs: {epochs}\n"}
+            write(f"granularity/{epochs}_epochs/{by}", share, words, windows=by)
+    for criterion, share in (("Wanda", 0.5), ("Magnitude", 0.25)):
+        write(f"criteria/tiny/{criterion}", share, {}, criterion=criterion)
+    monkeypatch.setenv("LIT_RECON_RUNS", str(tmp_path / "studies"))
+    notebook = execute(ROOT / "notebooks" / "04_three_findings.ipynb")
+    text = shown(notebook)
+    assert "retraining: no run; python -m lit_recon.fit experiment=retraining\n" in text["setup"]
+    assert "granularity: 4 runs\ncriteria: 2 runs\n" in text["setup"] and "has drift;" in text["drift"]
+    assert figures(notebook) == ["granularity", "criteria"]
+    rows = [
+        output.data["text/markdown"]
+        for one in notebook.cells
+        if one.id == "granularity"
+        for output in one.outputs
+        if "text/markdown" in output.get("data", {})
+    ]
+    (table,) = rows
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == ["half", "block"]
+    assert "56.2%" in table, "the mean of 50% and 62.5% in nats"
