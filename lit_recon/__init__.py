@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lit_recon.reconstruction.fit_settings import FitSettings as FitSettings
     from lit_recon.reconstruction.window_result import WindowResult as WindowResult
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 _MODULES = {
     "activations.datamodule": ("Batch",),
