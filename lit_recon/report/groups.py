@@ -189,7 +189,8 @@ def granularity(runs: Sequence[Run]) -> list[Group]:
 
 
 def _kinds(runs: Sequence[Run]) -> set[str]:
-    return {run.results["recipe"]["windows"] for run in runs if run.results is not None}
+    """Kinds of windows of runs, whichever of them are chosen."""
+    return {run.results["recipe"]["windows"].partition(",")[0] for run in runs if run.results is not None}
 
 
 def _windows(run: Run) -> str:

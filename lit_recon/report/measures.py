@@ -86,11 +86,12 @@ def held_out_error(run: Run) -> float:
     """Geometric mean over windows of the held-out error of the weights that each kept; NaN if one is not finite.
 
     The errors of some windows are a hundred times those of others (massive activations), which would decide any other
-    mean alone. A window that was not accepted kept its pruned weights. Windows whose loss was on the logits are left
-    out, unless all were: their errors are divergences.
+    mean alone. A window that was not accepted kept its pruned weights. Windows that were not measured, such as those
+    that a study leaves out, do not count; nor do those whose loss was on the logits, unless all were: their errors are
+    divergences.
     """
-    windows = _results(run)["windows"]
-    alike = [window for window in windows if window.get("measure", "relative error") == "relative error"] or windows
+    measured = [window for window in _results(run)["windows"] if window["held_out_before"] != 0]
+    alike = [window for window in measured if window.get("measure", "relative error") == "relative error"] or measured
     errors = [finite_or_nan(window[f"held_out_{'after' if window['accepted'] else 'before'}"]) for window in alike]
     if not errors or any(map(math.isnan, errors)):
         return math.nan

@@ -77,6 +77,9 @@ def test_the_held_out_error_is_that_of_the_weights_that_each_window_kept() -> No
     results["windows"][1] |= REFUSED  # keeps its pruned weights: 0.022
     run = Run(Path("run"), FINISHED, results=results)
     assert HELD_OUT.of(run) == pytest.approx(0.011), "the geometric mean of 0.0055 and 0.022"
+    left_out = results["windows"][1] | {"held_out_before": 0.0, "held_out_after": 0.0}
+    with_another = Run(Path("run"), FINISHED, results=results | {"windows": [*results["windows"], left_out]})
+    assert HELD_OUT.of(with_another) == pytest.approx(0.011), "it was not measured"
     results["windows"][1] |= {"measure": "KL divergence"}
     assert HELD_OUT.of(run) == pytest.approx(0.0055), "divergences are no relative errors"
     for first, second in ((None, 0.0), (0.0, None)):
@@ -140,3 +143,5 @@ def test_windows_are_ordered_by_their_size_and_least_squares_are_a_kind_of_their
     names = [group.name.removeprefix("windows ") for group in granularity(runs)]
     assert names == ["matrix", "matrix, least squares", "half", "block", "blocks of 4", "blocks of 10", "model"]
     assert granularity(runs[:1]) == []
+    some = [run_of({}, windows=text) for text in ("block", "block, the 25% most alike skipped")]
+    assert granularity(some) == [], "they are of one size"
