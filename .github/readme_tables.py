@@ -134,7 +134,7 @@ class _Numbers:
     def __init__(self, run: Run) -> None:
         results = _results(run)
         self.dense, self.pruned, self.reconstructed = _perplexities(run, "dense", "pruned", "reconstructed")
-        self.tokens = f"{results['tokens']['calibration'] / 1000:.0f}k"
+        self.tokens = f"{sum(results['tokens'].values()) / 1000:.0f}k"
         self.memory = f"{results['peak_memory_bytes'] / 1e9:.1f} GB"
 
 

@@ -182,13 +182,13 @@ def test_the_three_findings_are_shown_of_the_studies_that_are_there(
     assert "retraining: no run; python -m lit_recon.fit experiment=retraining\n" in text["setup"]
     assert "granularity: 4 runs\ncriteria: 2 runs\n" in text["setup"] and "has drift;" in text["drift"]
     assert figures(notebook) == ["granularity", "criteria"]
-    rows = [
+    (table,) = [
         output.data["text/markdown"]
         for one in notebook.cells
         if one.id == "granularity"
         for output in one.outputs
         if "text/markdown" in output.get("data", {})
     ]
-    (table,) = rows
-    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == ["half", "block"]
-    assert "56.2%" in table, "the mean of 50% and 62.5% in nats"
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    assert rows == [["half", "1"], ["half", "4"], ["block", "1"], ["block", "4"]]
+    assert table.count("| 50.0% |") == table.count("| 62.5% |") == 2, "in nats, as the runs were made"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lit_recon.data.python_docs import PythonDocs
-from lit_recon.data.source import Part, Request, TextSource
+from lit_recon.data.source import Drawn, Part, Request, TextSource
 
-OURS = ("num_samples", "length", "packing", "bos", "num_held_out")  # of a mixture, which its sources follow
+COUNTED = ("num_samples", "num_held_out", "num_retraining")
+OURS = (*COUNTED, "length", "packing", "bos")  # of a mixture, which its sources follow
 
 
 @dataclass(kw_only=True)
@@ -122,8 +122,8 @@ class Mixture(OtherEvaluation):
 
     def _used(self) -> dict[str, TextSource]:
         """The sources of which there are samples."""
-        calibration, held_out = self._counts(self.num_samples), self._counts(self.num_held_out)
-        return {name: source for name, source in self.sources.items() if calibration[name] or held_out[name]}
+        counts = [self._counts(getattr(self, setting)) for setting in COUNTED]
+        return {name: source for name, source in self.sources.items() if any(count[name] for count in counts)}
 
     def _counts(self, number: int) -> dict[str, int]:
         """Samples of each source: `number` in shares of the weights, the largest remainders rounded up."""
@@ -135,9 +135,9 @@ class Mixture(OtherEvaluation):
             counts[name] += 1
         return counts
 
-    def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
+    def _drawn(self, request: Request) -> Drawn:
         """Samples of each source, shuffled by the seed."""
-        numbers = {"num_samples": self._counts(self.num_samples), "num_held_out": self._counts(self.num_held_out)}
+        numbers = {setting: self._counts(getattr(self, setting)) for setting in COUNTED}
         drawn = []
         for name, source in self._used().items():
             part = copy.copy(source)
@@ -145,11 +145,12 @@ class Mixture(OtherEvaluation):
             for setting, value in (settings | {of: counts[name] for of, counts in numbers.items()}).items():
                 setattr(part, setting, value)
             drawn.append(part._drawn(request))
-        calibration_ST, held_out_ST = (
-            tokens_ST[torch.randperm(len(tokens_ST), generator=torch.Generator().manual_seed(request.seed))]
-            for tokens_ST in map(torch.cat, zip(*drawn, strict=True))
+        return Drawn(
+            *(
+                tokens_ST[torch.randperm(len(tokens_ST), generator=torch.Generator().manual_seed(request.seed))]
+                for tokens_ST in map(torch.cat, zip(*drawn, strict=True))
+            )
         )
-        return calibration_ST, held_out_ST
 
     def _problems(self) -> list[str]:
         inner = {f"data.sources.{name}": source for name, source in self.sources.items() if self.weights[name]}

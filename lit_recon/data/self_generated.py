@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_recon.data.generation import DenseModel, Sampling, generate
 from lit_recon.data.mixture import OtherEvaluation
 from lit_recon.data.packing import PADDING, cached_pieces, find_opening
-from lit_recon.data.source import Part, Request
+from lit_recon.data.source import Drawn, Part, Request
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class SelfGenerated(OtherEvaluation):
         own = f"self_generated (temperature {self.temperature:g})"
         return super().describe(part) if part == "evaluation" else own
 
-    def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Calibration and held-out samples, from the cache or generated."""
+    def _drawn(self, request: Request) -> Drawn:
+        """Calibration, held-out and retraining samples, from the cache or generated."""
         if request.problems:  # before minutes are spent
             raise ValueError("\n".join(request.problems))
         model = request.model
@@ -66,7 +66,8 @@ class SelfGenerated(OtherEvaluation):
                 f"{type(self).__name__}: the dense model generates its text; give samples(tokenizer, model=model)"
             )
         sampling, opening = self._sampling(request), find_opening(request.tokenizer, self.bos)
-        names = [f"calibration {number}" for number in range(self.num_samples)]
+        total = self.num_samples + self.num_retraining
+        names = [f"calibration {number}" for number in range(total)]
         names += [f"held_out {number}" for number in range(self.num_held_out)]
         decides = {
             "version": CACHE_VERSION,
@@ -86,7 +87,7 @@ class SelfGenerated(OtherEvaluation):
         pieces_PT = cached_pieces(key, make, length=self.length, cache=request.cache).long()
         if (alike := len(pieces_PT) - len(pieces_PT.unique(dim=0))) > 0:
             log.warning("%d of %d generated samples repeat another: raise data.temperature", alike, len(pieces_PT))
-        return pieces_PT[: self.num_samples], pieces_PT[self.num_samples :]
+        return Drawn(pieces_PT[: self.num_samples], pieces_PT[total:], pieces_PT[self.num_samples : total])
 
     def _sampling(self, request: Request) -> Sampling:
         """How the model is asked; a ValueError where no token can start a document."""

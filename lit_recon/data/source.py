@@ -13,10 +13,11 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -104,6 +105,20 @@ class Request:
     problems: list[str] = field(default_factory=list)
 
 
+class Drawn(NamedTuple):
+    """Samples of tokens of one source, int64.
+
+    Attributes:
+        calibration_ST: (num_samples, length).
+        held_out_ST: (num_held_out, length).
+        retraining_ST: (num_retraining, length).
+    """
+
+    calibration_ST: Tensor
+    held_out_ST: Tensor
+    retraining_ST: Tensor
+
+
 @dataclass(kw_only=True)
 class TextSource(ABC):
     """Text for calibration and evaluation, and how many samples of how many tokens to take of it.
@@ -124,8 +139,8 @@ class TextSource(ABC):
 
     Attributes:
         num_samples: Calibration samples.
-        num_retraining: Samples of their own for all layers at once, after a walk over windows that did not see them;
-            0: the calibration samples.
+        num_retraining: Samples of their own for all layers at once, which windows are not pruned or trained by; 0: the
+            calibration samples.
         length: Tokens of each calibration and held-out sample.
         packing: `fixed` cuts these samples from all documents joined; with `documents` each is of one document, and
             padded where it is shorter. Evaluation samples are `fixed` always, so that perplexities compare.
@@ -214,16 +229,14 @@ class TextSource(ABC):
         opening, opening_length = self._opening(tokenizer)
         evaluation_PT = self._packed("evaluation", request)
         request.problems.extend(self._shortage("evaluation", evaluation_PT))
-        drawn = copy.copy(self)
-        drawn.num_samples += self.num_retraining
-        calibration_ST, held_out_ST = drawn._drawn(request)
+        drawn = self._drawn(request)
         if request.problems:
             raise ValueError("\n".join(request.problems))
-        calibration, evaluation = drawn.describe("calibration"), self.describe("evaluation")
+        calibration, evaluation = self.describe("calibration"), self.describe("evaluation")
         return Samples(
-            calibration_ST=calibration_ST[: self.num_samples],
-            retraining_ST=calibration_ST[self.num_samples :] if self.num_retraining else None,
-            held_out_ST=held_out_ST,
+            calibration_ST=drawn.calibration_ST,
+            held_out_ST=drawn.held_out_ST,
+            retraining_ST=drawn.retraining_ST if self.num_retraining else None,
             evaluation_ST=evaluation_PT[: self.evaluation_samples].long(),
             description=calibration if calibration == evaluation else f"{calibration}; evaluation: {evaluation}",
             evaluation_description=evaluation,
@@ -248,16 +261,38 @@ class TextSource(ABC):
         texts = render(self._read("evaluation", set()), tokenizer, origin=self.describe("evaluation"))
         return token_stream(texts, tokenizer, cache=cache or cache_folder(), bos=self.bos)
 
-    def _drawn(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Calibration and held-out samples; where there is too little text fewer, with problems in the request."""
+    def _drawn(self, request: Request) -> Drawn:
+        """What is trained on or judged by; where there is too little text less, with problems in the request."""
         held_out_PT = self._packed("held_out", request)
+        taken = set(request.taken)
         calibration_PT = self._packed("calibration", request)
-        short = [*self._shortage("calibration", calibration_PT), *self._shortage("held_out", held_out_PT)]
-        request.problems[:0] = short
-        return (
-            draw(calibration_PT, min(self.num_samples, len(calibration_PT)), seed=request.seed),
+        number = min(self.num_samples, len(calibration_PT))
+        retraining_ST, short = calibration_PT[:0].long(), self._shortage("calibration", calibration_PT)
+        if self.num_retraining and not short:
+            retraining_ST, short = self._others(number, len(calibration_PT), replace(request, taken=taken))
+        request.problems[:0] = [*short, *self._shortage("held_out", held_out_PT)]
+        return Drawn(
+            draw(calibration_PT, number, seed=request.seed),
             draw(held_out_PT, min(self.num_held_out, len(held_out_PT)), seed=request.seed),
+            retraining_ST,
         )
+
+    def _others(self, number: int, of: int, request: Request) -> tuple[Tensor, list[str]]:
+        """Retraining samples, none of which is a calibration sample, and the problem if there are fewer.
+
+        Args:
+            number: Calibration samples that are drawn.
+            of: The pieces that they are drawn from, the first ones also where more text is read.
+            request: As it was before calibration text was read.
+        """
+        both = copy.copy(self)
+        both.num_samples += self.num_retraining
+        pieces_PT = both._packed("calibration", request)
+        if short := both._shortage("calibration", pieces_PT):
+            return pieces_PT[:0].long(), short
+        left = torch.ones(len(pieces_PT), dtype=torch.bool)
+        left[draw(torch.arange(of), number, seed=request.seed)] = False
+        return draw(pieces_PT[left], self.num_retraining, seed=request.seed), []
 
     def _problems(self) -> list[str]:
         """Problems of the settings; a source with settings of its own extends the list."""

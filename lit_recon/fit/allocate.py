@@ -118,7 +118,10 @@ def _skipped(method: Method, chain: Chain, windows: Sequence[AnyWindow]) -> list
     with chain.clock.phase("teacher"):
         influences = block_influence(whole, chain.passes, boundary.states_STD)
     names = [whole[index].name for index in most_alike(influences, share)]
-    log.info("windows.skip=%g: %s", share, ", ".join(names) or f"none of {len(whole)} windows is that few")
+    if names:
+        log.info("windows.skip=%g leaves out %s", share, ", ".join(names))
+    else:
+        log.warning("windows.skip=%g leaves out none: it is less than one of %d windows", share, len(whole))
     return names
 
 

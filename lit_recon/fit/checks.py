@@ -205,6 +205,11 @@ def check_samples(model: PreTrainedModel, samples: Samples) -> None:
                 "tokenizer is of another model, or tokens were added to it; use the model's own tokenizer, or give the "
                 "model rows for them (resize_token_embeddings)."
             )
+    length = samples.calibration_ST.shape[1]
+    if samples.retraining_ST is not None and (own := samples.retraining_ST.shape[1]) != length:
+        raise ValueError(
+            f"retraining_ST has samples of {own} tokens, and calibration_ST of {length}: give all of one length."
+        )
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for setting, tokens_ST in (("length", samples.calibration_ST), ("evaluation_length", samples.evaluation_ST)):
         if isinstance(trained, int) and (length := tokens_ST.shape[1]) > trained:

@@ -161,9 +161,15 @@ def stand_in(
     """Samples of a source; where the model would have to generate them, which takes long, as many of other text."""
     if not (source.needs_model and isinstance(source, OtherEvaluation)):
         return make_samples(source, tokenizer, model, execution)
-    counts = {field.name: getattr(source, field.name) for field in fields(TextSource)} | {"num_samples": 1}
+    counts = {field.name: getattr(source, field.name) for field in fields(TextSource)}
+    counts |= {"num_samples": 1, "num_retraining": 0}
     samples = make_samples(replace(source.evaluation, **counts), tokenizer, model, execution)
-    return replace(samples, calibration_ST=samples.calibration_ST.repeat(source.num_samples, 1))
+    own, one_ST = source.num_retraining, samples.calibration_ST
+    return replace(
+        samples,
+        calibration_ST=one_ST.repeat(source.num_samples, 1),
+        retraining_ST=one_ST.repeat(own, 1) if own else None,
+    )
 
 
 def _composed(words: Sequence[str]) -> DictConfig:

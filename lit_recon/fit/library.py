@@ -217,7 +217,8 @@ def _rehearse(model: PreTrainedModel, samples: Samples, asked: _Asked) -> None:
         ValueError: It would end with an exception, but not with the default settings.
     """
     counts: dict[str, Any] = {"num_samples": len(samples.calibration_ST), "num_held_out": len(samples.held_out_ST)}
-    counts["padded"] = bool((samples.calibration_ST == PADDING).any())
+    both = [one for one in (samples.calibration_ST, samples.retraining_ST) if one is not None]
+    counts["padded"] = any(bool((one == PADDING).any()) for one in both)
 
     def failure(*asked: Any) -> Exception | None:
         try:

@@ -85,6 +85,7 @@ def _fit_two_steps(
 ) -> None:
     """Walk over the first window of a small model, stopping its Trainer after the second step."""
     windows = method.windows
+    windows = replace(windows, match=None, skip=0.0)  # they are of the real model's layers
     windows = replace(windows, size=1, stride=None) if windows.by == "blocks" else windows
     with TemporaryDirectory(prefix="lit_recon.") as scratch:
         stopping = partial(_stopping, scratch=scratch, batches=-(-counts[0] // execution.batch_size))

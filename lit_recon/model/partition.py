@@ -31,7 +31,8 @@ class Partition:
         head: Whether the last window's loss is on the logits.
         match: Regular expression: windows in whose name it is found (re.search), of matrices in that of the weight,
             are reconstructed, and the others pruned only. None: all of them are.
-        skip: Share of the windows, those whose dense inputs and outputs are most alike, that are pruned only as well.
+        skip: Share of all windows, those whose dense inputs and outputs are most alike, that are pruned only as well;
+            of blocks that do not overlap.
     """
 
     by: str = "block"
@@ -126,6 +127,11 @@ class Partition:
                 raise ValueError(f"windows.match={self.match}: found in none of the names of the windows ({alike}).")
         for window, _ in named:
             window.is_chosen = window.is_chosen and window.name not in skipped
+        if not any(window.is_chosen for window, _ in named):
+            raise ValueError(
+                f"windows.match={self.match} windows.skip={self.skip:g}: of the windows that match, none is left when "
+                f"those are skipped that are most alike ({', '.join(skipped)}); skip fewer."
+            )
         return [window for window, _ in named]
 
     @property
@@ -148,7 +154,7 @@ class Partition:
         size = f" of {self.size}" if self.by == WindowKind.BLOCKS else ""
         stride = f" every {self.stride}" if self.stride else ""
         match = f", those of {self.match}" if self.match is not None else ""
-        skip = f", the {self.skip:.0%} most alike skipped" if self.skip else ""
+        skip = f", {self.skip:g} of them, most alike, skipped" if self.skip else ""
         return self.by + size + stride + (", logits at the end" if self.head else "") + match + skip
 
 

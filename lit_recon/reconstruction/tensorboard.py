@@ -229,4 +229,4 @@ def hparams(results: Mapping[str, Any]) -> dict[str, str | float]:
         with suppress(ValueError):  # a rate that is found by a search
             chosen[name] = float(chosen[name])
     sparsity = finite_or_nan(results["sparsity"]["prunable"])
-    return chosen | {"sparsity": sparsity, "tokens": results["tokens"]["calibration"], "seed": results["seed"]}
+    return chosen | {"sparsity": sparsity, "tokens": sum(results["tokens"].values()), "seed": results["seed"]}

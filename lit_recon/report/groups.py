@@ -19,6 +19,7 @@ from lit_recon.report.runs import Run, as_setting
 Key = TypeVar("Key")
 TARGET = "_target_"
 RATE = "module.optimizer.lr"
+EPOCHS = "trainer.max_epochs"
 APART = {  # of each run its own, or where and when it was made: no setting of the method
     *("seed", "output_dir", "experiment_dir", "overwrite", "plan", "resume", "stop_after", "memory_limit"),
     *("push", "push_private"),
@@ -181,11 +182,18 @@ def _smallest(groups: Sequence[Group], measure: Measure) -> Group | None:
 
 
 def granularity(runs: Sequence[Run]) -> list[Group]:
-    """Finished runs by their windows, the smallest windows first; empty unless there are two kinds of them."""
+    """Finished runs by their windows, the smallest windows first; empty unless there are two kinds of them.
+
+    Where runs differ in their epochs, by these too: larger windows need more steps.
+    """
     finished = [run for run in runs if run.results is not None]
-    kinds = _by(finished, _windows)
-    ordered = sorted(kinds, key=_size)
-    return [Group({"windows": kind}, kinds[kind]) for kind in ordered] if len(_kinds(finished)) > 1 else []
+    if len(_kinds(finished)) < 2:
+        return []
+    epochs = {value_of(run, EPOCHS) for run in finished}
+    keys = ("windows", EPOCHS) if len(epochs) > 1 else ("windows",)
+    groups = _by(finished, lambda run: (_windows(run), value_of(run, EPOCHS)))
+    ordered = sorted(groups, key=lambda kind: (_size(kind[0]), order(kind[1])))
+    return [Group(dict(zip(keys, kind, strict=False)), groups[kind]) for kind in ordered]
 
 
 def _kinds(runs: Sequence[Run]) -> set[str]:

@@ -88,7 +88,7 @@ def held_out_error(run: Run) -> float:
     The errors of some windows are a hundred times those of others (massive activations), which would decide any other
     mean alone. A window that was not accepted kept its pruned weights. Windows that were not measured, such as those
     that a study leaves out, do not count; nor do those whose loss was on the logits, unless all were: their errors are
-    divergences.
+    divergences. Runs compare by it where the same windows were measured.
     """
     measured = [window for window in _results(run)["windows"] if window["held_out_before"] != 0]
     alike = [window for window in measured if window.get("measure", "relative error") == "relative error"] or measured
@@ -101,7 +101,7 @@ def held_out_error(run: Run) -> float:
 
 
 def _tokens(run: Run) -> float:
-    """Tokens that weights were trained on: those of windows, and those that only all layers at once saw."""
+    """Tokens that a run was given: those of windows, and those that only all layers at once saw."""
     return float(sum(_results(run)["tokens"].values()))
 
 

@@ -6,6 +6,7 @@ is its text and layout.
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -98,7 +99,7 @@ def _content(runs: Sequence[Run], keys: Sequence[str]) -> tuple[dict[str, Any], 
     figures = pareto_figures(alike, [value_of(run, chosen[0]) if chosen else "" for run in runs])
     pareto = list(figures)
     figures |= {"groups": group_figure(groups)} if 1 < len(groups) <= MOST else {}
-    over = {f"over_{one.key.replace('.', '_')}": one for one in curves(alike)}
+    over = {f"over_{re.sub(r'[^a-zA-Z0-9]', '_', one.key)}": one for one in curves(alike)}
     figures |= {name: setting_figure(one) for name, one in over.items()}
     by_windows = granularity(alike)
     figures |= {"windows": group_figure(by_windows)} if by_windows else {}

@@ -5,8 +5,9 @@ but the seed are one dot, their mean, with their standard deviation. In the colo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,19 +24,31 @@ LONGEST = 60  # letters of a line's label
 MARKERS = ("o", "s")  # of the first lines, and of those that have their colours again
 
 
+class Line(NamedTuple):
+    """Runs that differ in one setting and the seed alone.
+
+    Attributes:
+        label: What tells it from other lines: the name that the folders of its runs share, or values of settings.
+        groups: Its runs by the value of the setting.
+    """
+
+    label: str
+    groups: Sequence[Group]
+
+
 @dataclass(frozen=True)
 class Curves:
     """Lines over a setting.
 
     Attributes:
         key: Of the setting.
-        others: Keys of the settings by which lines differ, in the order of their values in the labels.
-        lines: Groups of runs by the value of the setting, of each line by its label.
+        title: What the labels of the lines are: names of settings, or "runs".
+        lines: The lines.
     """
 
     key: str
-    others: Sequence[str]
-    lines: Mapping[str, Sequence[Group]]
+    title: str
+    lines: Sequence[Line]
 
 
 def curves(runs: Sequence[Run]) -> list[Curves]:
@@ -47,13 +60,35 @@ def curves(runs: Sequence[Run]) -> list[Curves]:
     different = differing_keys(finished)
     found = []
     for key in different:
-        if all(math.isfinite(order(value_of(run, key))[1]) and not order(value_of(run, key))[0] for run in finished):
+        if all(_is_number(value_of(run, key)) for run in finished):
             others = [other for other in different if other != key]
-            lines = {_label(line): grouped(line.runs, [key]) for line in grouped(finished, others)}
-            lines = {label: groups for label, groups in lines.items() if len(groups) > 1}
-            if 0 < len(lines) <= MOST:
-                found.append(Curves(key, others, lines))
+            alike = [line.runs for line in grouped(finished, others) if len(grouped(line.runs, [key])) > 1]
+            if 0 < len(alike) <= MOST:
+                labels, title = _labels(alike, others)
+                lines = [Line(label, grouped(line, [key])) for label, line in zip(labels, alike, strict=True)]
+                found.append(Curves(key, title, lines))
     return found
+
+
+def _is_number(value: str) -> bool:
+    is_text, number, _ = order(value)
+    return not is_text and math.isfinite(number)
+
+
+def _labels(lines: Sequence[Sequence[Run]], others: Sequence[str]) -> tuple[list[str], str]:
+    """Labels that tell lines apart, and what they are.
+
+    Args:
+        lines: The runs of each.
+        others: Keys in which lines may differ.
+    """
+    names = [{run.folder.name for run in line} for line in lines]
+    firsts = [min(name) for name in names]
+    if all(len(name) == 1 for name in names) and len(set(firsts)) == len(lines):
+        return firsts, "runs"
+    keys = [key for key in others if len({value_of(line[0], key) for line in lines}) > 1]
+    labels = [" · ".join(value_of(line[0], key) for key in keys) for line in lines]
+    return labels, "\n".join(map(label_of, keys))
 
 
 def setting_figure(curves: Curves) -> Figure:
@@ -61,9 +96,9 @@ def setting_figure(curves: Curves) -> Figure:
     key, lines = curves.key, curves.lines
     figure = Figure((WIDTH, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for index, (label, groups) in enumerate(lines.items()):
-        _draw(axes, key, groups, label, PALETTE[index % len(PALETTE)], MARKERS[index // len(PALETTE)])
-    values = [_number(key, group) for groups in lines.values() for group in groups]
+    for index, (label, groups) in enumerate(lines):
+        _draw(axes, key, groups, _drawable(label), PALETTE[index % len(PALETTE)], MARKERS[index // len(PALETTE)])
+    values = [_number(key, group) for line in lines for group in line.groups]
     if 0 < DECADE * min(values) < max(values):
         make_logarithmic(axes.xaxis)
     else:
@@ -71,8 +106,7 @@ def setting_figure(curves: Curves) -> Figure:
     axes.grid(visible=True, axis="both")
     axes.set(xlabel=label_of(key), ylabel="nats per token over dense\n(lower is better)")
     if len(lines) > 1:
-        title = "\n".join(label_of(other) for other in curves.others)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=title, alignment="left")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=_drawable(curves.title), alignment="left")
     return figure
 
 
@@ -90,7 +124,7 @@ def _number(key: str, group: Group) -> float:
     return float(group.values[key])
 
 
-def _label(line: Group) -> str:
-    """The values that tell a line from others; letters that a font may lack are escaped."""
-    name = " · ".join(line.values.values()).encode(errors="backslashreplace").decode()
+def _drawable(text: str) -> str:
+    """Text as matplotlib takes it, not too long: names of files need not be UTF-8."""
+    name = text.encode(errors="backslashreplace").decode()
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"

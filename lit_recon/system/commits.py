@@ -27,7 +27,7 @@ from lit_recon.system.tensor_files import map_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # raised when what a commit says of a run is said otherwise
 MARK = "commits.begun"  # next to the folder
 _REMEDIES = {
     **dict.fromkeys(FULL, "free space"),

@@ -62,6 +62,17 @@ def test_samples_are_divided_by_weight_the_largest_remainders_rounded_up(
     assert samples.evaluation_description == "letter e" and samples.evaluation_split == "evaluation"
 
 
+def test_samples_of_retraining_are_shared_out_too_and_those_of_windows_stay_the_same(tmp_path: Path) -> None:
+    without = mixture({"a": 1, "b": 1}, num_samples=8).samples(byte_tokenizer(), seed=1, cache=tmp_path)
+    source = mixture({"a": 1, "b": 1}, num_samples=8, num_retraining=3)
+    samples = source.samples(byte_tokenizer(), seed=1, cache=tmp_path)
+    assert torch.equal(samples.calibration_ST, without.calibration_ST) and samples.description == without.description
+    assert torch.equal(samples.held_out_ST, without.held_out_ST)
+    assert Counter(Counter(text).most_common(1)[0][0] for text in texts(samples.retraining_ST)) == {"a": 2, "b": 1}
+    with pytest.raises(ValueError, match=r"lower data\.num_samples, data\.num_retraining or"):
+        mixture({"a": 1, "b": 1}, num_samples=8, num_retraining=10**5).samples(byte_tokenizer(), cache=tmp_path)
+
+
 def test_the_seed_shuffles_and_a_source_keeps_its_own_settings(tmp_path: Path) -> None:
     source = mixture({"a": 1, "b": 1}, num_samples=12)
     first, again, other = (source.samples(byte_tokenizer(), seed=seed, cache=tmp_path) for seed in (0, 0, 1))

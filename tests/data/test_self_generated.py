@@ -180,6 +180,11 @@ def test_more_samples_keep_those_there_were(tokenizer: PreTrainedTokenizerFast, 
         for number in (3, 9)
     )
     assert torch.equal(many.calibration_ST[:3], few.calibration_ST) and torch.equal(many.held_out_ST, few.held_out_ST)
+    apart = SelfGenerated(**SMALL | {"num_samples": 3, "num_retraining": 6})
+    samples = apart.samples(tokenizer, cache=tmp_path, model=model_of("llama"))
+    assert torch.equal(samples.calibration_ST, few.calibration_ST)
+    assert torch.equal(samples.retraining_ST, many.calibration_ST[3:])
+    assert torch.equal(samples.held_out_ST, few.held_out_ST)
 
 
 def test_samples_that_repeat_are_warned_of(

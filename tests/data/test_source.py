@@ -57,6 +57,30 @@ def test_samples_of_retraining_are_others_than_those_of_windows_which_stay_the_s
     assert all(set(text) <= set("calibrt|0123456789") for text in own)
 
 
+@pytest.mark.parametrize("packing", ["fixed", "documents"])
+def test_where_retraining_needs_more_text_than_windows_these_still_have_the_same_samples(
+    tokenizer, tmp_path, monkeypatch, packing
+):
+    read = dict.fromkeys(PARTS, 0)
+
+    class Counted(TextSource):
+        def documents(self, part: Part) -> Iterable[str]:
+            for number in range(400):
+                read[part] += 1
+                yield f"{part[:1]}{number:05}" * (2 + number % 3)
+
+    monkeypatch.setattr("lit_recon.data.source.AT_LEAST_CHARACTERS", 0)
+    settings = {"num_samples": 5, "length": 10, "num_held_out": 3, "evaluation_samples": 4, "packing": packing}
+    without = Counted(**settings, evaluation_length=20).samples(tokenizer, seed=3, cache=tmp_path)
+    few = read["calibration"]
+    samples = Counted(**settings, evaluation_length=20, num_retraining=70).samples(tokenizer, seed=3, cache=tmp_path)
+    assert 0 < few < read["calibration"] - few, "it is read once for windows, and more of it for retraining"
+    assert torch.equal(samples.calibration_ST, without.calibration_ST)
+    assert torch.equal(samples.held_out_ST, without.held_out_ST) and len(samples.retraining_ST) == 70
+    windows, own = ({tuple(row) for row in rows.tolist()} for rows in (samples.calibration_ST, samples.retraining_ST))
+    assert len(own) == 70 and not windows & own
+
+
 def test_too_little_text_for_windows_and_retraining_is_refused_by_their_sum(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"asked for are 90 .*lower data\.num_samples, data\.num_retraining or"):
         Words(num_samples=5, num_retraining=85, length=10).samples(tokenizer, cache=tmp_path)

@@ -125,6 +125,17 @@ def test_a_token_without_a_row_in_the_embedding_is_refused_in_each_part(part: st
         prune_and_reconstruct(model, Samples(*parts.values(), description="x"))
 
 
+def test_samples_of_retraining_are_looked_at_like_others_and_need_a_walk_that_trains_on_them() -> None:
+    model, parts = tiny_model("llama"), [torch.full((2, 4), 63) for _ in range(3)]
+    with pytest.raises(ValueError, match="the retraining text has the token 64"):
+        check_samples(model, Samples(*parts, description="x", retraining_ST=torch.full((3, 4), 64)))
+    other = Samples(*parts, description="x", retraining_ST=torch.full((3, 5), 63))
+    with pytest.raises(ValueError, match="retraining_ST has samples of 5 tokens, and calibration_ST of 4"):
+        prune_and_reconstruct(model, other)
+    with pytest.raises(ValueError, match="data.num_retraining=3 with walk=local: those samples are for all layers"):
+        prune_and_reconstruct(model, Samples(*parts, description="x", retraining_ST=parts[0].repeat(2, 1)[:3]))
+
+
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])  # which call it by other names
 def test_samples_longer_than_the_trained_context_are_told_by_setting(
     shape: str, caplog: pytest.LogCaptureFixture

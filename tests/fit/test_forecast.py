@@ -123,6 +123,8 @@ def test_text_that_the_model_would_generate_is_replaced_by_as_much_other_text(ki
         own |= {"sources": {"generated": SelfGenerated()}, "weights": {"generated": 1}}
     counts = {"num_samples": 7, "length": 16, "num_held_out": 3, "evaluation_samples": 5, "evaluation_length": 24}
     execution: Any = SimpleNamespace(compute=CPU, seed=0)
-    samples = stand_in(kind(**own, **counts), letter_tokenizer(), None, execution)  # type: ignore[arg-type]
+    source = kind(**own, **counts, num_retraining=300)
+    samples = stand_in(source, letter_tokenizer(), None, execution)  # type: ignore[arg-type]
+    assert samples.retraining_ST is not None and samples.retraining_ST.shape == (300, 16)
     assert samples.calibration_ST.shape == (7, 16) and samples.held_out_ST.shape == (3, 16)
     assert samples.evaluation_ST.shape == (5, 24)

@@ -81,6 +81,14 @@ def test_what_ends_the_first_window_ends_it(settings: dict[str, Any], error: typ
         rehearse(model_of("llama"), *chosen(**settings), num_samples=8, num_held_out=2)
 
 
+@pytest.mark.parametrize("chosen_windows", [Partition(skip=0.9), Partition(match="_02")], ids=["skip", "match"])
+def test_windows_that_are_left_out_do_not_hide_what_ends_the_first_one(chosen_windows: Partition) -> None:
+    bad = partial(MaskedWeights, loss=lambda outputs, targets, energies_N, unit: "abc")
+    with pytest.raises(Exception, match="str"):
+        rehearse(model_of("llama"), *chosen(windows=chosen_windows, module=bad), num_samples=8, num_held_out=2)
+    rehearse(model_of("llama"), *chosen(windows=chosen_windows), num_samples=8, num_held_out=2)
+
+
 def test_many_samples_are_not_gone_through() -> None:
     method, execution = chosen(trainer={"val_check_interval": 1000})
     rehearse(model_of("llama"), method, replace(execution, batch_size=2), num_samples=1 << 40, num_held_out=1 << 40)

@@ -228,6 +228,14 @@ def test_an_unknown_kind_size_or_stride_is_refused(settings: dict[str, Any], sai
         partition(tiny_model("llama"), **settings)
 
 
+def test_what_is_skipped_is_not_chosen_and_not_all_of_them_can_be() -> None:
+    model = tiny_model("llama")
+    cut = Partition(match="_0[01]").cut(model, skipped=["block_01", "block_02"])
+    assert [window.is_chosen for window in cut] == [True, False, False]
+    with pytest.raises(ValueError, match="windows.match=_01 windows.skip=0.5: of the windows that match, none is left"):
+        Partition(match="_01", skip=0.5).cut(model, skipped=["block_01"])
+
+
 def test_a_parameter_that_stands_in_two_layers_or_outside_of_them_too_is_refused_without_weights() -> None:
     for share in ("layer", "outside"):
         model = tiny_model("llama")

@@ -137,11 +137,20 @@ def test_a_key_that_no_run_has_is_refused_with_those_that_it_may_mean() -> None:
         resolve("data.samples", runs)
 
 
+def test_windows_are_compared_at_the_same_epochs_where_these_differ() -> None:
+    runs = [
+        run_of({"trainer.max_epochs": epochs}, windows=kind, perplexity=perplexity)
+        for kind, epochs, perplexity in (("half", 1, 18.0), ("half", 16, 16.0), ("block", 1, 19.0), ("block", 4, 17.0))
+    ]
+    found = [(*group.values.values(), group.mean(PERPLEXITY)) for group in granularity(runs)]
+    assert found == [("half", "1", 18.0), ("half", "16", 16.0), ("block", "1", 19.0), ("block", "4", 17.0)]
+
+
 def test_windows_are_ordered_by_their_size_and_least_squares_are_a_kind_of_their_own() -> None:
     kinds = ["model", "blocks of 10", "blocks of 4", "half", "matrix", "block"]
     runs = [run_of({}, windows=kind) for kind in kinds] + [run_of({}, windows="matrix", module="LeastSquares")]
     names = [group.name.removeprefix("windows ") for group in granularity(runs)]
     assert names == ["matrix", "matrix, least squares", "half", "block", "blocks of 4", "blocks of 10", "model"]
     assert granularity(runs[:1]) == []
-    some = [run_of({}, windows=text) for text in ("block", "block, the 25% most alike skipped")]
+    some = [run_of({}, windows=text) for text in ("block", "block, 0.25 of them, most alike, skipped")]
     assert granularity(some) == [], "they are of one size"

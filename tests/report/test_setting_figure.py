@@ -21,7 +21,7 @@ def by_key(runs: Sequence[Run]) -> dict[str, Curves]:
 
 
 def values(drawn: Curves) -> dict[str, list[str]]:
-    return {label: [group.values[drawn.key] for group in groups] for label, groups in drawn.lines.items()}
+    return {label: [group.values[drawn.key] for group in groups] for label, groups in drawn.lines}
 
 
 def test_each_setting_that_varies_by_number_has_lines_of_the_others_and_seeds_are_one_dot(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_unfinished_runs_and_those_without_a_finite_number_are_left_out(tmp_path
     configure(tmp_path / "failed", samples=256)
     found = by_key(read_runs([*runs, tmp_path / "broken", tmp_path / "failed"]))
     assert values(found[SAMPLES]) == {"": ["8", "32", "64"]}
-    assert all(math.isfinite(group.mean(NATS)) for group in found[SAMPLES].lines[""])
+    assert all(math.isfinite(group.mean(NATS)) for group in found[SAMPLES].lines[0].groups)
     (axes,) = setting_figure(found[SAMPLES]).axes
     assert axes.get_legend() is None and axes.get_xscale() == "linear"
 
@@ -70,3 +70,31 @@ def test_the_page_has_the_figure(tmp_path: Path) -> None:
     text = write_overview(read_runs(runs), tmp_path / "out").read_text(encoding="utf-8")
     assert "How much does a setting change?" in text and "Nats over the dense model over data.num_samples" in text
     assert (tmp_path / "out" / "figures" / "over_data_num_samples.png").stat().st_size > 10_000
+
+
+def test_lines_are_named_by_their_folders_where_these_tell_them_apart_else_by_all_of_their_values(
+    tmp_path: Path,
+) -> None:
+    long = "wanda.Wanda" + "y" * 70
+    for number in (8, 32):
+        for by in (f"{long}1", f"{long}2"):
+            run = make_run(tmp_path / f"{number}_samples" / by[-5:], results_of_setting(1e-3, number, 0), curves=False)
+            configure(run, samples=number, by=by)
+    found = by_key(read_runs(tmp_path.glob("*/*")))
+    assert values(found[SAMPLES]) == {"yyyy1": ["8", "32"], "yyyy2": ["8", "32"]} and found[SAMPLES].title == "runs"
+    for folder in list(tmp_path.glob("*/*")):
+        folder.rename(folder.with_name(f"{folder.parent.name}_{folder.name}"))
+    found = by_key(read_runs(tmp_path.glob("*/*")))
+    assert list(values(found[SAMPLES])) == [f"Wanda{'y' * 70}{number}" for number in (1, 2)]
+    assert found[SAMPLES].title == "criterion"
+    (axes,) = setting_figure(found[SAMPLES]).axes
+    assert {len(text.get_text()) for text in axes.get_legend().get_texts()} == {60}, "shortened when it is drawn"
+
+
+def test_a_setting_with_a_slash_in_its_name_has_a_figure_too(tmp_path: Path) -> None:
+    runs = make_many(tmp_path, (1e-3,), (8, 32), (0,))
+    for run, weight in zip(runs, (1, 2), strict=True):
+        text = (run / "config.yaml").read_text().replace("num_samples: 32", "num_samples: 8")
+        (run / "config.yaml").write_text(text + f"weights:\n  c4/en: {weight}\n")
+    write_overview(read_runs(runs), tmp_path / "out")
+    assert (tmp_path / "out" / "figures" / "over_weights_c4_en.png").is_file()

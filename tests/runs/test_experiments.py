@@ -102,7 +102,7 @@ def test_a_case_of_retraining_is_its_walk_loss_and_module(case: str, composed: C
     assert found == RETRAINING[case]
     assert case == "local" or cfg.retraining.loss == cfg.loss
     assert cfg.data._target_.endswith(".SelfGenerated") and cfg.retraining.rate == 0.1
-    assert cfg.output_dir == f"runs/retraining/smollm2_n_m/512x256/{case}"
+    assert cfg.output_dir == f"runs/retraining/smollm2_n_m_self_generated/512x256/{case}"
 
 
 @pytest.mark.parametrize("case", CRITERIA)
@@ -140,7 +140,7 @@ def test_the_cases_of_regimes_are_the_rows_of_the_readme_that_are_not_refused(
     ("experiment", "varied", "folders"),
     [
         ("sparsity", {"sparsity": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}, "runs/sparsity/smollm2/{0}"),
-        ("skip", {"windows.skip": [0.0, 0.1, 0.25, 0.5, 0.75]}, "runs/skip/smollm2/{0}"),
+        ("skip", {"windows.skip": [0.0, 0.1, 0.25, 0.5, 0.75]}, "runs/skip/smollm2_block/{0}"),
         ("seeds", {"seed": [0, 1, 2, 3, 4]}, "runs/seeds/smollm2/seed_{0}"),
         ("rates", {"module.optimizer.lr": [1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 1e-2]}, "runs/rates/smollm2_block/{0}"),
         (

@@ -378,11 +378,16 @@ def test_chosen_matrices_are_windows_and_chosen_parameters_of_a_window_are_train
     assert changed == {f"model.layers.{index}.mlp.up_proj.weight" for index in range(3)}
 
 
-def test_the_blocks_whose_inputs_and_outputs_are_most_alike_are_pruned_only(tiny_run: Callable[..., Ended]) -> None:
-    ended = tiny_run("windows.skip=0.34")
-    assert ended.status == 0 and "2 of 3 windows (block, the 34% most alike skipped)" in ended.out, ended
+def test_the_blocks_whose_inputs_and_outputs_are_most_alike_are_pruned_only(
+    tiny_run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_recon.fit.allocate.block_influence", lambda *_: [0.3, 0.1, 0.2])
+    ended = tiny_run("windows.skip=0.3", "stop_after=1")
+    assert ended.status == 0 and "leaves out none: it is less than one of 3 windows" in " ".join(ended.out.split())
+    ended = tiny_run("windows.skip=0.34", "overwrite=true")
+    assert ended.status == 0 and "2 of 3 windows (block, 0.34 of them, most alike, skipped)" in ended.out, ended
     (skipped,) = [one for one in found_in(all_accepted=False) if not one["held_out_before"]]
-    assert f"windows.skip=0.34: {skipped['name']}" in ended.out
+    assert skipped["name"] == "block_01" and "windows.skip=0.34 leaves out block_01" in ended.out
     assert skipped["note"] == "left out by windows.match or windows.skip: kept its pruned weights"
 
 

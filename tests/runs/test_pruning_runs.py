@@ -100,7 +100,6 @@ def test_an_allocation_removes_as_much_as_was_asked_for_but_not_everywhere_the_s
         ["criterion=ria", "criterion.permute=true", "pattern=n_m", "windows=half"],
         pytest.param(["criterion=sparsegpt", "store=disk", "pattern=n_m"], marks=pytest.mark.slow),
         ["criterion=wanda", "refine=dsnot", "store=disk", "chain.statistics=sparse"],
-        ["criterion=magnitude", "windows.skip=0.7"],
     ],
     ids=" ".join,
 )
@@ -120,6 +119,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(
             assert content(one) == content(other)
         else:
             assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_resumed_run_leaves_out_the_windows_that_it_began_with(
+    tiny_run: Callable[..., Ended], command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_recon.fit.allocate.block_influence", lambda *_: [0.3, 0.1, 0.2])
+    assert tiny_run("windows.skip=0.67", "stop_after=1").status == 0
+    monkeypatch.setattr("lit_recon.fit.allocate.block_influence", lambda *_: pytest.fail("it was decided"))
+    ended = command("resume=run")
+    assert ended.status == 0, ended.err
+    assert [bool(one["held_out_before"]) for one in results()["windows"]] == [True, False, False]
 
 
 def test_random_masks_do_not_depend_on_the_walk(tiny_run: Callable[..., Ended]) -> None:

@@ -276,10 +276,10 @@ def test_damaged_manifests_are_named(folder: Path) -> None:
 
 def test_another_format_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "FORMAT", 2)
+        patch.setattr(module, "FORMAT", 3)
         commits = Commits(folder.parent / "later")
         commits.commit(1, {}, [])
-    with pytest.raises(ValueError, match=r"00001.json has format 2, .* reads format 1"):
+    with pytest.raises(ValueError, match=r"00001.json has format 3, .* reads format 2"):
         Commits(folder.parent / "later").newest()
 
 

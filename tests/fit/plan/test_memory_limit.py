@@ -95,6 +95,19 @@ def test_all_layers_at_once_take_a_smaller_batch_and_are_named_where_they_never_
     assert recipe["windows"] == "block" and recipe["batch_size"] == "1, 4 per step"
 
 
+def test_a_limit_leaves_out_the_same_windows_and_takes_no_smaller_ones(
+    tiny_run: Callable[..., Ended], planned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_recon.fit.allocate.block_influence", lambda *_: [0.3, 0.1, 0.2])
+    ended = tiny_run("memory_limit=3GB", "data.batch_size=4", "windows.skip=0.34")
+    assert ended.status == 0, ended.err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["recipe"]["batch_size"] == "1, 4 per step" and "2 of 3 windows" in ended.out
+    assert [one["name"] for one in results["windows"] if not one["held_out_before"]] == ["block_01"]
+    ended = tiny_run("memory_limit=1.1GB", "data.batch_size=4", "windows.skip=0.34", "overwrite=true")
+    assert ended.status == 2 and "even windows=block with data.batch_size=1 need 2.00 GB" in ended.err
+
+
 def test_a_limit_is_kept_when_a_run_is_resumed(
     tiny_run: Callable[..., Ended], command: Callable[..., Ended], planned: None
 ) -> None:
