@@ -175,6 +175,19 @@ def test_the_sources_of_the_data_study_are_measured_alike_also_those_of_the_hub(
         assert (data.num_samples, data.length, data.evaluation_samples, data.evaluation_length) == (8, 256, 16, 512)
 
 
+def test_the_best_quality_is_one_run_of_refined_masks_blocks_and_all_layers_on_other_samples(
+    composed: Callable[..., DictConfig],
+) -> None:
+    cfg = composed("experiment=best_quality")
+    assert cfg.hydra.mode is None and not cfg.hydra.sweeper.params, "a run, no sweep"
+    assert (cfg.walk, cfg.windows.by, cfg.data.num_samples, cfg.data.num_retraining) == (
+        *("local_then_global", "block"),
+        *(128, 64),
+    )
+    assert cfg.refine._target_.endswith(".Swaps") and cfg.criterion._target_.endswith(".Wanda")
+    assert cfg.retraining.loss._target_.endswith(".kl_divergence")
+
+
 def test_rates_are_compared_without_a_second_try_at_another_rate(composed: Callable[..., DictConfig]) -> None:
     assert composed("experiment=rates").module.retry_rates == []
 
