@@ -66,6 +66,7 @@ def curves(runs: Sequence[Run]) -> list[Curves]:
             if 0 < len(alike) <= MOST:
                 labels, title = _labels(alike, others)
                 lines = [Line(label, grouped(line, [key])) for label, line in zip(labels, alike, strict=True)]
+                lines.sort(key=lambda line: -line.groups[-1].mean(NATS))  # the legend in the order of the right ends
                 found.append(Curves(key, title, lines))
     return found
 
@@ -98,11 +99,15 @@ def setting_figure(curves: Curves) -> Figure:
     axes = figure.add_subplot()
     for index, (label, groups) in enumerate(lines):
         _draw(axes, key, groups, _drawable(label), PALETTE[index % len(PALETTE)], MARKERS[index // len(PALETTE)])
-    values = [_number(key, group) for line in lines for group in line.groups]
-    if 0 < DECADE * min(values) < max(values):
-        make_logarithmic(axes.xaxis)
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    groups = [group for line in lines for group in line.groups]
+    for axis, values in (
+        (axes.xaxis, [_number(key, group) for group in groups]),
+        (axes.yaxis, [group.mean(NATS) for group in groups]),
+    ):
+        if 0 < DECADE * min(values) < max(values):
+            make_logarithmic(axis)
+        else:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(visible=True, axis="both")
     axes.set(xlabel=label_of(key), ylabel="nats per token over dense\n(lower is better)")
     if len(lines) > 1:
