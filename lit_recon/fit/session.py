@@ -222,7 +222,7 @@ def reconstruct(
     return retrain(
         session.retrained,
         masks,
-        fitter=_global_fitter(session.retrained, method, settings, commits),
+        fitter=_global_fitter(session.retrained, method, settings, commits, results),
         weights=session.weights,
         callbacks=callbacks,
         done=results,
@@ -236,23 +236,28 @@ def _window_fitter(session: Session, method: Method, settings: Mapping[str, Any]
 
 
 def _global_fitter(
-    retrained: Retrained, method: Method, settings: Mapping[str, Any], commits: FitCommits | None
+    retrained: Retrained,
+    method: Method,
+    settings: Mapping[str, Any],
+    commits: FitCommits | None,
+    results: Sequence[WindowResult],
 ) -> WindowFitter:
-    """Fits all layers at once, by the loss, at the rate and with the Trainer of that."""
+    """Fits all layers at once, by the loss, at the rate and with the Trainer of that, after windows with results."""
+    before = [one.rate for one in results if one.accepted and one.rate]
     return WindowFitter(
         partial(method.training.module, loss=method.training.retraining.loss),
         method.training.retraining_trainer or method.training.trainer,
         **settings,
-        search=_search(method, [retrained.window]),
+        search=_search(method, [retrained.window], before),
         scale=method.training.retraining.rate,
         commits=commits,
     )
 
 
-def _search(method: Method, windows: Iterable[AnyWindow]) -> RateSearch | None:
+def _search(method: Method, windows: Iterable[AnyWindow], before: Sequence[float] = ()) -> RateSearch | None:
     """Says at which rates some windows are tried; None: as their settings do."""
     probes = is_probed(method.training.module) and method.training.fitting.retry_rates
-    return ProbedRates(window.name for window in windows) if probes else None
+    return ProbedRates((window.name for window in windows), before=before) if probes else None
 
 
 def windows_left(windows: Sequence[AnyWindow], done: int, stop_after: int | None) -> Sequence[AnyWindow]:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Protocol
 
 from lit_recon.model.errors import Errors
@@ -107,12 +107,16 @@ class ProbedRates:
     doubles where the first half is worse. A later window is compared with the neighbouring rates only if it was not
     accepted, or gained far less than windows of its kind usually do. Of a kind with few windows, whose comparison would
     cost more than it wins, the first rate that gains enough is taken, or the best on the way down, in steps of two.
+    Where windows were trained before, what follows begins at their usual rate, and the first rate that is accepted is
+    taken: there is less to gain, and a try is a pass over all samples through all layers.
 
     Args:
         names: Names of all windows.
+        before: Rates of windows that were trained before, the accepted ones.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], *, before: Sequence[float] = ()) -> None:
+        self._before = median_low(before) if before else None
         self._numbers = Counter(map(_without_numbers, names))
         self._rate: dict[str, float] = {}
         self._gains: dict[str, list[float]] = {}
@@ -120,12 +124,13 @@ class ProbedRates:
     def next(self, kind: str, tries: Sequence[Try]) -> float | None:
         """The next rate on the way down, or up where down is worse."""
         if not tries:
-            latest = next(reversed(self._rate.values()), 1.0)
+            latest = next(reversed(self._rate.values()), self._before or 1.0)
             return self._rate.get(kind, latest)
         if tries[-1].is_same_at_any_rate or self._is_usual(kind, tries[0]):
             return None
         few = self._numbers[kind.partition(",")[0]] < FEW
-        if few and tries[-1].accepted and (kind in self._rate or 1 - tries[-1].left >= ENOUGH):
+        is_known = kind in self._rate or self._before is not None
+        if few and tries[-1].accepted and (is_known or 1 - tries[-1].left >= ENOUGH):
             return None
         step = STEP**2 if few else STEP
         best = min(tries, key=lambda one: one.left)

@@ -114,6 +114,17 @@ def test_of_a_kind_with_few_windows_the_first_rate_that_gains_enough_is_taken() 
     assert of_few(valley(1, depth=0.2)) == [[1, 1 / 4], [1]]
 
 
+def test_after_windows_all_layers_begin_at_their_usual_rate_and_take_the_first_that_is_accepted() -> None:
+    def of_all(
+        left: Callable[[float], float], before: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 4, 1, 1 / 8)
+    ) -> list[float]:
+        return rates(ProbedRates(["global"], before=before), left, kind="global, KL divergence")
+
+    assert of_all(lambda rate: 0.9) == [1 / 4]
+    assert of_all(lambda rate: 0.9, before=()) == [1, 1 / 4], "of a pruned model it may be worth another pass"
+    assert of_all(lambda rate: 0.9 if rate < 1 / 32 else 1.1) == [1 / 4, 1 / 16, 1 / 64]
+
+
 def test_each_kind_of_window_has_a_rate_of_its_own() -> None:
     search = ProbedRates(MANY)
     rates(search, valley(1 / 4), "half_#_mlp")
