@@ -13,6 +13,7 @@ Shapes: O outputs, I inputs, C consecutive ones of them, R rows.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from lit_recon.system.finite import NotFinite, Unusable
 
 SCOPES = ("row", "matrix", "layer", "model")  # of what the scores are compared
+PAIRWISE = 8  # consecutive weights up to which all pairs are compared rather than one selected
 _AT_ONCE = 2**20  # weights whose groups are counted at once: sums of booleans take eight bytes for each
 
 
@@ -285,4 +287,18 @@ class NM:
 
     def columns(self, scores_OC: Tensor, first: int) -> Tensor:
         """The mask, boolean (O, C), of C columns, a multiple of m."""
-        return _drop_lowest(scores_OC.reshape(-1, self.m), self.m - self.n).view(scores_OC.shape)
+        if self.m > PAIRWISE:
+            return _drop_lowest(scores_OC.reshape(-1, self.m), self.m - self.n).view(scores_OC.shape)
+        return self._by_rank(scores_OC)
+
+    def _by_rank(self, scores_OC: Tensor) -> Tensor:
+        """The same by the rank of each of m scores among them, by all pairs: a third of the time for 2:4."""
+        groups_MG = scores_OC.reshape(-1, self.m).T.contiguous()
+        if groups_MG.isnan().any():
+            raise NotFinite("scores are not numbers (NaN), so that the lowest of them cannot be dropped.")
+        ranks_MG = torch.zeros(groups_MG.shape, dtype=torch.uint8, device=groups_MG.device)
+        for left, right in combinations(range(self.m), 2):  # of two that are equal the left one is lower
+            is_lower_G = groups_MG[left] <= groups_MG[right]
+            ranks_MG[right] += is_lower_G
+            ranks_MG[left] += ~is_lower_G
+        return (ranks_MG >= self.m - self.n).T.reshape(scores_OC.shape)

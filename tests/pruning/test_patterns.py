@@ -84,3 +84,15 @@ def test_scores_that_are_no_numbers_are_refused_where_the_count_would_be_wrong(p
     scores_OI[2 if getattr(pattern, "scope", "row") == "row" else slice(None)] = float("nan")
     with pytest.raises(NotFinite, match="NaN"):
         pattern(scores_OI)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 9])
+def test_the_first_of_equal_scores_go_whether_pairs_are_compared_or_one_is_selected(m: int) -> None:
+    scores_OI = torch.randint(0, 3, (6, 5 * m), generator=torch.Generator().manual_seed(m)).float()
+    scores_OI[0, 0] = -torch.inf
+    for n in range(1, m + 1):
+        mask_OI = NM(n=n, m=m)(scores_OI)
+        for row_I, kept_I in zip(scores_OI.tolist(), mask_OI.tolist(), strict=True):
+            for start in range(0, len(row_I), m):
+                lowest = sorted(range(m), key=lambda index: row_I[start + index])[: m - n]  # sorted is stable
+                assert [index for index in range(m) if not kept_I[start + index]] == sorted(lowest)
