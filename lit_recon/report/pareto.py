@@ -110,7 +110,7 @@ def shades_of(colors: Sequence[str]) -> dict[str, str]:
 def color_legend(axes: Axes, shades: dict[str, str]) -> None:
     """Legend above the axes: what the colours stand for, and the line."""
     shown = list(shades.items())[: len(PALETTE) - 1] if len(shades) > 1 else []
-    dots = [Line2D([], [], linestyle="", marker="o", color=shade, label=_short(text)) for text, shade in shown]
+    dots = [Line2D([], [], linestyle="", marker="o", color=shade, label=legend_text(text)) for text, shade in shown]
     if len(shades) > len(shown) > 0:
         dots.append(Line2D([], [], linestyle="", marker="o", color=PALETTE[-1], label="others"))
     line = Line2D([], [], color=AXIS, linewidth=1.6, label="front")
@@ -126,7 +126,7 @@ def color_legend(axes: Axes, shades: dict[str, str]) -> None:
     )
 
 
-def _short(text: str) -> str:
-    """Text that fits into a legend, as matplotlib takes it."""
+def legend_text(text: str, longest: int = 26) -> str:
+    """Text that fits into a legend, as matplotlib takes it: names of files need not be UTF-8."""
     text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= 26 else f"{text[:25]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from lit_recon.report.figures import WIDTH, make_logarithmic
 from lit_recon.report.groups import Group, differing_keys, grouped, label_of, order, value_of
 from lit_recon.report.measures import NATS
-from lit_recon.report.pareto import DECADE, PALETTE
+from lit_recon.report.pareto import DECADE, PALETTE, legend_text
 from lit_recon.report.runs import Run
 
 MOST = 2 * len(PALETTE)  # lines of a figure, from which on they could not be told apart
@@ -98,7 +98,14 @@ def setting_figure(curves: Curves) -> Figure:
     figure = Figure((WIDTH, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for index, (label, groups) in enumerate(lines):
-        _draw(axes, key, groups, _drawable(label), PALETTE[index % len(PALETTE)], MARKERS[index // len(PALETTE)])
+        _draw(
+            axes,
+            key,
+            groups,
+            legend_text(label, LONGEST),
+            PALETTE[index % len(PALETTE)],
+            MARKERS[index // len(PALETTE)],
+        )
     groups = [group for line in lines for group in line.groups]
     for axis, values in (
         (axes.xaxis, [_number(key, group) for group in groups]),
@@ -111,7 +118,12 @@ def setting_figure(curves: Curves) -> Figure:
     axes.grid(visible=True, axis="both")
     axes.set(xlabel=label_of(key), ylabel="nats per token over dense\n(lower is better)")
     if len(lines) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=_drawable(curves.title), alignment="left")
+        axes.legend(
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            title=legend_text(curves.title, 10 * LONGEST),
+            alignment="left",
+        )
     return figure
 
 
@@ -127,9 +139,3 @@ def _draw(axes: Axes, key: str, groups: Sequence[Group], label: str, color: str,
 
 def _number(key: str, group: Group) -> float:
     return float(group.values[key])
-
-
-def _drawable(text: str) -> str:
-    """Text as matplotlib takes it, not too long: names of files need not be UTF-8."""
-    name = text.encode(errors="backslashreplace").decode()
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
